@@ -1,0 +1,249 @@
+"""Checkpoints that are complete or absent, and verified before anything in them is believed.
+
+A checkpoint is a folder `step-00001234/` of three files:
+
+    arrays.npz      the named arrays, uncompressed; `numpy.load` reads it too
+    state.json      {"format": 1, "step": 1234, "state": {...}}
+    manifest.json   byte size and SHA-256 of the other two
+
+It appears by renaming a hidden folder whose files have reached the disk, so a job killed at any moment leaves
+no half-written checkpoint in sight. Models are unknown here: arrays and a JSON-able dict go in and come back.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+_FILES = ("arrays.npz", "state.json")
+_STEP = re.compile(r"(?:\.old-)?step-([0-9]{8,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be trusted: one line that names the folder, the damage and the remedy."""
+
+
+class SaveError(OSError):
+    """A save that failed and left earlier checkpoints as they were: one line that says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder, global step, writable arrays by name, and JSON state."""
+
+    path: Path
+    step: int
+    arrays: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    step: int,
+    arrays: Mapping[str, np.ndarray],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 3,
+    best: float | None = None,
+) -> Path:
+    """Write `folder/step-<step>` atomically, then delete all but the newest `keep` and the best.
+
+    The best has the largest finite `state["metric"]` on disk, and is the earliest of equals; `best` is stored
+    as that metric if `state` has none. Steps beyond `step` are neither counted nor deleted: a run that went
+    back must not lose what it just saved to an abandoned future. Saving a step again replaces it. `folder` is
+    created if its parent exists, and has one writer at a time. The keys of `state` are strings.
+    Raises TypeError for arrays not of bools, integers or floats and for a state that is not JSON, ValueError
+    for a negative step, `keep` below 1 or an array name that no zip can hold, SaveError for the disk.
+    """
+    folder, step = Path(folder), int(step)
+    if step < 0 or keep < 1:
+        raise ValueError(f"step={step}, keep={keep}: step must be at least 0 and keep at least 1")
+    state = dict(state) if best is None else {"metric": best, **state}
+    document = json.dumps({"format": FORMAT, "step": step, "state": state})
+    files = {"arrays.npz": _pack(arrays), "state.json": document.encode()}
+    sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    # A dict keeps its order, so the manifest is the last file to be written.
+    files["manifest.json"] = json.dumps({"format": FORMAT, "files": sums}).encode()
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+        # First, because what a dead writer left may be what fills the disk.
+        _sweep(folder)
+        temporary.mkdir()
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+            _sync(temporary / name)
+        _sync(temporary)
+        # A folder cannot be renamed over a full one. The one moved aside stays visible to `list_steps` until
+        # its successor has the name, so that a kill between the two renames loses neither.
+        if os.path.lexists(final):
+            final.rename(folder / f".old-{final.name}")
+        temporary.rename(final)
+        _sync(folder)
+        shutil.rmtree(folder / f".old-{final.name}", ignore_errors=True)
+    except OSError as error:
+        remedy = "check that the folder exists, is writable and has space; earlier checkpoints were not touched"
+        raise SaveError(f"cannot save {final}: {error.strerror or error}; {remedy}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    # The new checkpoint is safe by now: an old one that cannot be deleted costs space, not the run.
+    with contextlib.suppress(OSError, CheckpointError):
+        _rotate(folder, step, keep)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, executing and following nothing; CheckpointError unless each byte is as saved."""
+    try:
+        packed, document = _read_verified(path, *_FILES)
+        content = json.loads(document)
+        if content["format"] != FORMAT or not isinstance(content["state"], dict):
+            raise ValueError(f"state.json is not of format {FORMAT}")
+        name = _STEP.fullmatch(path.name)
+        if type(content["step"]) is not int or (name and int(name[1]) != content["step"]):
+            raise ValueError(f"it holds step {content['step']}, not the step in its name")
+        return Checkpoint(path, content["step"], _unpack(packed), content["state"])
+    # Bytes that someone else chose can draw almost any exception from zipfile, json and numpy's parser.
+    except Exception as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
+        raise CheckpointError(f"cannot use {path}: {detail}; resume from another checkpoint") from error
+
+
+def newest(
+    folder: Path, *, accept: Callable[[Checkpoint], str | None] | None = None
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """Return the newest checkpoint that verifies and that `accept` has no objection to, or None.
+
+    `accept` returns None or why to refuse. The list has (path, reason) of each passed over, newest first.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for path in reversed(list_steps(folder)):
+        try:
+            checkpoint = load(path)
+            refusal = accept(checkpoint) if accept else None
+        except CheckpointError as error:
+            refusal = str(error)
+        if refusal is None:
+            return checkpoint, skipped
+        skipped.append((path, refusal))
+    return None, skipped
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, unverified, by ascending step; none where there is no folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        # An unreadable folder must not pass for an empty one: the run would start again from step 0.
+        raise CheckpointError(f"cannot list {folder}: {error.strerror}; check path and permissions") from error
+    # Hidden names sort first, so one moved aside shows only where its successor has no name yet.
+    found = {int(match[1]): Path(folder, match[0]) for match in map(_STEP.fullmatch, sorted(names)) if match}
+    return [found[step] for step in sorted(found)]
+
+
+def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+    # What numpy.savez does, which cannot store an array named "file".
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, value in arrays.items():
+            array, info = np.asarray(value), zipfile.ZipInfo(f"{name}.npy")
+            # The kind alone would admit float8_e5m2 of ml_dtypes, which no npy header can name.
+            if array.dtype.kind not in "biuf" or array.dtype.type.__module__ != "numpy":
+                raise TypeError(f"array {name!r} is {array.dtype}: store it as bool, integer or numpy float")
+            if info.filename != f"{name}.npy":
+                raise ValueError(f"array name {name!r} holds a NUL character: rename it")
+            with archive.open(info, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # The sum, because entries may overlap: each smaller than the file, together a bomb.
+        if sum(entry.file_size for entry in archive.infolist()) > len(data):
+            raise ValueError("arrays.npz declares more bytes than it holds")
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if entry.compress_type != zipfile.ZIP_STORED or name == entry.filename or name in arrays:
+                raise ValueError(f"arrays.npz entry {entry.filename!r} is compressed, repeated or not .npy")
+            # numpy touches no more memory than it reads, whatever shape the header claims.
+            with archive.open(entry) as stream:
+                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+            if arrays[name].dtype.kind not in "biuf":
+                raise ValueError(f"array {name!r} has dtype {arrays[name].dtype}")
+    return arrays
+
+
+def _read_verified(path: Path, *names: str) -> list[bytes]:
+    manifest = json.loads(_read(path / "manifest.json"))
+    if manifest["format"] != FORMAT or type(manifest["format"]) is not int:
+        raise ValueError(f"it has format {manifest['format']}, and this program reads format {FORMAT}")
+    # Exactly these names: a manifest may point at no other file, inside the folder or out of it.
+    if set(manifest["files"]) != set(_FILES):
+        raise ValueError(f"manifest.json must list {' and '.join(_FILES)}, nothing else")
+    contents = [_read(path / name) for name in names]
+    for name, data in zip(names, contents, strict=True):
+        entry = manifest["files"][name]
+        if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{name} is not what was saved ({len(data)} of {entry['bytes']} bytes; SHA-256)")
+    return contents
+
+
+def _read(path: Path) -> bytes:
+    # A link could lead out of the folder, and opening a pipe would wait for ever.
+    guard = os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | guard)) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError(f"{path.name} is not a regular file")
+        return stream.read()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    paths, metrics = list_steps(folder), {}
+    for path in paths:
+        with contextlib.suppress(ValueError, TypeError, KeyError, OSError, OverflowError, RecursionError):
+            state = json.loads(_read_verified(path, "state.json")[0])["state"]
+            if math.isfinite(state["metric"]):
+                metrics[path] = state["metric"]
+    best = max(metrics, key=metrics.__getitem__, default=None)
+    for path in [path for path in paths if int(path.name.rpartition("-")[2]) <= step][:-keep]:
+        if path != best:
+            # Renamed first, so that a kill half-way through leaves no damaged checkpoint in sight.
+            hidden = folder / f".tmp-{path.name.removeprefix('.old-')}-{os.getpid()}"
+            shutil.rmtree(path.rename(hidden), ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    for name in os.listdir(folder):
+        superseded = name.startswith(".old-") and (folder / name.removeprefix(".old-")).exists()
+        leftover = re.fullmatch(r"\.tmp-step-[0-9]+-([0-9]+)", name)
+        # A container starts again with the pid it had, so one of our own is a dead predecessor's.
+        dead = leftover and (int(leftover[1]) == os.getpid() or not Path("/proc", leftover[1]).exists())
+        if superseded or dead:
+            shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,276 @@
+"""What a run is: one frozen dataclass, the command line made from its fields, and the named presets.
+
+Standard library only, so that ``--help`` and every mistake on the command line are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from cnnopt.errors import UserError
+from cnnopt.schedules import parse_drops, parse_duration
+
+
+class ConfigError(UserError):
+    """A setting that cannot be; the message is one line that names the flag and the remedy."""
+
+
+def _flag(default: Any, help: str, *, identity: bool = True) -> Any:
+    """A field with its help text. ``identity`` is False where a resumed run may differ from the first."""
+    return field(default=default, metadata={"help": help, "identity": identity})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. A field ``base_lr`` is the flag ``--base-lr``."""
+
+    dataset: Literal["cifar10", "cifar100", "digits", "synthetic"] = _flag("cifar10", "images to learn")
+    data_dir: str | None = _flag(
+        None,
+        "folder that holds the data set; else $CNNOPT_DATA_DIR, else ~/.keras/datasets (downloaded there)",
+        identity=False,
+    )
+    depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests")
+
+    sparsity: float = _flag(0.6, "share of the weights of each kernel that is zero in the end; 0 is dense")
+    sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
+        "polynomial", "how the sparsity gets there: at once, or by a cubic ramp (Zhu and Gupta 2017)"
+    )
+    initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
+    prune_begin: str = _flag("10%", "first mask update: 500s steps, 2e epochs or 15%% of the run")
+    prune_end: str = _flag("50%", "last mask update; the masks are fixed from there on")
+    prune_frequency: str = _flag("1%", "from one mask update to the next")
+    sparsity_scope: Literal["uniform", "global"] = _flag(
+        "uniform", "each kernel reaches the sparsity, or all prunable weights are ranked together"
+    )
+
+    optimizer: Literal["sgd", "adam"] = _flag("sgd", "sgd has Nesterov momentum 0.9")
+    base_lr: float | None = _flag(None, "peak rate for a batch of 128, scaled with the batch [sgd 0.2, adam 0.001]")
+    lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
+    lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
+    warmup: str = _flag("2e", "linear warm-up of the learning rate")
+    weight_decay: float = _flag(5e-4, "added to the gradient of each kernel as weight_decay x weight")
+    label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
+    ema: float = _flag(0.0, "decay of the weight average that is evaluated; 0 evaluates the weights themselves")
+    augment: Literal["none", "standard", "shift"] = _flag(
+        "standard", "standard: crop from 4 reflected pixels and alternating flip; shift: the original study's"
+    )
+    normalize: Literal["channel", "pixel-mean"] = _flag(
+        "channel", "standardise each channel, or only subtract the mean image as the original study did"
+    )
+    batch_size: int = _flag(128, "global batch, split over the ranks")
+    epochs: int = _flag(30, "passes over the training images")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "auto",
+        "compute type; auto: float16 on a GPU, bfloat16 on a CPU with instructions for it, else float32",
+    )
+
+    seed: int = _flag(0, "of initial weights, data order and augmentation")
+    deterministic: bool = _flag(False, "the same bits from the same command at the same rank count; slower")
+
+    run_dir: str = _flag("runs", "folder of all runs", identity=False)
+    name: str | None = _flag(None, "folder of this run below --run-dir [made from the settings]", identity=False)
+    resume: str = _flag(
+        "auto",
+        "auto: from the newest good checkpoint of this run; never; or a checkpoint folder",
+        identity=False,
+    )
+    save_every: str = _flag("1e", "between checkpoints: 1e epochs, 500s steps or 10m minutes", identity=False)
+    keep: int = _flag(3, "checkpoints kept, besides the best", identity=False)
+    strict_save: bool = _flag(False, "stop when a checkpoint cannot be written", identity=False)
+    expect_ranks: int | None = _flag(None, "fail unless this many ranks have started", identity=False)
+    verbose: bool = _flag(False, "show TensorFlow's and Horovod's own messages", identity=False)
+
+    def __post_init__(self) -> None:
+        """Settle what depends on other fields, then refuse what cannot be."""
+        if self.sparsity_schedule == "none" or self.sparsity == 0:
+            object.__setattr__(self, "sparsity_schedule", "none")
+            object.__setattr__(self, "sparsity", 0.0)
+        if self.base_lr is None:
+            object.__setattr__(self, "base_lr", 0.2 if self.optimizer == "sgd" else 1e-3)
+        _validate(self)
+        if self.name is None:
+            object.__setattr__(self, "name", self._default_name())
+
+    def _default_name(self) -> str:
+        pruned = f"-{self.sparsity_schedule}{self.sparsity * 100:g}" if self.sparsity else "-dense"
+        return f"{self.dataset}-resnet{self.depth}{pruned}-{self.precision}-seed{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result; a run can be resumed only where they are equal."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["identity"]}
+
+    def digest(self) -> str:
+        """SHA-256 of ``identity()``."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ConfigError where ``ranks`` are not as many as expected, or cannot share the batch equally."""
+        if self.expect_ranks not in (None, ranks):
+            raise ConfigError(
+                f"--expect-ranks {self.expect_ranks}: {ranks} started; check -np, --ntasks or the worker replicas"
+            )
+        if self.batch_size % ranks:
+            below = self.batch_size // ranks * ranks
+            sizes = f"{below} or {below + ranks}" if below else f"{ranks}"
+            raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
+
+    def difference(self, identity: dict[str, Any]) -> str | None:
+        """The first field in which a stored ``identity()`` differs, as text; None where all agree."""
+        for name, value in self.identity().items():
+            if name not in identity or identity[name] != value:
+                return f"--{name.replace('_', '-')} was {identity.get(name, 'not known')}, is {value}"
+        return None
+
+
+def _validate(config: TrainConfig) -> None:
+    """Raise ConfigError for the first setting that cannot be."""
+
+    def refuse(flag: str, remedy: str) -> NoReturn:
+        raise ConfigError(f"--{flag.replace('_', '-')} {getattr(config, flag)}: {remedy}")
+
+    for name, choices in _choices().items():
+        if getattr(config, name) not in choices:
+            refuse(name, f"choose from {', '.join(choices)}")
+    if config.depth < 8 or (config.depth - 2) % 6:
+        nearest = 6 * max(1, round((config.depth - 2) / 6)) + 2
+        refuse("depth", f"the depth of a CIFAR ResNet is 6n+2; the nearest is {nearest}")
+    for name in ("sparsity", "initial_sparsity", "label_smoothing", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            refuse(name, "must be at least 0 and below 1")
+    if config.sparsity_schedule == "polynomial" and config.initial_sparsity > config.sparsity:
+        refuse("initial_sparsity", f"must not exceed --sparsity {config.sparsity:g}")
+    for name in ("batch_size", "epochs", "keep", "expect_ranks"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            refuse(name, "must be at least 1")
+    if config.seed < 0:
+        refuse("seed", "must be 0 or more")
+    assert config.base_lr is not None
+    for name, low in (("base_lr", 0.0), ("weight_decay", -math.ulp(0.0))):
+        value = getattr(config, name)
+        if not (low < value < math.inf):
+            refuse(
+                name,
+                "must be a finite number above 0" if name == "base_lr" else "must be 0 or more, and finite",
+            )
+    for name in ("prune_begin", "prune_end", "prune_frequency", "warmup"):
+        try:
+            parse_duration(getattr(config, name))
+        except ValueError as error:
+            raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
+    try:
+        parse_duration(config.save_every, allowed="esm")
+    except ValueError as error:
+        raise ConfigError(f"--save-every: {error}") from None
+    try:
+        drops = parse_drops(config.lr_drops)
+    except ValueError as error:
+        raise ConfigError(f"--lr-drops: {error}") from None
+    if bool(drops) != (config.lr_schedule == "step"):
+        raise ConfigError("--lr-drops and --lr-schedule step go together: give both or neither")
+    if config.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", config.name):
+        refuse("name", "use letters, digits, '.', '_', '+' and '-' only; --run-dir is the place for a path")
+
+
+_STUDY: dict[str, Any] = {
+    "dataset": "cifar100",
+    "epochs": 300,
+    "optimizer": "adam",
+    "base_lr": 1e-3,
+    "lr_schedule": "step",
+    "lr_drops": "80e:0.1,120e:0.01,160e:0.001,180e:0.0005",
+    "warmup": "0e",
+    # Keras' L2(1e-4) adds 1e-4 x w^2 to the loss, whose gradient is 2e-4 x w.
+    "weight_decay": 2e-4,
+    "augment": "none",
+    "normalize": "pixel-mean",
+    "precision": "float32",
+    "prune_begin": "0s",
+    "prune_end": "100%",
+    "prune_frequency": "100s",
+    "initial_sparsity": 0.5,
+}
+_DENSE: dict[str, Any] = {"sparsity": 0.0, "sparsity_schedule": "none"}
+_STUDY_SUPER = {**_STUDY, "augment": "shift", "precision": "float16"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "baseline": {**_DENSE, "precision": "float32"},
+    "constant": {"sparsity": 0.6, "sparsity_schedule": "constant", "precision": "float32"},
+    "polynomial": {"sparsity": 0.6, "sparsity_schedule": "polynomial", "precision": "float32"},
+    "mixed": {**_DENSE, "precision": "auto"},
+    "super": {"depth": 44, "sparsity": 0.6, "sparsity_schedule": "polynomial", "precision": "auto"},
+    # horovodrun -np 2 python train_hvd.py --preset demo: under two minutes on two cores.
+    "demo": {
+        "dataset": "digits",
+        "depth": 14,
+        "epochs": 8,
+        "batch_size": 64,
+        "precision": "bfloat16",
+        "warmup": "1e",
+    },
+    "study-baseline": {**_STUDY, **_DENSE},
+    "study-constant": {**_STUDY, "sparsity": 0.6, "sparsity_schedule": "constant"},
+    "study-polynomial": {**_STUDY, "sparsity": 0.6},
+    "study-polynomial-90": {**_STUDY, "sparsity": 0.9},
+    "study-mixed": {**_STUDY, **_DENSE, "precision": "float16"},
+    "study-super-60": {**_STUDY_SUPER, "sparsity": 0.6},
+    "study-super-70": {**_STUDY_SUPER, "sparsity": 0.7},
+}
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    hints = typing.get_type_hints(TrainConfig)
+    return {name: typing.get_args(t) for name, t in hints.items() if typing.get_origin(t) is Literal}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="train_hvd.py",
+        description="Train a pruned, mixed-precision CIFAR ResNet synchronously over all ranks of the launcher.",
+        epilog="horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="named settings; flags given beside it win")
+    hints = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        kind = hints[f.name]
+        options: dict[str, Any] = {"help": f.metadata["help"]}
+        if f.default not in (None, ""):
+            options["help"] += f" [{str(f.default).replace('%', '%%')}]"
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+            options["type"] = members[0]
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[members[0]]
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for.
+
+    Raises ConfigError with a one-line message; prints the help text and raises SystemExit(0) for ``--help``.
+    """
+    given = vars(_parser().parse_args(argv))
+    preset = PRESETS[given.pop("preset")] if "preset" in given else {}
+    return TrainConfig(**{**preset, **given})

@@ -1,0 +1,61 @@
+"""What a person sees on rank 0: the start table and the result line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from cnnopt import distributed
+from cnnopt.config import TrainConfig
+from cnnopt.precision import Precision
+from cnnopt.record import RunFolder
+from cnnopt.schedules import Timeline
+from cnnopt.training import SynchronousModel
+
+
+def start_table(
+    console: Console,
+    config: TrainConfig,
+    folder: RunFolder,
+    world: distributed.World,
+    settings: Mapping[str, str],
+    compute: Precision,
+    model: SynchronousModel,
+    timeline: Timeline,
+) -> None:
+    """Print what is about to run. A collective: every rank tells its host and device."""
+    places = distributed.gather_objects((distributed.hostname(), distributed.device()))
+    hosts = {host: [device for h, device in places if h == host] for host, _ in places}
+    pruner, window = model.pruner, model.pruner.window
+    weights = sum(int(np.prod(kernel.shape)) for kernel in pruner.kernels)
+    pruning = (
+        f"{len(pruner.kernels)} kernels, {weights:,} weights, {config.sparsity:.0%} zero ({config.sparsity_scope}), "
+        f"{config.sparsity_schedule} from step {window.begin} to {window.end}, every {window.frequency}"
+        if pruner.enabled
+        else "none"
+    )
+    rows = {
+        "run": folder.path,
+        "ranks": f"{world.size} ({', '.join(f'{host}: {len(d)} x {d[0]}' for host, d in hosts.items())})",
+        "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank; Horovod cycle {settings['HOROVOD_CYCLE_TIME']} ms",
+        "data": f"{config.dataset}, {timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank",
+        "batch": f"{config.batch_size} ({config.batch_size // world.size} a rank)",
+        "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",
+        "rate": f"{config.optimizer}, {config.lr_schedule}, peak {float(np.max(model.learning_rates)):.4g}",
+        "precision": f"{compute.compute} ({compute.reason}), float32 weights",
+        "model": f"ResNet-{config.depth}, {model.count_params():,} parameters",
+        "pruning": pruning,
+    }
+    for name, value in rows.items():
+        console.print(f"  {name:<10}{value}", soft_wrap=True, highlight=False, markup=False)
+
+
+def final_line(result: Mapping[str, Any], folder: RunFolder) -> str:
+    """Accuracy, sparsity, speed and place of a complete run."""
+    return (
+        f"test accuracy {result['accuracy']:.2%} at the last epoch, sparsity {result['sparsity']:.2%}, "
+        f"{result['images_per_second']:.0f} images/s, {result['minutes']:.1f} min of training: {folder.path}"
+    )

@@ -1,0 +1,232 @@
+"""Ranks: start, pin, exchange, broadcast, agree. The only file that imports Horovod."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnnopt.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+class LaunchError(UserError):
+    """The ranks that started are not the ranks that were asked for; the message is one line."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The one rank that writes and prints."""
+        return self.rank == 0
+
+
+# What each launcher tells its processes: rank, size, local rank, local size.
+_LAUNCHERS = {
+    "horovodrun": ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
+    "mpirun": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    # Only srun sets the SLURM_STEP variables; a batch script on its own is one process.
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None]:
+    """What the launcher says of this process, and the launcher's name; one process and None without a launcher."""
+    for launcher, names in _LAUNCHERS.items():
+        if names[0] in environ and names[1] in environ:
+            values = [
+                int((environ.get(name, "1" if i in (1, 3) else "0").split("(")[0])) for i, name in enumerate(names)
+            ]
+            return World(*values), launcher
+    return World(), None
+
+
+def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> int:
+    """Compute threads of this rank: the cores it may use, shared with the other ranks of its host."""
+    for name in ("TF_NUM_INTRAOP_THREADS", "SLURM_CPUS_PER_TASK"):
+        if environ.get(name, "").isdigit():
+            return max(1, int(environ[name]))
+    return max(1, len(os.sched_getaffinity(0)) // world.local_size)
+
+
+def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
+    """Set what TensorFlow and Horovod read from the environment when they start. Call before importing either.
+
+    A variable that the user has set is left alone. Returns the settings in force.
+    """
+    threads = threads_per_rank(world)
+    defaults = {
+        # Keras 3, the default since TensorFlow 2.16, has neither tfmot nor Horovod's callbacks.
+        "TF_USE_LEGACY_KERAS": "1",
+        # TensorFlow switches oneDNN on by itself only where AVX512 is; on AVX2 it doubles the training speed
+        # (docs/how-it-works.md, "Threads and kernels").
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "TF_NUM_INTEROP_THREADS": "2",
+        "OMP_NUM_THREADS": str(threads),
+        # One flat tensor a step is exchanged, so a slow cycle costs little, while the default of 1 ms takes
+        # compute time from small hosts.
+        "HOROVOD_CYCLE_TIME": "10" if threads <= 2 else "1",
+        # A hung rank must end the job, so that it can be started again.
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
+    }
+    if deterministic:
+        # Fusion order is the one source of non-determinism that Horovod's maintainers name.
+        defaults["HOROVOD_FUSION_THRESHOLD"] = "0"
+        defaults["TF_DETERMINISTIC_OPS"] = "1"
+    if not verbose:
+        defaults["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        defaults["HOROVOD_LOG_LEVEL"] = "error"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    return {name: os.environ[name] for name in defaults}
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hold back what C++ code writes to standard error, which no log level silences; shown if an error ends it."""
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def start(*, verbose: bool) -> World:
+    """Import TensorFlow and Horovod, start the latter, pin this rank to its GPU.
+
+    Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
+    ranks, and nothing else would tell.
+    """
+    with contextlib.nullcontext() if verbose else _quiet_stderr():
+        import tensorflow as tf
+        import tf_keras
+
+        # Horovod's callbacks do ``from keras import backend``, which would bring in Keras 3.
+        sys.modules["keras"] = tf_keras
+        import horovod.tensorflow.keras as hvd
+
+    said, launcher = launched()
+    tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TF_NUM_INTRAOP_THREADS"]))
+    tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TF_NUM_INTEROP_THREADS"]))
+    # Horovod: initialise before anything that needs the rank.
+    hvd.init()
+    world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+    if world.size != said.size:
+        raise LaunchError(
+            f"{launcher} started {said.size} processes but Horovod joined {world.size}: start it with horovodrun, or "
+            "build Horovod with the launcher's MPI (docs/install.md)"
+        )
+    # Horovod: pin one GPU to each rank of a host.
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        tf.config.set_visible_devices(gpus[world.local_rank % len(gpus)], "GPU")
+        tf.config.experimental.set_memory_growth(gpus[world.local_rank % len(gpus)], True)
+    return world
+
+
+def hostname() -> str:
+    """The name of this rank's host, as its launcher knows it."""
+    return os.environ.get("HOROVOD_HOSTNAME") or platform.node()
+
+
+def device() -> str:
+    """What this rank computes on: ``GPU`` or ``CPU``."""
+    import tensorflow as tf
+
+    return "GPU" if tf.config.get_visible_devices("GPU") else "CPU"
+
+
+def callbacks() -> list[Any]:
+    """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged."""
+    import horovod.tensorflow.keras as hvd
+
+    return [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]
+
+
+def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
+    """The sum over all ranks of a tensor that has one shape on all of them."""
+    import horovod.tensorflow as hvd
+
+    # Horovod: the one exchange of a step.
+    return flat if hvd.size() == 1 else hvd.allreduce(flat, op=hvd.Sum, name=name)
+
+
+def broadcast(variables: Sequence[tf.Variable]) -> None:
+    """Give all ranks rank 0's values."""
+    import horovod.tensorflow as hvd
+
+    if hvd.size() > 1:
+        hvd.broadcast_variables(list(variables), root_rank=0)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value``, on all ranks."""
+    import horovod.tensorflow as hvd
+
+    return value if hvd.size() == 1 else hvd.broadcast_object(value, root_rank=0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, by rank, on all ranks."""
+    import horovod.tensorflow as hvd
+
+    return [value] if hvd.size() == 1 else hvd.allgather_object(value)
+
+
+class DisagreementError(RunError):
+    """Ranks that must hold the same numbers do not."""
+
+
+def agree(tensors: Mapping[str, np.ndarray]) -> str:
+    """Compare digests of named arrays over all ranks; return the digest of them all.
+
+    Raises DisagreementError on every rank, naming the first tensor that differs and the ranks that hold another
+    value than most do.
+    """
+    mine = [hashlib.sha256(np.ascontiguousarray(value)).hexdigest() for value in tensors.values()]
+    everyone = gather_objects(mine)
+    for name, *digests in zip(tensors, *everyone, strict=True):
+        common = max(digests, key=digests.count)
+        odd = [str(rank) for rank, digest in enumerate(digests) if digest != common]
+        if odd:
+            raise DisagreementError(f"rank {', '.join(odd)} holds another {name} than the other ranks: stopped")
+    return hashlib.sha256("".join(mine).encode()).hexdigest()
+
+
+def shutdown() -> None:
+    """Leave the exchange; the other ranks must do the same."""
+    import horovod.tensorflow as hvd
+
+    hvd.shutdown()

@@ -1,0 +1,128 @@
+"""Magnitude pruning: which kernels, which mask, when; and the sparsity that is really there.
+
+Masks live outside the layers. A wrapper inside them, as in ``prune_low_magnitude``, assigns weights within the
+autocast scope and so either fails under mixed precision (tensorflow/model-optimization issue 409) or rounds the
+float32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_model_optimization as tfmot
+import tf_keras as keras
+
+from cnnopt.errors import RunError
+from cnnopt.schedules import PruningWindow
+
+
+class PruningError(RunError):
+    """The weights are not as sparse as they must be."""
+
+
+Scope = Literal["uniform", "global"]
+
+
+def prunable_kernels(model: keras.Model) -> list[tf.Variable]:
+    """The kernels of all convolutions and dense layers, as tfmot's ``prune_low_magnitude`` takes them."""
+    return [layer.kernel for layer in model.layers if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense))]
+
+
+def num_pruned(size: int, sparsity: float) -> int:
+    """How many of ``size`` weights are zero at ``sparsity``; tfmot's rounding: kept = round(size x density)."""
+    return size - round(size * (1 - sparsity))
+
+
+def magnitude_masks(kernels: Sequence[np.ndarray], sparsity: float, scope: Scope) -> list[np.ndarray]:
+    """Boolean masks, True where a weight is kept, with exactly the asked number of False.
+
+    ``uniform`` prunes each kernel to ``sparsity``; ``global`` ranks the weights of all kernels together.
+    Ties in magnitude fall to the lower index, so equal weights give equal masks on every rank.
+    """
+    if scope == "global":
+        joined = np.concatenate([kernel.ravel() for kernel in kernels])
+        mask = magnitude_masks([joined], sparsity, "uniform")[0]
+        parts = np.split(mask, np.cumsum([kernel.size for kernel in kernels])[:-1])
+        return [part.reshape(kernel.shape) for part, kernel in zip(parts, kernels, strict=True)]
+    masks = []
+    for kernel in kernels:
+        mask = np.ones(kernel.size, bool)
+        order = np.argsort(np.abs(kernel.ravel()), kind="stable")
+        mask[order[: num_pruned(kernel.size, sparsity)]] = False
+        masks.append(mask.reshape(kernel.shape))
+    return masks
+
+
+class Pruner:
+    """The masks of one model and the schedule that renews them."""
+
+    def __init__(
+        self,
+        kernels: Sequence[tf.Variable],
+        *,
+        schedule: Literal["none", "constant", "polynomial"],
+        final_sparsity: float,
+        initial_sparsity: float,
+        window: PruningWindow,
+        scope: Scope,
+    ) -> None:
+        self.kernels = list(kernels)
+        self.scope = scope
+        self.window = window
+        self.final_sparsity = final_sparsity
+        self.enabled = schedule != "none"
+        self.masks = [tf.Variable(tf.ones_like(k), trainable=False, name=f"mask/{k.name}") for k in self.kernels]
+        if schedule == "polynomial" and window.end > window.begin:
+            self._schedule = tfmot.sparsity.keras.PolynomialDecay(
+                initial_sparsity=initial_sparsity,
+                final_sparsity=final_sparsity,
+                begin_step=window.begin,
+                end_step=window.end,
+                frequency=window.frequency,
+            )
+        else:
+            self._schedule = tfmot.sparsity.keras.ConstantSparsity(
+                final_sparsity, begin_step=window.begin, end_step=window.end, frequency=window.frequency
+            )
+
+    def due(self, step: int) -> bool:
+        """True when the masks change once ``step`` steps are done."""
+        return self.enabled and self.window.updates_after(step)
+
+    def target(self, step: int) -> float:
+        """The sparsity that the masks have once ``step`` steps are done."""
+        if not self.enabled or step < self.window.begin:
+            return 0.0
+        last = min(step, self.window.end)
+        last -= (last - self.window.begin) % self.window.frequency
+        return float(self._schedule(tf.constant(last, tf.int64))[1])
+
+    def update(self, step: int) -> None:
+        """Compute the masks that are due after ``step`` steps, and set the pruned weights to zero."""
+        # The schedule computes in float32; at its end the asked sparsity is used to the last digit.
+        sparsity = self.final_sparsity if step >= self.window.end else self.target(step)
+        masks = magnitude_masks([kernel.numpy() for kernel in self.kernels], sparsity, self.scope)
+        for variable, kernel, mask in zip(self.masks, self.kernels, masks, strict=True):
+            variable.assign(mask.astype(np.float32))
+            kernel.assign(tf.where(mask, kernel, tf.zeros_like(kernel)))
+
+    def sparsities(self) -> dict[str, float]:
+        """Measured share of exact zeros of each kernel, by its layer's name, and of all of them as ``total``."""
+        zeros = {k.name.split("/")[0]: (int(np.sum(k.numpy() == 0)), int(np.prod(k.shape))) for k in self.kernels}
+        total = (sum(z for z, _ in zeros.values()), sum(n for _, n in zeros.values()))
+        return {name: z / n for name, (z, n) in {**zeros, "total": total}.items()}
+
+    def verify_final(self) -> None:
+        """Raise PruningError unless the zeros in the weights are the target, to one weight a kernel or in all."""
+        zeros = [int(np.sum(kernel.numpy() == 0)) for kernel in self.kernels]
+        sizes = [int(np.prod(kernel.shape)) for kernel in self.kernels]
+        names = [kernel.name for kernel in self.kernels]
+        if self.scope == "global":
+            zeros, sizes, names = [sum(zeros)], [sum(sizes)], ["all kernels"]
+        for name, found, size in zip(names, zeros, sizes, strict=True):
+            wanted = num_pruned(size, self.final_sparsity if self.enabled else 0.0)
+            if abs(found - wanted) > 1:
+                raise PruningError(f"{name} ends with {found} zeros of {size} weights; --sparsity asks for {wanted}")

@@ -1,0 +1,152 @@
+"""The run folder: what was asked, on what it ran, what came out. Standard library only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cnnopt.config import ConfigError, TrainConfig
+
+PACKAGES = ("horovod", "tensorflow", "tf-keras", "tensorflow-model-optimization", "numpy", "tensorboard")
+
+
+class RunFolder:
+    """``runs/<name>/``. Every file in it is replaced whole or appended to by whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tb"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunFolder:
+        """The folder that ``config`` names; nothing is made."""
+        assert config.name is not None
+        return cls(Path(config.run_dir).expanduser() / config.name)
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise ConfigError, within milliseconds, if this run cannot be written or continued here."""
+        if self.config_file.exists():
+            try:
+                stored = json.loads(self.config_file.read_text())["identity"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ConfigError(f"{self.config_file} is damaged: give another --name, or move it away") from None
+            difference = config.difference(stored)
+            if difference:
+                raise ConfigError(f"{self.path} holds a run of another configuration ({difference}): give --name")
+            if config.resume == "never" and self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+                raise ConfigError(f"--resume never: {self.path} holds this run already; give --name, or delete it")
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
+        if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+            raise ConfigError(f"--resume {config.resume}: no such checkpoint folder; give auto, never or a folder")
+
+    def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
+        """Make the folder and note what runs in it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            content = {"identity": config.identity(), "digest": config.digest(), "name": config.name}
+            _replace(self.config_file, json.dumps(content, indent=2) + "\n")
+            _replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--run-dir {self.path.parent}: {error.strerror or error}; choose another") from None
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics of steps after ``step``, so that a resumed run draws one curve."""
+        if self.metrics_file.exists():
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            _replace(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(dict(metrics)) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
+        lines = []
+        for text in self.metrics_file.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: its presence says that the run is complete."""
+        _replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """What ``finish`` wrote; None for a run that is not complete."""
+        return json.loads(self.result_file.read_text()) if self.result_file.exists() else None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
+    """The result of a run: its last epoch (never its best), its median speed, the sparsity of each kernel."""
+    last = metrics[-1]
+    return {
+        "accuracy": last["val_accuracy"],
+        "loss": last["val_loss"],
+        "epoch": last["epoch"],
+        "step": last["step"],
+        "sparsity": sparsities["total"],
+        "images_per_second": statistics.median(line["images_per_second"] for line in metrics),
+        "minutes": sum(line["seconds"] for line in metrics) / 60,
+        "kernels": {name: value for name, value in sparsities.items() if name != "total"},
+    }
+
+
+def environment(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Where and with what this process runs."""
+    cpu = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": cpu[0] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": _commit(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "settings": dict(settings),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except OSError:  # no git on this machine
+        return None
+    return described.stdout.strip() or None
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""

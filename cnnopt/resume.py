@@ -1,0 +1,65 @@
+"""Where a run goes on: the newest checkpoint that verifies, read by one rank and given to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cnnopt import checkpoint, distributed
+from cnnopt.config import TrainConfig
+from cnnopt.record import RunFolder
+from cnnopt.training import SynchronousModel
+
+
+def restore(
+    model: SynchronousModel,
+    config: TrainConfig,
+    folder: RunFolder,
+    world: distributed.World,
+    say: Callable[[str], None],
+) -> int:
+    """Set ``model`` to the state that ``--resume`` names, on all ranks; returns the number of steps done.
+
+    Raises checkpoint.CheckpointError on every rank if a named checkpoint cannot be used.
+    """
+    outcome: int | str = 0
+    if world.first:
+        try:
+            outcome = _restore_here(model, config, folder, say)
+        except checkpoint.CheckpointError as error:
+            outcome = str(error)
+    # Horovod: all ranks learn how it went before any of them waits for the state.
+    outcome = distributed.broadcast_object(outcome)
+    if isinstance(outcome, str):
+        raise checkpoint.CheckpointError(outcome)
+    # Horovod: all ranks start from rank 0's weights, masks and counters.
+    distributed.broadcast(list(model.named_state().values()))
+    return outcome
+
+
+def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolder, say: Callable[[str], None]) -> int:
+    def unfit(found: checkpoint.Checkpoint) -> str | None:
+        difference = config.difference(found.state.get("identity", {}))
+        if difference:
+            return f"of another configuration: {difference}"
+        missing = model.named_state().keys() ^ found.arrays.keys()
+        return f"of another model: {sorted(missing)[0]}" if missing else None
+
+    if config.resume == "never":
+        return 0
+    if config.resume == "auto":
+        found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
+        for path, reason in skipped:
+            say(f"skipped {path}: {reason}")
+        if found is None:
+            return 0
+    else:
+        found = checkpoint.load(Path(config.resume))
+        reason = unfit(found)
+        if reason:
+            raise checkpoint.CheckpointError(f"--resume {config.resume}: {reason}")
+    for name, variable in model.named_state().items():
+        variable.assign(found.arrays[name])
+    folder.rewind(found.step)
+    say(f"resumed after step {found.step} from {found.path}")
+    return found.step

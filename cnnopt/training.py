@@ -1,0 +1,313 @@
+"""The synchronous step: scale -> backward -> one allreduce -> unscale -> finite everywhere? -> update -> mask."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from cnnopt import distributed
+from cnnopt.config import TrainConfig
+from cnnopt.data import Dataset, batches
+from cnnopt.models import pixel_statistics, resnet
+from cnnopt.precision import DynamicLossScale, Precision
+from cnnopt.pruning import Pruner, prunable_kernels
+from cnnopt.schedules import LearningRate, PruningWindow, Timeline, parse_drops, parse_duration
+
+
+def _variable(initial: Any, dtype: tf.DType) -> Any:
+    return field(default_factory=lambda: tf.Variable(initial, trainable=False, dtype=dtype))
+
+
+@dataclass
+class _RunState:
+    """Variables beside the network's own. Held in an object that Keras does not look into, because a variable or a
+    metric that is an attribute of a model counts among its weights.
+    """
+
+    averaged: list[tf.Variable]
+    mask_of: list[tf.Variable | None]
+    global_step: tf.Variable = _variable(0, tf.int64)  # noqa: RUF009 (a field with a factory, as dataclasses ask)
+    exchange_seconds: tf.Variable = _variable(0, tf.float64)  # noqa: RUF009
+    requests: tf.Variable = _variable([0, 0], tf.float32)  # noqa: RUF009
+    granted: tf.Variable = _variable([0, 0], tf.float32)  # noqa: RUF009
+    loss: keras.metrics.Metric = field(default_factory=lambda: keras.metrics.Mean("loss"))
+    accuracy: keras.metrics.Metric = field(default_factory=lambda: keras.metrics.Mean("accuracy"))
+
+
+class SynchronousModel(keras.Model):
+    """A network whose ``train_step`` leaves every rank with the same numbers.
+
+    One float32 vector is allreduced a step. It holds the gradients, the moving statistics of BatchNorm (so that
+    they too are equal on all ranks after every step) and two requests: a rank that was told to stop or to save
+    adds 1 to its place, and all ranks see it after the same step, at no extra collective.
+    """
+
+    STOP, SAVE = 0, 1
+
+    def prepare(
+        self, *, ranks: int, learning_rate: np.ndarray, weight_decay: float, label_smoothing: float, ema: float,
+        pruner: Pruner, loss_scale: DynamicLossScale,
+    ) -> None:  # fmt: skip
+        """Set what a step needs. ``learning_rate`` is float32 [total steps]: the rate of each step of the run."""
+        self.ranks = ranks
+        self.learning_rates = tf.constant(learning_rate, tf.float32)
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.ema_decay = ema
+        self.pruner = pruner
+        self.loss_scale = loss_scale
+        self.moving = [w for w in self.non_trainable_weights if "moving_" in w.name]
+        masks = {k.ref(): m for k, m in zip(pruner.kernels, pruner.masks, strict=True)}
+        self.run = _RunState(
+            averaged=[tf.Variable(w, trainable=False, name=f"ema/{w.name}") for w in self.weights] if ema else [],
+            mask_of=[masks.get(v.ref()) for v in self.trainable_variables],
+        )
+        self.optimizer.build(self.trainable_variables)
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Averages over this rank's shard since the epoch began."""
+        return [self.run.loss, self.run.accuracy]
+
+    def losses_of(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        """Cross-entropy of each image, float32 [batch]; labels int64 [batch], logits [batch, classes]."""
+        classes = logits.shape[-1]
+        targets = tf.one_hot(labels, classes) * (1 - self.label_smoothing) + self.label_smoothing / classes
+        return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+    def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """One update from this rank's shard of the global batch: uint8 images [shard, 32, 32, 3], int64 labels."""
+        images, labels = data
+        scale = self.loss_scale.value.read_value()
+        moving_before = [m.read_value() for m in self.moving]
+        with tf.GradientTape() as tape:
+            logits = self(images, training=True)
+            loss = tf.reduce_mean(self.losses_of(labels, logits))
+            scaled_loss = loss * scale
+        gradients = tape.gradient(scaled_loss, self.trainable_variables)
+
+        gradients, moving, finite = self.exchange(gradients)
+        gradients = [g / scale for g in gradients]
+        for variable, value, before in zip(self.moving, moving, moving_before, strict=True):
+            # The forward pass of a skipped step has overflowed perhaps, and would leave infinities here for good.
+            variable.assign(tf.where(finite, value, before) if self.loss_scale.enabled else value)
+        if self.loss_scale.enabled:
+            tf.cond(finite, lambda: self.update(gradients), tf.no_op)
+        else:
+            self.update(gradients)
+        self.loss_scale.update(finite)
+        self.run.global_step.assign_add(1)
+
+        correct = tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float32)
+        self.run.loss.update_state(loss)
+        self.run.accuracy.update_state(tf.reduce_mean(correct))
+        return {"loss": loss, "finite": finite}
+
+    def exchange(self, gradients: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
+        """Mean gradients and moving statistics over all ranks, and whether all of them are finite on all ranks."""
+        parts = [*gradients, *[m.read_value() for m in self.moving], self.run.requests.read_value()]
+        flat = tf.concat([tf.reshape(part, [-1]) for part in parts], axis=0)
+        with tf.control_dependencies([flat]):
+            before = tf.timestamp()
+        with tf.control_dependencies([before]):
+            total = distributed.allreduce_sum(tf.identity(flat), name="step")
+        with tf.control_dependencies([total]):
+            self.run.exchange_seconds.assign_add(tf.timestamp() - before)
+        pieces = tf.split(total, [int(np.prod(part.shape)) for part in parts])
+        *sums, requests = [tf.reshape(piece, part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        self.run.granted.assign(requests)
+        means = [value / self.ranks for value in sums]
+        return means[: len(gradients)], means[len(gradients) :], tf.reduce_all(tf.math.is_finite(total))
+
+    def update(self, gradients: Sequence[tf.Tensor]) -> tf.Operation:
+        """Weight decay, optimizer, masks, moving average of weights."""
+        variables = self.trainable_variables
+        decayed = [
+            g + self.weight_decay * v if v.name.endswith("kernel:0") else g
+            for g, v in zip(gradients, variables, strict=True)
+        ]
+        masked = [g if m is None else g * m for g, m in zip(decayed, self.run.mask_of, strict=True)]
+        self.optimizer.learning_rate.assign(tf.gather(self.learning_rates, self.run.global_step))
+        self.optimizer.apply_gradients(zip(masked, variables, strict=True))
+        for variable, mask in zip(variables, self.run.mask_of, strict=True):
+            if mask is not None:
+                variable.assign(variable * mask)
+        # A young average forgets its start sooner than an old one.
+        age = tf.cast(self.run.global_step, tf.float32)
+        decay = tf.minimum(self.ema_decay, (1 + age) / (10 + age))
+        for average, weight in zip(self.run.averaged, self.weights, strict=False):
+            average.assign_sub((1 - decay) * (average - weight))
+        return tf.no_op()
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, 32, 32, 3], tf.uint8), tf.TensorSpec([None], tf.int64)],
+    )
+    def evaluation_step(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        """float64 [3]: number correct, sum of cross-entropies, number of images."""
+        logits = self(images, training=False)
+        correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float64))
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        return tf.stack([correct, tf.reduce_sum(tf.cast(losses, tf.float64)), tf.cast(tf.size(labels), tf.float64)])
+
+    @contextlib.contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Within it the network has its averaged weights, where ``--ema`` keeps them."""
+        kept = [w.numpy() for w in self.weights] if self.run.averaged else []
+        for weight, average in zip(self.weights, self.run.averaged, strict=False):
+            weight.assign(average)
+        try:
+            yield
+        finally:
+            for weight, value in zip(self.weights, kept, strict=False):
+                weight.assign(value)
+
+    def named_state(self) -> dict[str, tf.Variable]:
+        """Every variable that a resumed run needs, by a stable name."""
+        groups = {
+            "weights": self.weights,
+            "optimizer": self.optimizer.variables,
+            "masks": self.pruner.masks,
+            "loss_scale": self.loss_scale.variables,
+            "ema": self.run.averaged,
+        }
+        state = {f"{group}/{i:03d}/{v.name}": v for group, members in groups.items() for i, v in enumerate(members)}
+        return {**state, "global_step": self.run.global_step}
+
+    def prune(self, step: int) -> None:
+        """Renew the masks that are due after ``step`` steps; the averaged weights lose the same entries."""
+        self.pruner.update(step)
+        for average, weight in zip(self.run.averaged, self.weights, strict=False):
+            for kernel, mask in zip(self.pruner.kernels, self.pruner.masks, strict=True):
+                if kernel is weight:
+                    average.assign(average * mask)
+
+    def agree(self) -> str:
+        """Compare weights and masks with the other ranks; returns their digest."""
+        names = [(w.name, w) for w in self.weights] + [(m.name, m) for m in self.pruner.masks]
+        return distributed.agree({name: variable.numpy() for name, variable in names})
+
+
+def build(
+    config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int
+) -> SynchronousModel:
+    """The network, its optimizer, masks and schedules, as ``config`` says; weights are those of ``config.seed``."""
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    precision.apply()
+    mean, std = pixel_statistics(data.train_images, config.normalize)
+    network = resnet(config.depth, data.num_classes, mean=mean, std=std, widen=precision.widen)
+    model = SynchronousModel(network.inputs, network.outputs, name=network.name)
+
+    begin, end, frequency = (
+        timeline.steps(parse_duration(d)) for d in (config.prune_begin, config.prune_end, config.prune_frequency)
+    )
+    pruner = Pruner(
+        prunable_kernels(model),
+        schedule=config.sparsity_schedule,
+        final_sparsity=config.sparsity,
+        initial_sparsity=config.initial_sparsity,
+        window=PruningWindow.aligned(begin, end, frequency),
+        scope=config.sparsity_scope,
+    )
+    assert config.base_lr is not None
+    rate = LearningRate(
+        peak=config.base_lr * config.batch_size / 128,
+        warmup_steps=timeline.steps(parse_duration(config.warmup)),
+        total_steps=timeline.total_steps,
+        schedule=config.lr_schedule,
+        drops=tuple((timeline.steps(when), factor) for when, factor in parse_drops(config.lr_drops)),
+    )
+    optimizer: Any = (
+        keras.optimizers.SGD(rate.peak, momentum=0.9, nesterov=True, jit_compile=False)
+        if config.optimizer == "sgd"
+        else keras.optimizers.Adam(rate.peak, jit_compile=False)
+    )
+    model.compile(optimizer=optimizer)
+    model.prepare(
+        ranks=ranks,
+        learning_rate=np.array([rate(step) for step in range(timeline.total_steps)], np.float32),
+        weight_decay=config.weight_decay,
+        label_smoothing=config.label_smoothing,
+        ema=config.ema,
+        pruner=pruner,
+        loss_scale=DynamicLossScale(precision.scales_loss),
+    )
+    return model
+
+
+def training_stream(
+    config: TrainConfig, data: Dataset, world: distributed.World, *, first_step: int, last_step: int
+) -> tf.data.Dataset:
+    """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step."""
+    shard = config.batch_size // world.size
+
+    def generate() -> Any:
+        return batches(
+            data.train_images,
+            data.train_labels,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            first_step=first_step,
+            last_step=last_step,
+            rank=world.rank,
+            size=world.size,
+        )
+
+    signature = (tf.TensorSpec([shard, 32, 32, 3], tf.uint8), tf.TensorSpec([shard], tf.int64))
+    return tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)
+
+
+def fit(
+    model: SynchronousModel, stream: tf.data.Dataset, timeline: Timeline, callbacks: Sequence[keras.callbacks.Callback]
+) -> None:
+    """Keras' ``fit`` over epochs that need not be whole numbers of steps, from ``model.run.global_step`` on.
+
+    ``on_train_batch_end`` gets the number of steps done before the batch; logs of batches stay tensors, so
+    nothing waits for a device that no callback asks for.
+    """
+    hooks = keras.callbacks.CallbackList(list(callbacks), model=model, add_history=False, add_progbar=False)
+    step = int(model.run.global_step.numpy())
+    iterator = iter(stream)
+    train_function = model.make_train_function()
+    model.stop_training = False
+    hooks.on_train_begin()
+    while step < timeline.total_steps and not model.stop_training:
+        epoch = timeline.epoch_of(step)
+        model.reset_metrics()
+        hooks.on_epoch_begin(epoch)
+        end = min(timeline.epoch_end(epoch), timeline.total_steps)
+        while step < end and not model.stop_training:
+            hooks.on_train_batch_begin(step)
+            logs = train_function(iterator)
+            hooks.on_train_batch_end(step, logs)
+            step += 1
+        if step == end:
+            hooks.on_epoch_end(epoch, {m.name: float(m.result()) for m in model.metrics})
+    hooks.on_train_end()
+
+
+def evaluate(
+    model: SynchronousModel, images: np.ndarray, labels: np.ndarray, world: distributed.World, *, batch_size: int = 200
+) -> dict[str, float]:
+    """Exact top-1 accuracy and mean loss over all images, uint8 [n, 32, 32, 3], each evaluated by one rank.
+
+    Images are taken in fixed blocks of ``batch_size`` that are dealt to the ranks, so that a block is the same
+    computation whatever the number of ranks, and sums are in float64: the figures do not depend on it.
+    """
+    blocks = range(0, len(images), batch_size)
+    sums = np.zeros([len(blocks), 3])
+    with model.evaluation_weights():
+        for i in range(world.rank, len(blocks), world.size):
+            part = slice(blocks[i], blocks[i] + batch_size)
+            sums[i] = model.evaluation_step(tf.constant(images[part]), tf.constant(labels[part])).numpy()
+    total = distributed.allreduce_sum(tf.constant(sums), name="evaluation").numpy()
+    correct, loss, count = total.sum(axis=0)
+    return {"accuracy": correct / count, "loss": loss / count, "count": int(count)}

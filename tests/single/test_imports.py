@@ -1,0 +1,84 @@
+"""Who may import whom, read from the source; what may be loaded by importing the light modules, tried."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = {f"cnnopt.{path.stem}": path for path in sorted((ROOT / "cnnopt").glob("*.py"))}
+PURE = ["cnnopt.config", "cnnopt.schedules"]
+NO_HOROVOD = ["cnnopt.models", "cnnopt.quantize"]
+
+
+def imports(source: str, package: str = "cnnopt") -> set[str]:
+    """Every module that the source imports anywhere in it, under its full name.
+
+    ``from a import b`` counts as both ``a`` and ``a.b``, since ``b`` may be a module.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = f"{package}.{base}".rstrip(".")
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def reached(module: str) -> set[str]:
+    """The modules of cnnopt that importing this one loads, itself among them."""
+    todo, seen = [module, "cnnopt.__init__"], set()
+    while todo:
+        name = todo.pop()
+        if name in MODULES and name not in seen:
+            seen.add(name)
+            todo += imports(MODULES[name].read_text())
+    return seen
+
+
+def test_imports_are_found_wherever_and_however_they_are_written():
+    source = """
+import a.b
+from c import d
+from . import e
+from .f import g
+def inside():
+    import h
+"""
+    assert imports(source) == {"a.b", "c", "c.d", "cnnopt", "cnnopt.e", "cnnopt.f", "cnnopt.f.g", "h"}
+
+
+def test_only_distributed_imports_horovod():
+    importers = [name for name, path in MODULES.items() if "horovod" in tops(imports(path.read_text()))]
+    assert set(importers) <= {"cnnopt.distributed"}
+    entry = ROOT / "train_hvd.py"
+    if entry.exists():
+        assert "horovod" not in tops(imports(entry.read_text()))
+
+
+@pytest.mark.parametrize("module", [name for name in PURE if name in MODULES])
+def test_pure_modules_need_the_standard_library_only(module):
+    for name in reached(module):
+        foreign = tops(imports(MODULES[name].read_text())) - sys.stdlib_module_names - {"cnnopt"}
+        assert not foreign, f"{module} reaches {name}, which imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("module", [name for name in NO_HOROVOD if name in MODULES])
+def test_models_and_export_do_not_need_horovod(module):
+    assert "cnnopt.distributed" not in reached(module)
+
+
+@pytest.mark.parametrize("module", ["cnnopt", *(name for name in PURE if name in MODULES)])
+def test_importing_it_loads_nothing_slow(module):
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()).isdisjoint({"tensorflow", "keras", "tf_keras", "horovod", "numpy", "sklearn"})

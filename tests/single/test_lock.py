@@ -1,0 +1,125 @@
+"""The lock (requirements*.txt) is in step with pyproject.toml, and committed text names no registry or machine."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+RUNTIME = PROJECT["project"]["dependencies"]
+DEV = PROJECT["dependency-groups"]["dev"]
+PYTHONS = ["3.10", "3.11", "3.12"]
+
+# Spelled apart, so that this file does not name them.
+REGISTRIES = ["pypi" + ".org", "python" + "hosted", "deb." + "debian.org", "registry." + "npmjs.org"]
+MACHINE_PATHS = ["/" + "work/", "/" + "root/", "file:" + "///"]
+
+
+def entries(file_name: str) -> list[tuple[Requirement, list[str]]]:
+    """Every entry of a requirements file, with its hashes."""
+    text = (ROOT / file_name).read_text().replace("\\\n", " ")
+    found = []
+    for line in text.splitlines():
+        stated, *hashes = line.split("--hash=")
+        found.append((Requirement(stated.strip()), [hash.strip() for hash in hashes]))
+    return found
+
+
+def version_of(requirement: Requirement) -> str:
+    (specifier,) = requirement.specifier
+    return specifier.version
+
+
+def applies(marker: Marker | None, python: str) -> bool:
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_python_implementation": "CPython",
+        "implementation_name": "cpython",
+    }
+    return marker is None or marker.evaluate(environment)
+
+
+def pinned(file_name: str, python: str) -> dict[str, str]:
+    """Name to version, as an installer on Linux with this Python would read the file."""
+    pairs = [
+        (canonicalize_name(requirement.name), version_of(requirement))
+        for requirement, _ in entries(file_name)
+        if applies(requirement.marker, python)
+    ]
+    assert len(pairs) == len(dict(pairs)), "a package is pinned twice"
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("file_name", ["requirements.txt", "requirements-dev.txt"])
+def test_each_entry_is_one_version_with_hashes(file_name):
+    for requirement, hashes in entries(file_name):
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
+        assert requirement.url is None
+        assert hashes, f"{requirement} has no hash"
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", hash) for hash in hashes), requirement
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize(
+    ("file_name", "direct"), [("requirements.txt", RUNTIME), ("requirements-dev.txt", RUNTIME + DEV)]
+)
+def test_each_direct_dependency_is_pinned_as_pyproject_allows(file_name, direct, python):
+    versions = pinned(file_name, python)
+    for requirement in map(Requirement, direct):
+        name = canonicalize_name(requirement.name)
+        assert name in versions, f"{requirement} is not in {file_name}: run make lock"
+        assert requirement.specifier.contains(versions[name], prereleases=True), (
+            f"{file_name} pins {name}=={versions[name]}, pyproject.toml says {requirement}: run make lock"
+        )
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_two_files_agree(python):
+    runtime, dev = pinned("requirements.txt", python), pinned("requirements-dev.txt", python)
+    assert runtime.items() <= dev.items()
+
+
+def test_the_dev_group_is_not_in_the_runtime_file():
+    runtime = pinned("requirements.txt", "3.11")
+    assert runtime.keys().isdisjoint({"pytest", "mypy", "ruff", "hypothesis", "uv"})
+
+
+def test_every_supported_python_is_checked():
+    specifiers = Requirement(f"python{PROJECT['project']['requires-python']}").specifier
+    minors = [f"3.{minor}" for minor in range(20)]
+    assert [minor for minor in minors if specifiers.contains(minor)] == PYTHONS
+
+
+def test_no_committed_text_names_a_registry_or_a_machine_path():
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    forbidden = re.compile("|".join(map(re.escape, REGISTRIES)) + r"|(?<![\w.])(" + "|".join(MACHINE_PATHS) + ")")
+    found = []
+    for path in files:
+        try:
+            text = path.read_text()
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+            for number, line in enumerate(text.splitlines(), 1)
+            if forbidden.search(line)
+        ]
+    assert not found, "\n".join(found)

@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Train a pruned, mixed-precision CIFAR ResNet, synchronously over all ranks.
+
+    laptop       horovodrun -np 2 python train_hvd.py --preset demo
+    one node     horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6
+    two nodes    horovodrun -np 8 -H a:4,b:4 python train_hvd.py --depth 44 --sparsity 0.6 --expect-ranks 8
+
+The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoints/, result.json. The same command
+goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.
+"""
+
+import sys
+import time
+
+from cnnopt import distributed
+from cnnopt.config import TrainConfig, parse_args
+from cnnopt.errors import CnnoptError
+from cnnopt.record import RunFolder
+
+
+def train(config: TrainConfig) -> int:
+    """One run, from its configuration to its result line; returns the exit status."""
+    # ---- Refuse at once what cannot work; TensorFlow is not loaded yet -------------------------------------------
+    launched, _ = distributed.launched()
+    config.check_ranks(launched.size)
+    folder = RunFolder.of(config)
+    folder.check(config)
+    if (done := folder.result()) is not None:
+        print_once(launched, f"{folder.path} is complete: {done['line']}")
+        return 0
+    from cnnopt import data
+
+    data.check(config.dataset, config.data_dir)
+
+    # ---- Start the ranks -----------------------------------------------------------------------------------------
+    settings = distributed.prepare(launched, deterministic=config.deterministic, verbose=config.verbose)
+    world = distributed.start(verbose=config.verbose)
+    config.check_ranks(world.size)
+    from cnnopt import callbacks, precision, record, resume, training
+    from cnnopt.console import Console, final_line, start_table
+    from cnnopt.schedules import Timeline, parse_duration
+
+    console = Console(quiet=not world.first)
+
+    # ---- Data, model, and where the run goes on ------------------------------------------------------------------
+    images = data.load(config.dataset, config.data_dir, seed=config.seed, show_progress=world.first)
+    timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
+    compute = precision.choose(config.precision, has_gpu=distributed.device() == "GPU")
+    model = training.build(config, images, timeline, compute, ranks=world.size)
+    if world.first:
+        folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": compute.compute})
+    first_step = resume.restore(model, config, folder, world, say=console.print)
+    start_table(console, config, folder, world, settings, compute, model, timeline)
+
+    # ---- Train ---------------------------------------------------------------------------------------------------
+    stop = callbacks.StopWhenTold()
+    hooks = [
+        *distributed.callbacks(),
+        stop,
+        callbacks.StopIfDiverged(folder.checkpoints),
+        callbacks.Prune(),
+        callbacks.Evaluate(images, world),
+        callbacks.Measure(timeline),
+        callbacks.Save(parse_duration(config.save_every, "esm"), timeline, config, folder.checkpoints, world, console),
+    ]
+    if world.first:
+        hooks += [callbacks.Record(folder, config, first_step), callbacks.Show(timeline, console)]
+    stream = training.training_stream(config, images, world, first_step=first_step, last_step=timeline.total_steps)
+    training.fit(model, stream, timeline, hooks)
+
+    # ---- What came out -------------------------------------------------------------------------------------------
+    if stop.stopped:
+        console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
+        return 75
+    model.pruner.verify_final()
+    if world.first:
+        result = record.summarize(folder.metrics(), model.pruner.sparsities())
+        line = final_line(result, folder)
+        folder.finish({**result, "line": line})
+        console.print(line)
+        console.print(f"TensorBoard: tensorboard --logdir {folder.tensorboard}")
+    return 0
+
+
+def print_once(world: distributed.World, text: str, *, error: bool = False) -> None:
+    """Print on the first rank; the others give it time, as a launcher ends all ranks when one has ended."""
+    if world.first:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    elif error:
+        time.sleep(3)
+
+
+def main() -> int:
+    """Parse the command line and train; every expected failure is one line and an exit status."""
+    try:
+        return train(parse_args())
+    except KeyboardInterrupt:
+        return 130
+    except CnnoptError as error:
+        print_once(distributed.launched()[0], f"train_hvd.py: {error}", error=True)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
