@@ -1,0 +1,48 @@
+# ARGS is handed on: make train ARGS="--epochs 2", make test-single ARGS="-k schedules -x"
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# One set-up, then one thing at a time: the tests measure time and fill the machine by themselves.
+.NOTPARALLEL:
+
+BIN := .venv/bin
+# horovodrun starts its workers with whatever `python` is first on PATH.
+train test-single test-parallel: export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help env train test test-single test-parallel lint format lock clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+env: .venv/.installed  ## build .venv from the lock: seconds, the first time minutes (it compiles Horovod)
+
+# The stamp follows the lock, so that another TensorFlow is never run with the Horovod built for the last one.
+.venv/.installed: requirements-dev.txt pyproject.toml
+	@scripts/make_env.sh
+
+train: env  ## train the demo preset on two processes of this machine
+	$(BIN)/horovodrun -np 2 $(BIN)/python train_hvd.py --preset demo $(ARGS)
+
+test: lint test-single test-parallel  ## everything that must pass before a commit
+
+test-single: env  ## the tests that need one process
+	$(BIN)/python -m pytest tests/single $(ARGS)
+
+test-parallel: env  ## the tests that start horovodrun -np 2
+	$(BIN)/python -m pytest tests/parallel $(ARGS)
+
+lint: env  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: env  ## sort imports and format, in place
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+lock:  ## bring requirements*.txt in step with pyproject.toml; UPGRADE=1 takes the newest versions
+	@scripts/make_env.sh lock $(if $(UPGRADE),--upgrade)
+
+clean:  ## remove .venv, .tools and caches; runs/ stays
+	rm -rf .venv .tools .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
