@@ -9,6 +9,7 @@ The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoin
 goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.
 """
 
+import signal
 import sys
 import time
 
@@ -40,7 +41,7 @@ def train(config: TrainConfig) -> int:
     from cnnopt.console import Console, final_line, start_table
     from cnnopt.schedules import Timeline, parse_duration
 
-    console = Console(quiet=not world.first)
+    console = Console(quiet=not world.first, highlight=False, soft_wrap=True)
 
     # ---- Data, model, and where the run goes on ------------------------------------------------------------------
     images = data.load(config.dataset, config.data_dir, seed=config.seed, show_progress=world.first)
@@ -83,11 +84,12 @@ def train(config: TrainConfig) -> int:
 
 
 def print_once(world: distributed.World, text: str, *, error: bool = False) -> None:
-    """Print on the first rank; the others give it time, as a launcher ends all ranks when one has ended."""
+    """Print on the first rank. The others give it time: a launcher ends all ranks when one has ended."""
     if world.first:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
     elif error:
-        time.sleep(3)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(2)
 
 
 def main() -> int:

@@ -6,10 +6,8 @@ those that only write (``Record``, ``Show``) are on rank 0 and hold none.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -150,7 +148,11 @@ class Save(Callback):
         asked = self.every.unit == "m" and self.model.run.granted.numpy()[SynchronousModel.SAVE] > 0
         if asked:
             self.model.run.requests.assign(tf.zeros([2]))
-        if asked or self.model.stop_training or (self.every.unit == "s" and (batch + 1) % round(self.every.value) == 0):
+        if (
+            asked
+            or self.model.stop_training
+            or (self.every.unit == "s" and (batch + 1) % max(1, round(self.every.value)) == 0)
+        ):
             self._save(batch + 1, None)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -180,45 +182,49 @@ class Save(Callback):
         except checkpoint.SaveError as error:
             if self.config.strict_save:
                 raise
-            self.console.print(f"{error}; training goes on", soft_wrap=True, markup=False)
+            self.console.print(f"{error}; training goes on", markup=False)
 
 
 class Measure(Callback):
-    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Record``."""
+    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Record``.
+
+    The first step of a process traces and compiles, and is no part of the speed of an epoch of several steps.
+    """
 
     def __init__(self, timeline: Timeline) -> None:
         super().__init__()
         self.timeline = timeline
-        self.seconds = 0.0
+        self.compiled = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Start the clock."""
-        self.first_step = int(self.model.run.global_step.numpy())
+        self._restart(int(self.model.run.global_step.numpy()))
+
+    def _restart(self, step: int) -> None:
+        self.first_step = step
         self.model.run.exchange_seconds.assign(0.0)
         self.started = time.perf_counter()
-        self.compiled: float | None = None
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """The first step of a process traces and compiles: it is not part of the speed."""
-        if self.seconds == 0.0 and self.compiled is None:
-            self.compiled = time.perf_counter() - self.started
-            self.model.run.exchange_seconds.assign(0.0)
+        """Start again once the step is compiled."""
+        if not self.compiled and batch + 1 < self.timeline.epoch_end(self.timeline.epoch_of(batch)):
+            self._restart(batch + 1)
+        self.compiled = True
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Speed, exchange share, schedules, sparsity."""
         assert logs is not None
         model = self.model
         step = int(model.run.global_step.numpy())
-        steps = step - self.first_step - (self.compiled is not None)
-        seconds = time.perf_counter() - self.started - (self.compiled or 0.0)
-        self.seconds += seconds
+        steps = step - self.first_step
+        seconds = time.perf_counter() - self.started
         logs.update(
             epoch=epoch + 1,
             step=step,
-            images_per_second=steps * self.timeline.batch_size / seconds if steps else math.nan,
-            step_seconds=seconds / steps if steps else math.nan,
             seconds=seconds,
-            exchange_share=float(model.run.exchange_seconds.numpy()) / seconds if steps else math.nan,
+            images_per_second=steps * self.timeline.batch_size / seconds,
+            step_seconds=seconds / steps,
+            exchange_share=float(model.run.exchange_seconds.numpy()) / seconds,
             learning_rate=float(model.learning_rates[step - 1]),
             loss_scale=float(model.loss_scale.value.numpy()),
             skipped_steps=int(model.loss_scale.skipped.numpy()),
@@ -312,10 +318,8 @@ class Show(Callback):
         self.console.print(
             f"epoch {epoch + 1:>3}/{self.timeline.epochs}  loss {logs['loss']:.4f}  train {logs['accuracy']:.2%}  "
             f"test {logs['val_accuracy']:.2%}  sparsity {logs['sparsity']:.2%}  lr {logs['learning_rate']:.4f}  "
-            f"{logs['images_per_second']:.0f} images/s  exchange {logs['exchange_share']:.0%}",
-            soft_wrap=True,
+            f"{logs['images_per_second']:.0f} images/s  exchange {logs['exchange_share']:.0%}"
         )
-        sys.stdout.flush()
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leave no half-drawn bar."""

@@ -27,16 +27,18 @@ from typing import Any
 
 import numpy as np
 
+from cnnopt.errors import RunError, UserError
+
 FORMAT = 1
 _FILES = ("arrays.npz", "state.json")
 _STEP = re.compile(r"(?:\.old-)?step-([0-9]{8,})")
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that cannot be trusted: one line that names the folder, the damage and the remedy."""
 
 
-class SaveError(OSError):
+class SaveError(RunError):
     """A save that failed and left earlier checkpoints as they were: one line that says why."""
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cnnopt import cifar_pickle
+from cnnopt.errors import UserError
 
 PIXELS = 3 * 32 * 32
 REMEDY = "delete it and run again without --data-dir to download it, or point --data-dir at a complete copy"
@@ -31,7 +32,7 @@ _MAX_NAMES_BYTES = 1 << 16
 _MAX_MEMBERS = 64
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used. The message is one line that names the file or flag, and the remedy."""
 
     def __init__(self, message: str) -> None:

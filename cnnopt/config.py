@@ -169,6 +169,9 @@ def _validate(config: TrainConfig) -> None:
             parse_duration(getattr(config, name))
         except ValueError as error:
             raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
+    begin, end = parse_duration(config.prune_begin), parse_duration(config.prune_end)
+    if config.sparsity and begin.unit == end.unit and begin.value > end.value:
+        refuse("prune_begin", f"must not be after --prune-end {config.prune_end}")
     try:
         parse_duration(config.save_every, allowed="esm")
     except ValueError as error:
@@ -236,7 +239,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(f"{message}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ def start_table(
         "pruning": pruning,
     }
     for name, value in rows.items():
-        console.print(f"  {name:<10}{value}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {name:<10}{value}", markup=False)
 
 
 def final_line(result: Mapping[str, Any], folder: RunFolder) -> str:

@@ -58,7 +58,8 @@ def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None
     for launcher, names in _LAUNCHERS.items():
         if names[0] in environ and names[1] in environ:
             values = [
-                int((environ.get(name, "1" if i in (1, 3) else "0").split("(")[0])) for i, name in enumerate(names)
+                int(environ.get(name, "1" if i in (1, 3) else "0").split("(")[0].split(",")[0])
+                for i, name in enumerate(names)
             ]
             return World(*values), launcher
     return World(), None
@@ -183,6 +184,17 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     return flat if hvd.size() == 1 else hvd.allreduce(flat, op=hvd.Sum, name=name)
 
 
+class ExchangeError(RunError):
+    """The ranks can no longer reach each other."""
+
+
+def exchange_error(step: int, error: Exception) -> Exception:
+    """What to raise for an error of TensorFlow in step ``step``: an ExchangeError if Horovod's part has failed."""
+    if "Horovod" not in str(error) and "horovod" not in str(error):
+        return error
+    return ExchangeError(f"step {step}: the exchange failed, as another rank has ended or cannot be reached: see above")
+
+
 def broadcast(variables: Sequence[tf.Variable]) -> None:
     """Give all ranks rank 0's values."""
     import horovod.tensorflow as hvd
@@ -215,7 +227,7 @@ def agree(tensors: Mapping[str, np.ndarray]) -> str:
     Raises DisagreementError on every rank, naming the first tensor that differs and the ranks that hold another
     value than most do.
     """
-    mine = [hashlib.sha256(np.ascontiguousarray(value)).hexdigest() for value in tensors.values()]
+    mine = [hashlib.sha256(value.tobytes()).hexdigest() for value in tensors.values()]
     everyone = gather_objects(mine)
     for name, *digests in zip(tensors, *everyone, strict=True):
         common = max(digests, key=digests.count)

@@ -6,6 +6,10 @@ class CnnoptError(Exception):
 
     exit_status = 1
 
+    def __init__(self, message: str) -> None:
+        # What the message quotes, an argument or a file name, may hold a line break.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class UserError(CnnoptError):
     """What was asked for, or the files that were named, cannot be used."""

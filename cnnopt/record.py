@@ -39,7 +39,7 @@ class RunFolder:
         """Raise ConfigError, within milliseconds, if this run cannot be written or continued here."""
         if self.config_file.exists():
             try:
-                stored = json.loads(self.config_file.read_text())["identity"]
+                stored = dict(json.loads(self.config_file.read_text())["identity"])
             except (OSError, ValueError, KeyError, TypeError):
                 raise ConfigError(f"{self.config_file} is damaged: give another --name, or move it away") from None
             difference = config.difference(stored)

@@ -46,18 +46,20 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         return f"of another model: {sorted(missing)[0]}" if missing else None
 
     if config.resume == "never":
+        folder.rewind(0)
         return 0
     if config.resume == "auto":
         found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
         for path, reason in skipped:
             say(f"skipped {path}: {reason}")
         if found is None:
+            folder.rewind(0)
             return 0
     else:
         found = checkpoint.load(Path(config.resume))
-        reason = unfit(found)
-        if reason:
-            raise checkpoint.CheckpointError(f"--resume {config.resume}: {reason}")
+        objection = unfit(found)
+        if objection:
+            raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
     for name, variable in model.named_state().items():
         variable.assign(found.arrays[name])
     folder.rewind(found.step)

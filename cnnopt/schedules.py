@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["s", "e", "%", "m"]
+MOST = 10**12
 UNITS: dict[str, str] = {"s": "steps", "e": "epochs", "%": "percent of the run", "m": "minutes"}
 
 
@@ -36,6 +37,8 @@ def parse_duration(text: str, allowed: str = "se%") -> Duration:
         forms = ", ".join(f"'{'15' if unit == '%' else '2'}{unit}' ({UNITS[unit]})" for unit in allowed)
         raise ValueError(f"'{text}' is not a duration; write one of {forms}")
     value, unit = float(match[1]), match[2]
+    if value > MOST:
+        raise ValueError(f"'{text}' is longer than any run; use at most {MOST:,}")
     if unit == "%" and value > 100:
         raise ValueError(f"'{text}' is beyond the end of the run; use at most 100%")
     return Duration(value, unit)  # type: ignore[arg-type]
@@ -90,6 +93,8 @@ def parse_drops(text: str) -> list[tuple[Duration, float]]:
         when, _, factor = part.partition(":")
         try:
             drops.append((parse_duration(when), float(factor)))
+            if not 0 <= drops[-1][1] < math.inf:
+                raise ValueError
         except ValueError:
             raise ValueError(f"'{part}' is not DURATION:FACTOR; write for example '80e:0.1'") from None
     return drops
@@ -114,7 +119,7 @@ class LearningRate:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.schedule == "step":
-            reached = [factor for when, factor in self.drops if step >= when]
+            reached = [factor for when, factor in sorted(self.drops) if step >= when]
             return self.peak * (reached[-1] if reached else 1.0)
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if self.schedule == "cosine":

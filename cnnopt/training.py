@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from cnnopt import distributed
-from cnnopt.config import TrainConfig
+from cnnopt.config import ConfigError, TrainConfig
 from cnnopt.data import Dataset, batches
 from cnnopt.models import pixel_statistics, resnet
 from cnnopt.precision import DynamicLossScale, Precision
@@ -52,7 +52,7 @@ class SynchronousModel(keras.Model):
 
     def prepare(
         self, *, ranks: int, learning_rate: np.ndarray, weight_decay: float, label_smoothing: float, ema: float,
-        pruner: Pruner, loss_scale: DynamicLossScale,
+        pruner: Pruner, loss_scale: DynamicLossScale, deterministic: bool,
     ) -> None:  # fmt: skip
         """Set what a step needs. ``learning_rate`` is float32 [total steps]: the rate of each step of the run."""
         self.ranks = ranks
@@ -62,6 +62,7 @@ class SynchronousModel(keras.Model):
         self.ema_decay = ema
         self.pruner = pruner
         self.loss_scale = loss_scale
+        self.deterministic = deterministic
         self.moving = [w for w in self.non_trainable_weights if "moving_" in w.name]
         masks = {k.ref(): m for k, m in zip(pruner.kernels, pruner.masks, strict=True)}
         self.run = _RunState(
@@ -114,16 +115,20 @@ class SynchronousModel(keras.Model):
         parts = [*gradients, *[m.read_value() for m in self.moving], self.run.requests.read_value()]
         flat = tf.concat([tf.reshape(part, [-1]) for part in parts], axis=0)
         with tf.control_dependencies([flat]):
-            before = tf.timestamp()
+            before = self._clock()
         with tf.control_dependencies([before]):
             total = distributed.allreduce_sum(tf.identity(flat), name="step")
         with tf.control_dependencies([total]):
-            self.run.exchange_seconds.assign_add(tf.timestamp() - before)
+            self.run.exchange_seconds.assign_add(self._clock() - before)
         pieces = tf.split(total, [int(np.prod(part.shape)) for part in parts])
         *sums, requests = [tf.reshape(piece, part.shape) for piece, part in zip(pieces, parts, strict=True)]
         self.run.granted.assign(requests)
         means = [value / self.ranks for value in sums]
         return means[: len(gradients)], means[len(gradients) :], tf.reduce_all(tf.math.is_finite(total))
+
+    def _clock(self) -> tf.Tensor:
+        # TensorFlow refuses to read the clock where determinism is asked for: the exchange then counts as 0 s.
+        return tf.constant(0.0, tf.float64) if self.deterministic else tf.timestamp()
 
     def update(self, gradients: Sequence[tf.Tensor]) -> tf.Operation:
         """Weight decay, optimizer, masks, moving average of weights."""
@@ -134,7 +139,8 @@ class SynchronousModel(keras.Model):
         ]
         masked = [g if m is None else g * m for g, m in zip(decayed, self.run.mask_of, strict=True)]
         self.optimizer.learning_rate.assign(tf.gather(self.learning_rates, self.run.global_step))
-        self.optimizer.apply_gradients(zip(masked, variables, strict=True))
+        # The exchange has aggregated them, and Keras' own aggregation cannot be traced inside the tf.cond of float16.
+        self.optimizer.apply_gradients(zip(masked, variables, strict=True), skip_gradients_aggregation=True)
         for variable, mask in zip(variables, self.run.mask_of, strict=True):
             if mask is not None:
                 variable.assign(variable * mask)
@@ -208,6 +214,11 @@ def build(
     begin, end, frequency = (
         timeline.steps(parse_duration(d)) for d in (config.prune_begin, config.prune_end, config.prune_frequency)
     )
+    if config.sparsity and not begin <= end <= timeline.total_steps:
+        raise ConfigError(
+            f"--prune-begin {config.prune_begin} --prune-end {config.prune_end}: steps {begin} to {end} of "
+            f"{timeline.total_steps}; let pruning end after it begins and by the end of the run"
+        )
     pruner = Pruner(
         prunable_kernels(model),
         schedule=config.sparsity_schedule,
@@ -229,7 +240,9 @@ def build(
         if config.optimizer == "sgd"
         else keras.optimizers.Adam(rate.peak, jit_compile=False)
     )
-    model.compile(optimizer=optimizer)
+    model.compile()
+    # Handed to compile(), it would come back wrapped in a loss scale of Keras' own under mixed_float16.
+    model.optimizer = optimizer
     model.prepare(
         ranks=ranks,
         learning_rate=np.array([rate(step) for step in range(timeline.total_steps)], np.float32),
@@ -238,6 +251,7 @@ def build(
         ema=config.ema,
         pruner=pruner,
         loss_scale=DynamicLossScale(precision.scales_loss),
+        deterministic=config.deterministic,
     )
     return model
 
@@ -286,7 +300,10 @@ def fit(
         end = min(timeline.epoch_end(epoch), timeline.total_steps)
         while step < end and not model.stop_training:
             hooks.on_train_batch_begin(step)
-            logs = train_function(iterator)
+            try:
+                logs = train_function(iterator)
+            except tf.errors.UnknownError as error:
+                raise distributed.exchange_error(step + 1, error) from error
             hooks.on_train_batch_end(step, logs)
             step += 1
         if step == end:

@@ -1,0 +1,129 @@
+"""What one rank finds out about itself, written to DEST/rank<r>.{json,npz} for test_ranks.py to compare.
+
+Usage: horovodrun -np N python ranks_worker.py DEST [WEIGHTS_OF_ONE_RANK]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cnnopt import distributed
+from cnnopt.config import TrainConfig
+
+distributed.prepare(distributed.launched()[0], deterministic=True, verbose=False)
+world = distributed.start(verbose=False)
+
+import tensorflow as tf  # noqa: E402
+import tf_keras as keras  # noqa: E402
+
+from cnnopt import callbacks, data, precision, training  # noqa: E402
+from cnnopt.schedules import Timeline  # noqa: E402
+
+CONFIG = TrainConfig(
+    dataset="synthetic",
+    depth=8,
+    batch_size=64,
+    epochs=2,
+    base_lr=0.1,
+    prune_begin="2s",
+    prune_end="10s",
+    prune_frequency="2s",
+    deterministic=True,
+)
+IMAGES = data.load("synthetic", seed=0, synthetic_sizes=(500, 301))
+
+
+class Losses(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append(float(logs["loss"]))
+
+
+def build(compute: str, ranks: int = world.size) -> tuple[training.SynchronousModel, Timeline]:
+    keras.backend.clear_session()
+    timeline = Timeline(len(IMAGES.train_images), CONFIG.batch_size, CONFIG.epochs)
+    return training.build(CONFIG, IMAGES, timeline, precision.choose(compute, has_gpu=False), ranks=ranks), timeline
+
+
+def train(compute: str) -> tuple[training.SynchronousModel, list[float]]:
+    model, timeline = build(compute)
+    distributed.broadcast(list(model.named_state().values()))
+    losses = Losses()
+    stream = training.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps)
+    training.fit(model, stream, timeline, [*distributed.callbacks(), callbacks.Prune(), losses])
+    return model, losses.losses
+
+
+def images_of_an_epoch() -> list[int]:
+    """The training images that this rank meets in the first epoch, by an index written into their pixels."""
+    numbered = np.zeros_like(IMAGES.train_images)
+    numbered[:, 0, 0, 0], numbered[:, 0, 0, 1] = np.divmod(np.arange(len(numbered)), 256)
+    plain = data.Dataset("numbered", numbered, IMAGES.train_labels, numbered, IMAGES.train_labels, IMAGES.class_names)
+    config = TrainConfig(dataset="synthetic", depth=8, batch_size=50 * world.size, augment="none", epochs=1)
+    steps = Timeline(len(numbered), config.batch_size, 1).total_steps
+    shards = training.training_stream(config, plain, world, first_step=0, last_step=steps).as_numpy_iterator()
+    return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images]
+
+
+def wrong_mask_is_named(model: training.SynchronousModel) -> str:
+    """The error on every rank when the last rank holds another mask."""
+    mask = model.pruner.masks[3]
+    kept = mask.numpy()
+    if world.rank == world.size - 1:
+        mask.assign(1 - kept)
+    try:
+        model.agree()
+    except distributed.DisagreementError as error:
+        return str(error)
+    finally:
+        mask.assign(kept)
+    return ""
+
+
+def overflow_on_one_rank() -> dict[str, bool]:
+    """A loss scale that overflows on the last rank alone must skip the step on all."""
+    model, _ = build("float16")
+    distributed.broadcast(list(model.named_state().values()))
+    shard = CONFIG.batch_size // world.size
+    batch = (tf.constant(IMAGES.train_images[:shard]), tf.constant(IMAGES.train_labels[:shard]))
+    before = [w.numpy() for w in model.weights]
+    if world.rank == world.size - 1:
+        model.loss_scale.value.assign(2.0**100)
+    logs = model.train_step(batch)
+    after = [w.numpy() for w in model.weights]
+    unchanged = all(np.array_equal(b, a) for b, a in zip(before, after, strict=True))
+    skipped = int(model.loss_scale.skipped.numpy())
+    model.loss_scale.value.assign(1024.0)
+    model.train_step(batch)
+    moved = any(not np.array_equal(b, w.numpy()) for b, w in zip(before, model.weights, strict=True))
+    return {"finite": bool(logs["finite"]), "unchanged": unchanged, "skipped": skipped, "moved_after": moved}
+
+
+def main(dest: Path, weights: Path | None) -> None:
+    model, losses = train("float32")
+    found = {"rank": world.rank, "size": world.size, "losses": losses, "epoch": images_of_an_epoch()}
+    arrays = {name: v.numpy() for name, v in model.named_state().items()}
+    if world.size > 1:
+        found["wrong_mask"] = wrong_mask_is_named(model)
+    if world.size == 2:
+        found["overflow"] = overflow_on_one_rank()
+        for compute in ("bfloat16", "float16"):
+            half, found[f"{compute}_losses"] = train(compute)
+            half.agree()
+            half.pruner.verify_final()
+            arrays |= {f"{compute}/{k.name}": k.numpy() for k in half.pruner.kernels}
+    if weights is not None:
+        with np.load(weights) as stored:
+            for name, variable in model.named_state().items():
+                variable.assign(stored[name])
+    found["evaluation"] = training.evaluate(model, IMAGES.test_images, IMAGES.test_labels, world, batch_size=64)
+    np.savez(dest / f"rank{world.rank}.npz", **arrays)
+    (dest / f"rank{world.rank}.json").write_text(json.dumps(found))
+
+
+main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

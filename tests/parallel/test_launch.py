@@ -1,0 +1,118 @@
+"""train_hvd.py under horovodrun: a whole run, wrong input, and ranks that are told to stop or killed."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cnnopt import checkpoint
+
+pytestmark = pytest.mark.timeout(900)
+TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--precision", "bfloat16"]
+
+
+def train(start, run_dir: Path, *flags: str, ranks: int = 2):
+    return start(ranks, "train_hvd.py", *TINY, "--run-dir", str(run_dir), "--name", "run", *flags)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def ended(processes: list[psutil.Process], within: float) -> bool:
+    """True if all processes are gone, or are zombies that nobody has waited for, within some seconds."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.fixture(scope="module")
+def stopped(start, tmp_path_factory) -> tuple[Path, int, str]:
+    """A run of 12 epochs on 2 ranks whose rank 1 got SIGTERM in the middle."""
+    run_dir = tmp_path_factory.mktemp("stopped")
+    job = train(start, run_dir, "--epochs", "12", "--save-every", "3e")
+    job.wait_for("epoch   4/12")
+    job.ranks()[1].send_signal(signal.SIGTERM)
+    status = job.wait()
+    return run_dir, status, job.output()
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_save(stopped):
+    run_dir, status, output = stopped
+    # horovodrun itself answers any failure with 1; rank 0 says what it ended with.
+    assert status != 0
+    assert "exit with status code 75" in output
+    assert "stopped as told and saved" in output
+    saved = checkpoint.list_steps(run_dir / "run/checkpoints")
+    assert checkpoint.load(saved[-1]).step > 4 * 32
+    assert not (run_dir / "run/result.json").exists()
+
+
+def test_the_same_command_goes_on_at_another_rank_count_and_draws_one_curve(stopped, start):
+    run_dir, _, _ = stopped
+    done = checkpoint.load(checkpoint.list_steps(run_dir / "run/checkpoints")[-1]).step
+    job = train(start, run_dir, "--epochs", "12", "--save-every", "3e", "--expect-ranks", "1", ranks=1)
+    assert job.wait() == 0, job.output()
+    assert f"resumed after step {done}" in job.output()
+    lines = metrics(run_dir)
+    assert [line["epoch"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines] == [32 * epoch for epoch in range(1, 13)]
+    result = json.loads((run_dir / "run/result.json").read_text())
+    assert result["accuracy"] == lines[-1]["val_accuracy"] > 0.5
+    final = checkpoint.load(checkpoint.list_steps(run_dir / "run/checkpoints")[-1])
+    kernels = {n: a for n, a in final.arrays.items() if n.startswith("weights/") and n.endswith("kernel:0")}
+    assert len(kernels) == 8
+    for name, kernel in kernels.items():
+        assert int(np.sum(kernel == 0)) == kernel.size - round(0.4 * kernel.size), name
+
+
+def test_ctrl_c_ends_all_ranks(start, tmp_path):
+    job = train(start, tmp_path, "--epochs", "100")
+    job.wait_for("epoch   1/100")
+    ranks = job.ranks()
+    assert len(ranks) == 2
+    # A terminal sends it to the whole foreground process group.
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.wait(60) != 0
+    assert ended(ranks, within=30)
+    assert "Traceback" not in "".join(line for line in job.output().splitlines(True) if "<stderr>" in line)
+
+
+def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(start, tmp_path):
+    flags = ["--epochs", "5", "--save-every", "10s"]
+    job = train(start, tmp_path, *flags)
+    job.wait_for("epoch   2/5")
+    ranks = job.ranks()
+    ranks[1].kill()
+    assert job.wait(120) != 0
+    assert ended(ranks, within=30)
+    again = train(start, tmp_path, *flags)
+    assert again.wait() == 0, again.output()
+    assert "resumed after step" in again.output()
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "message"),
+    [
+        (3, [], "--batch-size 64: does not divide over 3 ranks; use 63 or 66"),
+        (2, ["--expect-ranks", "4"], "--expect-ranks 4: 2 started; check -np, --ntasks or the worker replicas"),
+    ],
+)
+def test_wrong_input_is_one_line_of_one_rank(start, tmp_path, ranks, flags, message):
+    job = train(start, tmp_path, *flags, ranks=ranks)
+    assert job.wait(120) != 0
+    said = [line for line in job.output().splitlines() if "<stderr>" in line or "<stdout>" in line]
+    # The shells in which horovodrun starts ranks announce that they end the others.
+    said = [line for line in said if not line.endswith(">:Terminated")]
+    assert said == [f"[0]<stderr>:train_hvd.py: {message}"]
+    assert "exit with status code 2" in job.output()
+    assert list(tmp_path.iterdir()) == []
