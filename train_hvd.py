@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> int:
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
     from cnnopt import callbacks, precision, record, resume, training
-    from cnnopt.console import Console, final_line, start_table
+    from cnnopt.console import Console, final_line, start_table, tensorboard_command
     from cnnopt.schedules import Timeline, parse_duration
 
     console = Console(quiet=not world.first, highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> int:
         line = final_line(result, folder)
         folder.finish({**result, "line": line})
         console.print(line)
-        console.print(f"TensorBoard: tensorboard --logdir {folder.tensorboard}")
+        console.print(tensorboard_command(folder))
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,14 @@ def start_table(
     }
     for name, value in rows.items():
         console.print(f"  {name:<10}{value}", markup=False)
+
+
+def tensorboard_command(folder: RunFolder) -> str:
+    """The line to type for TensorBoard, from the folder where the run was started."""
+    program = Path(sys.executable).with_name("tensorboard")
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return f"TensorBoard: {program} --logdir {folder.tensorboard}"
 
 
 def final_line(result: Mapping[str, Any], folder: RunFolder) -> str:
