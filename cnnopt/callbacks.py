@@ -233,6 +233,14 @@ class Measure(Callback):
         )
 
 
+# TensorBoard shows the curves of a group side by side.
+TRAIN_CURVES = {
+    "epoch": ("accuracy", "loss"),
+    "schedule": ("learning_rate", "loss_scale", "skipped_steps"),
+    "speed": ("images_per_second", "step_seconds", "exchange_share"),
+}
+
+
 class Record(Callback):
     """Rank 0: metrics.jsonl and TensorBoard."""
 
@@ -253,21 +261,21 @@ class Record(Callback):
         assert logs is not None
         self.folder.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
         step = logs["step"]
-        in_validation = {"accuracy": logs["val_accuracy"], "loss": logs["val_loss"]}
-        in_pruning = {"sparsity/target": logs["target_sparsity"], "sparsity/total": logs["sparsity"]}
-        in_pruning |= {f"kernel/{name}": value for name, value in self.model.pruner.sparsities().items()}
-        in_train = {k: v for k, v in logs.items() if not k.startswith("val_") and "sparsity" not in k}
-        with self.writers["train"].as_default(step):
-            for name in in_train.keys() - {"epoch", "step"}:
-                tf.summary.scalar(name, in_train[name])
-        with self.writers["validation"].as_default(step):
-            for name, value in in_validation.items():
-                tf.summary.scalar(name, value)
-        with self.writers["hparams"].as_default(step):
-            tf.summary.scalar("accuracy", logs["val_accuracy"])
+        points = {
+            "train": {f"{group}/{name}": logs[name] for group, names in TRAIN_CURVES.items() for name in names},
+            "validation": {"epoch/accuracy": logs["val_accuracy"], "epoch/loss": logs["val_loss"]},
+            "hparams": {"result/accuracy": logs["val_accuracy"]},
+            "pruning": {
+                "sparsity/target": logs["target_sparsity"],
+                "sparsity/total": logs["sparsity"],
+                **{f"sparsity_by_kernel/{name}": value for name, value in self.model.pruner.sparsities().items()},
+            },
+        }
+        for writer, values in points.items():
+            with self.writers[writer].as_default(step):
+                for name, value in values.items():
+                    tf.summary.scalar(name, value)
         with self.writers["pruning"].as_default(step):
-            for name, value in in_pruning.items():
-                tf.summary.scalar(name, value)
             for kernel in self.model.pruner.kernels:
                 weights = kernel.numpy()
                 tf.summary.histogram(f"kept/{kernel.name.split('/')[0]}", weights[weights != 0])
