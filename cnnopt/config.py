@@ -58,7 +58,7 @@ class TrainConfig:
     base_lr: float | None = _flag(None, "peak rate for a batch of 128, scaled with the batch [sgd 0.2, adam 0.001]")
     lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
     lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
-    warmup: str = _flag("2e", "linear warm-up of the learning rate")
+    warmup: str = _flag("5%", "linear warm-up of the learning rate")
     weight_decay: float = _flag(5e-4, "added to the gradient of each kernel as weight_decay x weight")
     label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
     ema: float = _flag(0.0, "decay of the weight average that is evaluated; 0 evaluates the weights themselves")
@@ -220,7 +220,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 8,
         "batch_size": 64,
         "precision": "bfloat16",
-        "warmup": "1e",
     },
     "study-baseline": {**_STUDY, **_DENSE},
     "study-constant": {**_STUDY, "sparsity": 0.6, "sparsity_schedule": "constant"},
