@@ -9,7 +9,9 @@ The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoin
 goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.
 """
 
+import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -28,7 +30,7 @@ def train(config: TrainConfig) -> int:
     folder.check(config)
     if (done := folder.result()) is not None:
         print_once(launched, f"{folder.path} is complete: {done['line']}")
-        return 0
+        return quantize(config, folder) if config.quantize and launched.first else 0
     from cnnopt import data
 
     data.check(config.dataset, config.data_dir)
@@ -80,7 +82,17 @@ def train(config: TrainConfig) -> int:
         folder.finish({**result, "line": line})
         console.print(line)
         console.print(tensorboard_command(folder))
-    return 0
+    distributed.shutdown()
+    return quantize(config, folder) if config.quantize and world.first else 0
+
+
+def quantize(config: TrainConfig, folder: RunFolder) -> int:
+    """Export and measure a complete run, in a process that knows neither Horovod nor this run's precision."""
+    data_dir = ["--data-dir", config.data_dir] if config.data_dir else []
+    command = [sys.executable, "-m", "cnnopt.quantize", str(folder.path.resolve()), *data_dir]
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    ).returncode
 
 
 def print_once(world: distributed.World, text: str, *, error: bool = False) -> None:

@@ -7,13 +7,13 @@ import hashlib
 import os
 import platform
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cnnopt import environment
 from cnnopt.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -80,11 +80,7 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
     """
     threads = threads_per_rank(world)
     defaults = {
-        # Keras 3, the default since TensorFlow 2.16, has neither tfmot nor Horovod's callbacks.
-        "TF_USE_LEGACY_KERAS": "1",
-        # TensorFlow switches oneDNN on by itself only where AVX512 is; on AVX2 it doubles the training speed
-        # (docs/how-it-works.md, "Threads and kernels").
-        "TF_ENABLE_ONEDNN_OPTS": "1",
+        **environment.TENSORFLOW,
         "TF_NUM_INTRAOP_THREADS": str(threads),
         "TF_NUM_INTEROP_THREADS": "2",
         "OMP_NUM_THREADS": str(threads),
@@ -100,28 +96,8 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         defaults["HOROVOD_FUSION_THRESHOLD"] = "0"
         defaults["TF_DETERMINISTIC_OPS"] = "1"
     if not verbose:
-        defaults["TF_CPP_MIN_LOG_LEVEL"] = "3"
-        defaults["HOROVOD_LOG_LEVEL"] = "error"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    return {name: os.environ[name] for name in defaults}
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Hold back what C++ code writes to standard error, which no log level silences; shown if an error ends it."""
-    with tempfile.TemporaryFile() as held:
-        stderr = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+        defaults |= {**environment.QUIET, "HOROVOD_LOG_LEVEL": "error"}
+    return environment.prepare(defaults)
 
 
 def start(*, verbose: bool) -> World:
@@ -130,7 +106,7 @@ def start(*, verbose: bool) -> World:
     Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
     ranks, and nothing else would tell.
     """
-    with contextlib.nullcontext() if verbose else _quiet_stderr():
+    with contextlib.nullcontext() if verbose else environment.quiet_stderr():
         import tensorflow as tf
         import tf_keras
 
@@ -138,6 +114,9 @@ def start(*, verbose: bool) -> World:
         sys.modules["keras"] = tf_keras
         import horovod.tensorflow.keras as hvd
 
+    if not verbose:
+        # Keras warns, of every float16 run on a CPU, by the logger of Python, which no variable sets.
+        tf.get_logger().setLevel("ERROR")
     said, launcher = launched()
     tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TF_NUM_INTRAOP_THREADS"]))
     tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TF_NUM_INTEROP_THREADS"]))

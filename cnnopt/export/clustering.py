@@ -1,0 +1,61 @@
+"""Weight clustering that holds the zeros: each kernel gets few distinct values, one of which is exactly zero.
+
+Deep compression (Han et al. 2016, arXiv:1510.00149, section 3) shares one codebook per kernel. Here the codebook
+is shared after each output channel is divided by its largest magnitude, because int8 .tflite files have a scale
+for each output channel: with one symmetric outermost pair of centroids, the int8 codes of every channel are the
+same few numbers. A codebook of the undivided weights would turn into up to 255 codes, as every channel rounds it
+by its own scale.
+
+tfmot's ``cluster_weights(preserve_sparsity=True)`` refuses this model: "Please initialize `Cluster` with a
+supported layer ... You passed: <class 'cnnopt.models.Conv2D'>" (0.8.1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def cluster(kernel: np.ndarray, clusters: int, gain: np.ndarray) -> np.ndarray:
+    """``kernel`` float32 [..., out], each weight replaced by the centroid of its cluster; zeros stay zeros.
+
+    At most ``clusters`` distinct values, zero among them, once each output channel is divided by its largest
+    magnitude. ``gain`` float [out]: what BatchNorm multiplies each channel by, so that the squared error is that
+    of the network's output and not that of a weight before its scale.
+    """
+    if clusters < 4:
+        raise ValueError(f"--clusters {clusters}: at least 4 (zero, one outermost pair, one between)")
+    largest = np.abs(kernel).reshape(-1, kernel.shape[-1]).max(axis=0)
+    scale = np.where(largest > 0, largest, 1).astype(np.float64)
+    unit = kernel / scale
+    kept = kernel != 0
+    importance = np.broadcast_to(np.square(scale * gain), kernel.shape)
+    values, weight = unit[kept].astype(np.float64), np.maximum(importance[kept], 1e-30)
+    if not values.size:
+        return kernel
+    centroids = _lloyd(values, weight, clusters - 1)
+    clustered = np.zeros_like(unit, dtype=np.float64)
+    clustered[kept] = centroids[_nearest(values, centroids)]
+    return (clustered * scale).astype(np.float32)
+
+
+def _nearest(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    return np.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
+
+
+def _lloyd(values: np.ndarray, weight: np.ndarray, count: int, iterations: int = 100) -> np.ndarray:
+    """Weighted k-means in one dimension, ascending; the first and the last centroid are kept opposite numbers."""
+    centroids = np.linspace(-1, 1, count)
+    for _ in range(iterations):
+        nearest = _nearest(values, centroids)
+        mass = np.bincount(nearest, weight, count)
+        sums = np.bincount(nearest, weight * values, count)
+        # An empty cluster stays where it is; another iteration may fill it.
+        moved = np.where(mass > 0, sums / np.where(mass > 0, mass, 1), centroids)
+        tails = mass[0] + mass[-1]
+        outermost = (sums[-1] - sums[0]) / tails if tails else 1.0
+        moved[0], moved[-1] = -outermost, outermost
+        moved = np.clip(moved, -outermost, outermost)
+        if np.allclose(moved, centroids, rtol=0, atol=1e-7):
+            break
+        centroids = np.sort(moved)
+    return centroids

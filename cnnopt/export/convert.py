@@ -1,0 +1,112 @@
+"""Float network -> .tflite bytes, in each variant. Import after ``environment.prepare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from cnnopt.environment import quiet_stderr
+from cnnopt.errors import RunError
+from cnnopt.export import tflite_file
+from cnnopt.export.clustering import cluster
+from cnnopt.export.trained import TrainedRun, layer_names
+from cnnopt.models import resnet
+
+#: Below this many weights the converter leaves a kernel in float32 in dynamic-range files.
+DYNAMIC_MINIMUM = 1024
+
+
+class ConversionError(RunError):
+    """The converter failed, or made a file that is not what its name says."""
+
+
+def float_model(run: TrainedRun) -> keras.Model:
+    """The network of ``run`` in float32 with its last weights: raw pixels [batch, 32, 32, 3] to logits."""
+    # The network that is exported must not depend on whether this machine has a GPU.
+    tf.config.set_visible_devices([], "GPU")
+    model = resnet(run.depth, run.num_classes, mean=run.weights["mean:0"], std=run.weights["std:0"])
+    for variable in model.weights:
+        variable.assign(run.weights[variable.name])
+    return model
+
+
+def clustered_model(run: TrainedRun, clusters: int) -> keras.Model:
+    """``float_model`` with at most ``clusters`` distinct values a kernel (``cnnopt.export.clustering``)."""
+    model = float_model(run)
+    for layer in layer_names(run.depth):
+        kernel = model.get_layer(layer).kernel
+        gain = np.ones(kernel.shape[-1])
+        if layer != "classifier":
+            norm = model.get_layer(f"{layer}_bn")
+            gain = norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
+        kernel.assign(cluster(kernel.numpy(), clusters, gain))
+    return model
+
+
+def kernels_of(model: keras.Model, depth: int) -> dict[str, np.ndarray]:
+    """The prunable kernels that ``model`` really holds, by layer name."""
+    return {layer: model.get_layer(layer).kernel.numpy() for layer in layer_names(depth)}
+
+
+def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
+    """The .tflite of ``variant`` (a key of ``cnnopt.quantize.VARIANTS``), input [1, 32, 32, 3], output logits.
+
+    ``calibration`` uint8 [n, 32, 32, 3] sets the ranges of activations of the int8 variants. int8 files take
+    and give int8, all others float32. Raises ConversionError.
+    """
+    function = tf.function(
+        lambda pixels: model(pixels, training=False), input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32)]
+    )
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], model)
+    encoding, _, numbers = variant.rpartition("-")
+    optimizations = []
+    if encoding == "sparse":
+        optimizations.append(tf.lite.Optimize.EXPERIMENTAL_SPARSITY)
+    if numbers != "float32":
+        optimizations.append(tf.lite.Optimize.DEFAULT)
+    converter.optimizations = optimizations
+    if numbers == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if numbers == "int8":
+
+        def representative() -> Iterator[list[np.ndarray]]:
+            for i in range(len(calibration)):
+                yield [calibration[i : i + 1].astype(np.float32)]
+
+        converter.representative_dataset = representative
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    try:
+        with quiet_stderr():
+            return converter.convert()
+    # The converter raises ConverterError, RuntimeError or ValueError, as its passes please.
+    except Exception as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ConversionError(f"{variant}: TensorFlow's converter failed: {detail}") from error
+
+
+def file_kernels(
+    data: bytes, path: Path, variant: str, layers: Mapping[str, np.ndarray]
+) -> dict[str, tflite_file.Kernel]:
+    """The kernels of an exported file by layer name. Raises ConversionError where it is not what ``variant`` says.
+
+    The original study measured a "quantized" file that was float32 within; this is where that would stop.
+    """
+    found = tflite_file.kernels(data, path)
+    shapes = [kernel.weights.shape for kernel in found]
+    if shapes != [kernel.shape for kernel in layers.values()]:
+        raise ConversionError(f"{path}: holds kernels of shapes {shapes}, not those of the network; report this")
+    encoding, _, numbers = variant.rpartition("-")
+    for layer, kernel in zip(layers, found, strict=True):
+        wanted = {"float32": "float32", "float16": "float16"}.get(numbers, "int8")
+        if numbers == "dynamic" and kernel.dense.size < DYNAMIC_MINIMUM:
+            wanted = "float32"
+        if kernel.dense.dtype != np.dtype(wanted):
+            raise ConversionError(f"{path}: {layer} is stored as {kernel.dense.dtype}, {variant} must be {wanted}")
+    if encoding == "sparse" and not any(kernel.sparse for kernel in found):
+        raise ConversionError(f"{path}: the converter has stored no kernel sparsely; leave out --variants {variant}")
+    return dict(zip(layers, found, strict=True))

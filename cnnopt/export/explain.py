@@ -1,0 +1,86 @@
+"""Sentences for what a reader of the report would wonder about, each said only where the figures show it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def notes(content: dict[str, Any]) -> list[str]:
+    """The sentences that belong to the content of a report.json."""
+    files = {entry["name"]: entry for entry in content["files"]}
+    return [
+        *_reference(content),
+        *_raw_size(content, files),
+        *_speed(content, files),
+        *_ledgers(files),
+        *_delegates(files),
+        *_load(content),
+    ]
+
+
+def _reference(content: dict[str, Any]) -> list[str]:
+    if content["reference"]["kind"] == "baseline":
+        return []
+    return [
+        "No --baseline was given: sizes are compared with this run's own float32 file, which is as large as a dense "
+        "one, as its zeros are stored; accuracy and latency have no dense run to be compared with."
+    ]
+
+
+def _raw_size(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
+    sparsity = content["run"]["sparsity"]
+    if sparsity < 0.01 or "int8" not in files:
+        return []
+    int8, count = files["int8"]["size"], files["int8"]["weights"]["weights"]
+    sentence = (
+        f"The raw size of int8 ({int8['raw']:,} bytes) does not depend on sparsity: int8 weights are stored dense, one "
+        f"byte for each of {count:,} weights, zero or not. The {sparsity:.0%} zeros show once the file is "
+        f"compressed: {int8['gzip']:,} bytes by gzip -9, {int8['entropy_bound']:,} by an ideal coder."
+    )
+    return [sentence]
+
+
+def _speed(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
+    sparsity = content["run"]["sparsity"]
+    if sparsity < 0.01 or "float32" not in files:
+        return []
+    sentence = (
+        f"{sparsity:.0%} zeros buy no speed here: XNNPACK's sparse kernels take float32 1x1 convolutions only, and "
+        "all convolutions of this network are 3x3, so zeros are multiplied like any other weight."
+    )
+    if "sparse-float32" in files:
+        dense, sparse = (files[name]["latency"][0]["median_ms"] for name in ("float32", "sparse-float32"))
+        sentence += f" Measured at one thread: float32 {dense:.2f} ms, sparse-float32 {sparse:.2f} ms."
+    return [sentence]
+
+
+def _ledgers(files: dict[str, Any]) -> list[str]:
+    lost = [
+        f"{name}: {line['lost']:,} of {entry['ledger']['pruned']:,} pruned weights are not zero any more; the first "
+        f"stage that lost some is '{line['stage']}'."
+        for name, entry in files.items()
+        if entry["ledger"]
+        for line in entry["ledger"]["stages"]
+        if line["stage"] == entry["ledger"]["first_loss"]
+    ]
+    if lost:
+        return lost
+    pruned = max((entry["ledger"]["pruned"] for entry in files.values() if entry["ledger"]), default=0)
+    return [f"All {pruned:,} pruned weights are zero in every file."] if pruned else []
+
+
+def _delegates(files: dict[str, Any]) -> list[str]:
+    refused = [name for name, entry in files.items() if entry["latency"][0]["delegate"] == "none"]
+    if not refused:
+        return []
+    return [
+        f"XNNPACK does not run {', '.join(refused)}: TFLite's own kernels do, which are slower; the reason is in "
+        "report.json (latency, delegate_refused)."
+    ]
+
+
+def _load(content: dict[str, Any]) -> list[str]:
+    load, cores = content["machine"]["load"], content["machine"]["cores"]
+    if load <= cores + 1:
+        return []
+    return [f"The machine was busy (load {load:.1f} on {cores} cores): latencies are longer than they would be."]

@@ -1,0 +1,123 @@
+"""Run a .tflite file with TensorFlow Lite's interpreter. Import after ``environment.prepare``."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from cnnopt.environment import quiet_stderr
+from cnnopt.export.tflite_file import TfliteError
+
+
+@dataclass(frozen=True)
+class Session:
+    """An interpreter, the delegate that computes for it, and why it is not XNNPACK where it is not."""
+
+    interpreter: Any
+    delegate: str
+    fallback: str | None
+
+
+def start(data: bytes, path: Path, *, threads: int, batch: int = 1) -> Session:
+    """An interpreter with its tensors allocated for ``batch`` images. Raises TfliteError naming ``path`` where the
+    file is damaged.
+
+    XNNPACK refuses some graphs (sparse int8 weights under float activations); they run on TFLite's own kernels.
+    """
+    resolver = tf.lite.experimental.OpResolverType
+    reasons = []
+    for kind in (resolver.AUTO, resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
+        try:
+            with quiet_stderr(), warnings.catch_warnings():
+                # It announces that tf.lite.Interpreter moves to another package in TensorFlow 2.20.
+                warnings.simplefilter("ignore")
+                interpreter = tf.lite.Interpreter(
+                    model_content=data, num_threads=threads, experimental_op_resolver_type=kind
+                )
+                source = interpreter.get_input_details()[0]
+                # Before the tensors are allocated: dynamic-range files crash in XNNPACK (TensorFlow 2.18.1) when
+                # they are resized after it.
+                interpreter.resize_tensor_input(source["index"], [batch, *source["shape"][1:]])
+                interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            reasons.append(" ".join(str(error).split())[:160])
+            continue
+        delegated = any(op["op_name"] == "DELEGATE" for op in interpreter._get_ops_details())
+        return Session(interpreter, "XNNPACK" if delegated else "none", reasons[0] if reasons else None)
+    raise TfliteError(f"{path} cannot be run ({reasons[-1]}); export it again")
+
+
+def quantized(images: np.ndarray, details: dict[str, Any]) -> np.ndarray:
+    """Pixels uint8 [n, 32, 32, 3] as the input tensor of the file takes them."""
+    if details["dtype"] == np.float32:
+        return images.astype(np.float32)
+    scale, zero = details["quantization"]
+    limits = np.iinfo(details["dtype"])
+    return np.clip(np.rint(images / scale) + zero, limits.min, limits.max).astype(details["dtype"])
+
+
+def dequantized(output: np.ndarray, details: dict[str, Any]) -> np.ndarray:
+    """Logits float32 [n, classes] from the output tensor of the file."""
+    if details["dtype"] == np.float32:
+        return output
+    scale, zero = details["quantization"]
+    return (output.astype(np.float32) - zero) * np.float32(scale)
+
+
+def logits(
+    data: bytes,
+    path: Path,
+    images: np.ndarray,
+    *,
+    threads: int,
+    batch: int = 50,
+    advance: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """Logits float32 [n, classes] of images uint8 [n, 32, 32, 3].
+
+    Each of ``threads`` threads has an interpreter of its own and takes the next batch, which keeps all cores busy
+    where small layers do not divide over them; ``advance`` is told how many images are done. Raises TfliteError.
+    """
+    batch = min(batch, len(images))
+    starts = iter(range(0, len(images), batch))
+    lock = threading.Lock()
+    results: dict[int, np.ndarray] = {}
+    errors: list[BaseException] = []
+    # quiet_stderr works on the process, so interpreters are made one after the other.
+    sessions = [start(data, path, threads=1, batch=batch) for _ in range(min(threads, -(-len(images) // batch)))]
+
+    def work(session: Session) -> None:
+        interpreter = session.interpreter
+        source, sink = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+        try:
+            while not errors:
+                with lock:
+                    first = next(starts, None)
+                if first is None:
+                    return
+                part = images[first : first + batch]
+                # The last batch is filled up, as its size may not change.
+                full = part if len(part) == batch else np.concatenate([part, images[: batch - len(part)]])
+                interpreter.set_tensor(source["index"], quantized(full, source))
+                interpreter.invoke()
+                results[first] = dequantized(interpreter.get_tensor(sink["index"])[: len(part)], sink)
+                with lock:
+                    advance(len(part))
+        except (RuntimeError, ValueError) as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(session,), daemon=True) for session in sessions]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise TfliteError(f"{path} cannot be run ({' '.join(str(errors[0]).split())[:160]}); export it again")
+    return np.concatenate([results[first] for first in sorted(results)])

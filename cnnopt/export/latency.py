@@ -1,0 +1,147 @@
+"""Latency of .tflite files at batch 1, each in a process of its own.
+
+    python -m cnnopt.export.latency --threads 1,2 FILE...
+
+Prints a JSON list. A process of its own, because peak memory belongs to a process, because a damaged file can
+crash the interpreter, and because threads that TensorFlow has started would take part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnopt import environment
+from cnnopt.errors import CnnoptError, RunError
+from cnnopt.export import tflite_file
+
+WARM_UP = 20
+
+
+class LatencyError(RunError):
+    """The measuring process has failed."""
+
+
+def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2.0) -> list[list[dict[str, Any]]]:
+    """For each file a list with one dict for each number of threads; see ``one`` for its keys. Raises LatencyError.
+
+    A new process imports the interpreter once and forks for each file.
+    """
+    command = [sys.executable, "-m", "cnnopt.export.latency", "--threads", ",".join(map(str, threads))]
+    command += ["--seconds", str(seconds), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise LatencyError(f"latency could not be measured: {last}")
+    return json.loads(done.stdout)
+
+
+def one(path: Path, threads: int, seconds: float) -> dict[str, Any]:
+    """Latency of one image, in milliseconds, and memory, in bytes, of this process.
+
+    Times are of ``invoke`` alone, after ``WARM_UP`` calls, over ``seconds`` and at least 20 calls. ``peak_rss``
+    is the largest resident size since before the interpreter was made, and ``added_rss`` what that is above the
+    size then: TensorFlow's libraries are hundreds of megabytes that a device would not carry.
+    """
+    from cnnopt.export import interpret
+
+    data = tflite_file.read(path)
+    _reset_peak()
+    before = _status("VmRSS")
+    session = interpret.start(data, path, threads=threads)
+    interpreter = session.interpreter
+    source = interpreter.get_input_details()[0]
+    pixels = np.random.default_rng(0).integers(0, 256, source["shape"], dtype=np.uint8)
+    interpreter.set_tensor(source["index"], interpret.quantized(pixels, source))
+    for _ in range(WARM_UP):
+        interpreter.invoke()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 20 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        interpreter.invoke()
+        times.append(1000 * (time.perf_counter() - start))
+    peak = _status("VmHWM")
+    median, p90, p99 = np.percentile(times, [50, 90, 99])
+    return {
+        "threads": threads,
+        "runs": len(times),
+        "median_ms": float(median),
+        "p90_ms": float(p90),
+        "p99_ms": float(p99),
+        "peak_rss": peak,
+        "added_rss": max(0, peak - before),
+        "delegate": session.delegate,
+        "delegate_refused": session.fallback,
+    }
+
+
+def _reset_peak() -> None:
+    # proc(5): 5 sets VmHWM to the size of now. Where it is not allowed, the peak of the import stays in it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise LatencyError(f"/proc/self/status has no {field}; latency is measured on Linux only")
+
+
+def _child(connection: Connection, path: Path, threads: Sequence[int], seconds: float) -> None:
+    try:
+        connection.send([one(path, count, seconds) for count in threads])
+    except CnnoptError as error:
+        connection.send(str(error))
+
+
+def main() -> int:
+    """Measure the files of the command line."""
+    parser = argparse.ArgumentParser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument(
+        "--threads", default=f"1,{len(os.sched_getaffinity(0))}", help="numbers of threads, with commas"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    given = parser.parse_args()
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    with environment.quiet_stderr():
+        import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
+
+    fork = multiprocessing.get_context("fork")
+    results = []
+    for path in given.files:
+        receive, send = fork.Pipe(duplex=False)
+        counts = [int(count) for count in given.threads.split(",")]
+        process = fork.Process(target=_child, args=(send, path, counts, given.seconds))
+        process.start()
+        send.close()
+        try:
+            outcome = receive.recv()
+        except EOFError:
+            process.join()
+            outcome = f"{path} ended the process that ran it (status {process.exitcode}); export it again"
+        process.join()
+        if isinstance(outcome, str):
+            print(f"cnnopt.export.latency: {outcome}", file=sys.stderr)
+            return 1
+        results.append(outcome)
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

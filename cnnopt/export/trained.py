@@ -1,0 +1,160 @@
+"""A finished run as arrays: which weights it ended with, and that they are whole. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnopt import checkpoint
+from cnnopt.errors import UserError
+from cnnopt.record import RunFolder
+
+
+class TrainedError(UserError):
+    """A run folder that cannot be exported: one line that names the file and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """The last state of a finished run.
+
+    ``weights``: float32 arrays by variable name ("stem/kernel:0"), averaged ones where the run had ``--ema``.
+    ``masks``: bool arrays by layer name, True where a weight is kept; empty for a dense run.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    result: dict[str, Any]
+    checkpoint: Path
+    step: int
+    weights: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+
+    @property
+    def depth(self) -> int:
+        """Layers of the ResNet."""
+        return self.identity["depth"]
+
+    @property
+    def num_classes(self) -> int:
+        """Logits of the network."""
+        return len(self.weights["classifier/bias:0"])
+
+    def kernels(self) -> dict[str, np.ndarray]:
+        """The prunable kernels by layer name, in the order in which the network computes them."""
+        return {layer: self.weights[f"{layer}/kernel:0"] for layer in layer_names(self.depth)}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros in the prunable kernels."""
+        kernels = self.kernels().values()
+        return sum(int(np.sum(k == 0)) for k in kernels) / sum(k.size for k in kernels)
+
+
+def layer_names(depth: int) -> list[str]:
+    """The layers of ``cnnopt.models.resnet`` that have a kernel, in the order of computation."""
+    blocks = range(1, (depth - 2) // 6 + 1)
+    convolutions = [f"stage{s}_block{b}_conv{c}" for s in (1, 2, 3) for b in blocks for c in (1, 2)]
+    return ["stem", *convolutions, "classifier"]
+
+
+def weight_shapes(depth: int, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of ``cnnopt.models.resnet``, but for ``mean:0`` and ``std:0``, which only broadcast."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = 3
+    for layer in layer_names(depth)[:-1]:
+        filters = 16 if layer == "stem" else 8 << int(layer[5])
+        shapes[f"{layer}/kernel:0"] = (3, 3, channels, filters)
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            shapes[f"{layer}_bn/{name}:0"] = (filters,)
+        channels = filters
+    return {**shapes, "classifier/kernel:0": (channels, num_classes), "classifier/bias:0": (num_classes,)}
+
+
+def read(path: Path) -> TrainedRun:
+    """The run in folder ``path``. Raises TrainedError, in well under a second, where it cannot be exported."""
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise TrainedError(f"{path}: no such run folder; name one that train_hvd.py made, such as runs/NAME")
+    config = _json(folder.config_file, "name a folder that train_hvd.py made")
+    if not isinstance(identity := config.get("identity"), dict) or type(identity.get("depth")) is not int:
+        raise TrainedError(f"{folder.config_file} is damaged: restore it from a copy, or train again")
+    if not folder.result_file.exists():
+        raise TrainedError(
+            f"{path}: this run never finished (no result.json); go on with the same train_hvd.py command"
+        )
+    result = _json(folder.result_file, "restore it from a copy")
+    found, skipped = checkpoint.newest(folder.checkpoints)
+    if found is None:
+        why = skipped[0][1] if skipped else "there is none"
+        raise TrainedError(f"{folder.checkpoints}: no checkpoint to export ({why}); restore one, or train again")
+    if found.step != result.get("step"):
+        raise TrainedError(
+            f"{folder.checkpoints}: the newest good checkpoint is of step {found.step}, but the run ended at step "
+            f"{result.get('step')}; restore the last checkpoint, or train again"
+        )
+    weights, masks = _select(found, identity)
+    return TrainedRun(path, identity, result, found.path, found.step, weights, masks)
+
+
+def read_baseline(path: Path, run: TrainedRun) -> TrainedRun:
+    """The run to compare ``run`` with. Raises TrainedError unless it is a dense run of the same network and data."""
+    baseline = read(path)
+    for field in ("dataset", "depth"):
+        if baseline.identity[field] != run.identity[field]:
+            raise TrainedError(
+                f"--baseline {path}: its {field} is {baseline.identity[field]}, that of {run.path} is "
+                f"{run.identity[field]}; name a dense run of the same network and data"
+            )
+    if baseline.sparsity > 0.01:
+        raise TrainedError(f"--baseline {path}: {baseline.sparsity:.0%} of its weights are zero; name a dense run")
+    return baseline
+
+
+def _json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise TrainedError(f"{path}: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise TrainedError(f"{path} is damaged: {remedy}")
+    return content
+
+
+def _select(found: checkpoint.Checkpoint, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and masks of a checkpoint by plain name; TrainedError where it is of another model."""
+
+    def group(name: str) -> list[tuple[str, np.ndarray]]:
+        return [(key.split("/", 2)[2], found.arrays[key]) for key in sorted(found.arrays) if key.startswith(f"{name}/")]
+
+    def refuse(difference: str) -> TrainedError:
+        return TrainedError(f"{found.path} is a checkpoint of another model ({difference}); restore this run's own")
+
+    stored = found.state.get("identity", identity)
+    for key in identity:
+        if stored.get(key) != identity[key]:
+            raise refuse(f"{key} {stored.get(key)}, but config.json says {identity[key]}")
+    weights = dict(group("weights"))
+    classes = len(np.atleast_1d(weights.get("classifier/bias:0", np.zeros(0))))
+    shapes = weight_shapes(identity["depth"], classes)
+    for name, shape in shapes.items():
+        if name not in weights or weights[name].shape != shape:
+            has = weights[name].shape if name in weights else "missing"
+            raise refuse(f"{name} is {has}, a ResNet-{identity['depth']} has {shape}")
+    if extra := weights.keys() - shapes.keys() - {"mean:0", "std:0"} or {"mean:0", "std:0"} - weights.keys():
+        raise refuse(f"{min(extra)} does not belong, or is missing")
+    if identity.get("ema"):
+        averages = [value for _, value in group("ema")]
+        if [a.shape for a in averages] != [w.shape for w in weights.values()]:
+            raise refuse("its averaged weights are not those of --ema")
+        weights = dict(zip(weights, averages, strict=True))
+    if any(not np.all(np.isfinite(value)) for value in weights.values()):
+        raise TrainedError(f"{found.path}: weights are not finite; the run has diverged, train again at a lower rate")
+    masks = {name.removeprefix("mask/").split("/")[0]: value != 0 for name, value in group("masks")}
+    return weights, masks if identity.get("sparsity") else {}

@@ -1,0 +1,297 @@
+"""Quantize a finished run and measure every file that comes out: python -m cnnopt.quantize runs/NAME
+
+    python -m cnnopt.quantize runs/NAME --variants float32,int8 --clusters 16 --baseline runs/DENSE --pack
+    python -m cnnopt.quantize pack FILE.tflite...
+    python -m cnnopt.quantize unpack FILE.packed.zip...
+
+Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png (docs/quantize.md). Exit status: 0
+done, 1 failed, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cnnopt.errors import CnnoptError, UserError
+
+#: What can be exported. Names end in the numbers that weights are stored as.
+VARIANTS = {
+    "float32": "weights and arithmetic in float32",
+    "float16": "weights stored in float16, arithmetic in float32",
+    "dynamic": "int8 weights, float32 in and out (dynamic range)",
+    "int8": "int8 throughout, in and out",
+    "sparse-float32": "float32 with zeros left out (EXPERIMENTAL_SPARSITY)",
+    "sparse-dynamic": "dynamic with zeros left out",
+    "sparse-int8": "int8 with zeros left out",
+    "clustered-int8": "int8 with at most --clusters distinct values a kernel",
+}
+MIN_CALIBRATION = 32
+
+
+class OptionError(UserError):
+    """A flag that cannot be; the message is one line that names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of a quantization."""
+
+    run: Path
+    variants: tuple[str, ...] | None
+    clusters: int | None
+    baseline: Path | None
+    calibration: int
+    seed: int
+    data_dir: str | None
+    pack: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+def parse_args(argv: Sequence[str]) -> Options:
+    """The options that a command line asks for. Raises OptionError; SystemExit(0) for ``--help``."""
+    listing = "\n".join(f"  {name:<16}{text}" for name, text in VARIANTS.items())
+    parser = _Parser(
+        prog="cnnopt.quantize",
+        description=__doc__,
+        epilog=f"variants:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--variants", metavar="A,B", help="which files to make [all that apply to the run]")
+    parser.add_argument(
+        "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
+    )
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
+    parser.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
+    parser.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
+    parser.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
+    given = vars(parser.parse_args(argv))
+    if given["variants"] is not None:
+        given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
+        for name in given["variants"]:
+            if name not in VARIANTS:
+                raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
+        if ("clustered-int8" in given["variants"]) != (given["clusters"] is not None):
+            raise OptionError("--variants clustered-int8 and --clusters N go together: give both or neither")
+    if given["clusters"] is not None and not 4 <= given["clusters"] <= 256:
+        raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
+    if given["calibration"] < MIN_CALIBRATION:
+        raise OptionError(
+            f"--calibration {given['calibration']}: too few images to see the range of the activations; "
+            f"give at least {MIN_CALIBRATION}"
+        )
+    if given["seed"] < 0:
+        raise OptionError(f"--seed {given['seed']}: must be 0 or more")
+    return Options(**given)
+
+
+def choose(options: Options, sparsity: float) -> tuple[str, ...]:
+    """The variants to make of a run of this sparsity. Raises OptionError for one that cannot be made of it."""
+    # Below this share of zeros the converter leaves a kernel dense (measured: docs/quantize.md, "Variants").
+    sparse_enough = sparsity >= 0.4
+    if options.variants is None:
+        skipped = set() if options.clusters else {"clustered-int8"}
+        return tuple(
+            name for name in VARIANTS if name not in skipped and (sparse_enough or not name.startswith("sparse-"))
+        )
+    for name in options.variants:
+        if name.startswith("sparse-") and not sparse_enough:
+            raise OptionError(
+                f"--variants {name}: {sparsity:.0%} of the weights of {options.run} are zero; leave it out"
+            )
+    return options.variants
+
+
+def writable(folder: Path) -> Path:
+    """Make ``folder`` if need be. Raises OptionError where nothing can be written in it."""
+    try:
+        folder.mkdir(exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(
+            f"{folder}: cannot write there ({error.strerror}); copy the run to a writable folder"
+        ) from None
+    return folder
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file whole. Raises OptionError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OptionError(
+            f"{path}: cannot be written ({error.strerror}); free some space or check the folder"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Export and measure the variants of a run; returns the content of report.json."""
+    # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
+    from cnnopt import data, environment
+    from cnnopt.export import trained
+
+    run = trained.read(options.run)
+    variants = choose(options, run.sparsity)
+    baseline = trained.read_baseline(options.baseline, run) if options.baseline else None
+    folder = writable(options.run / "export")
+    name, seed = run.identity["dataset"], run.identity["seed"]
+    data.check(name, options.data_dir)
+    images = data.load(name, options.data_dir, seed=seed, show_progress=True)
+    if images.num_classes != run.num_classes:
+        raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
+    if options.calibration > len(images.train_images):
+        raise OptionError(f"--calibration {options.calibration}: {name} has {len(images.train_images)} training images")
+
+    import numpy as np
+
+    # Of the training split: a file calibrated on the test images has seen what it is measured with.
+    chosen = np.random.default_rng(options.seed).choice(len(images.train_images), options.calibration, replace=False)
+    chosen.sort()
+
+    # ---- Convert -------------------------------------------------------------------------------------------------
+    say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    with environment.quiet_stderr():
+        from cnnopt.export import card, convert
+
+    def make(model: Any, variant: str, label: str) -> card.Export:
+        file = folder / f"{label}.tflite"
+        content = convert.convert(model, variant, images.train_images[chosen])
+        kernels = convert.file_kernels(content, file, variant, run.kernels())
+        write(file, content)
+        say(f"  {file}  {len(content):,} bytes")
+        return card.Export(label, file, content, kernels)
+
+    model = convert.float_model(run)
+    exact = make(model, "float32", "float32")
+    exports = [exact]
+    stages = {"trained": run.kernels(), "loaded": convert.kernels_of(model, run.depth)}
+    converted = {"converted": {layer: kernel.weights for layer, kernel in exact.kernels.items()}}
+    ways = {"float32": {**stages, **converted}}
+    for variant in variants:
+        if variant == "float32":
+            continue
+        source, way = model, {**stages, **converted}
+        if variant == "clustered-int8":
+            assert options.clusters is not None
+            source = convert.clustered_model(run, options.clusters)
+            way = {**stages, "clustered": convert.kernels_of(source, run.depth)}
+        export = make(source, variant, variant)
+        last = "encoded" if variant == "sparse-float32" else "quantized"
+        ways[variant] = {**way, last: {layer: kernel.weights for layer, kernel in export.kernels.items()}}
+        exports.append(export)
+    reference = exact
+    if baseline:
+        reference = make(convert.float_model(baseline), "float32", "dense-float32")
+        exports.insert(0, reference)
+
+    # ---- Measure these very files --------------------------------------------------------------------------------
+    content = card.report(
+        run, exports, ways, model, images, baseline=baseline, reference=reference, clusters=options.clusters, say=say
+    )
+    content["calibration"] = {
+        "split": "train",
+        "seed": options.seed,
+        "count": options.calibration,
+        "indices": chosen.tolist(),
+    }
+    if options.pack:
+        for entry, export in zip(content["files"], exports, strict=True):
+            if export.name in ("int8", "clustered-int8", "dynamic"):
+                entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
+    return content
+
+
+def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> dict[str, Any]:
+    """Write the archive of an exported file beside it, and say how good it is."""
+    from cnnopt.export import pack
+
+    archive = pack.pack(content, path)
+    target = path.with_name(path.name + pack.SUFFIX)
+    write(target, archive)
+    assert pack.unpack(archive, target)[1] == content
+    coded = pack.stream_sizes(archive)
+    weights = sum(coded[name] for name in ("mask.xz", "palette.xz", "values.xz"))
+    return {
+        "file": f"export/{target.name}",
+        "bytes": len(archive),
+        "weights_bytes": weights,
+        "over_entropy_bound": len(archive) / size["entropy_bound"] - 1,
+        "over_weights_entropy": weights / size["weights_entropy"] - 1,
+        "times_smaller": reference / len(archive),
+    }
+
+
+def archive_command(command: str, argv: Sequence[str]) -> None:
+    """``pack`` and ``unpack``: one file for each file named, beside it. Raises UserError."""
+    from cnnopt import environment
+    from cnnopt.export import pack, tflite_file
+
+    parser = _Parser(prog=f"cnnopt.quantize {command}", allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--output-dir", type=Path, help="where the files go [beside the files named]")
+    given = parser.parse_args(argv)
+    for path in given.files:
+        folder = writable(given.output_dir or path.parent)
+        if command == "pack":
+            content = tflite_file.read(path)
+            environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+            with environment.quiet_stderr():
+                archive = pack.pack(content, path)
+            target = folder / (path.name + pack.SUFFIX)
+            write(target, archive)
+            print(f"{target}  {len(content):,} -> {len(archive):,} bytes")
+        else:
+            try:
+                archive = path.read_bytes()
+            except OSError as error:
+                raise OptionError(f"{path}: {error.strerror}; name an archive that pack wrote") from None
+            name, content = pack.unpack(archive, path)
+            target = folder / name
+            if target.exists() and target.read_bytes() != content:
+                raise OptionError(f"{target} exists and differs; move it away, or give --output-dir")
+            write(target, content)
+            print(f"{target}  {len(content):,} bytes, SHA-256 {tflite_file.digest(content)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; every expected failure is one line and an exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and argv[0] in ("pack", "unpack"):
+            archive_command(argv[0], argv[1:])
+            return 0
+        options = parse_args(argv)
+        content = quantize(options)
+        from cnnopt.export import report
+
+        report.save(content, options.run)
+        report.show(content)
+    except KeyboardInterrupt:
+        return 130
+    except CnnoptError as error:
+        print(f"cnnopt.quantize: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

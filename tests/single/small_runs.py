@@ -1,0 +1,47 @@
+"""The program's own model, stream and loop, on a ResNet-8 and a few synthetic images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from cnnopt import data, precision, training
+from cnnopt.config import TrainConfig
+from cnnopt.distributed import World
+from cnnopt.schedules import Timeline
+
+IMAGES = data.load("synthetic", seed=0, synthetic_sizes=(256, 75))
+
+
+def settings(**changes: object) -> TrainConfig:
+    """ResNet-8 on 256 images in batches of 32: 8 steps an epoch."""
+    defaults = {"dataset": "synthetic", "depth": 8, "batch_size": 32, "epochs": 3, "precision": "float32",
+                "warmup": "4s", "prune_begin": "4s", "prune_end": "16s", "prune_frequency": "4s"}  # fmt: skip
+    return TrainConfig(**{**defaults, **changes})
+
+
+def timeline_of(config: TrainConfig) -> Timeline:
+    return Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
+
+
+def build(config: TrainConfig) -> training.SynchronousModel:
+    compute = precision.choose(config.precision, has_gpu=False)
+    return training.build(config, IMAGES, timeline_of(config), compute, ranks=1)
+
+
+def stream(config: TrainConfig, first_step: int = 0) -> tf.data.Dataset:
+    last_step = timeline_of(config).total_steps
+    return training.training_stream(config, IMAGES, World(), first_step=first_step, last_step=last_step)
+
+
+def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
+    return next(iter(stream(config)))
+
+
+def fit(model: training.SynchronousModel, config: TrainConfig, callbacks: Sequence) -> None:
+    """From the model's step to the end of the run."""
+    training.fit(model, stream(config, int(model.run.global_step.numpy())), timeline_of(config), callbacks)
+
+
+def state(model: training.SynchronousModel) -> dict[str, np.ndarray]:
+    return {name: variable.numpy() for name, variable in model.named_state().items()}

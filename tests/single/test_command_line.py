@@ -1,0 +1,315 @@
+"""The program as a user starts it: mistakes answered at once, and whole runs from flags to files."""
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cifar_copies import BINARY_10, small_copy
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from cnnopt import checkpoint, distributed
+from cnnopt.pruning import num_pruned
+
+PROGRAM = Path(__file__).parents[2] / "train_hvd.py"
+
+
+def start(arguments: list[str], shell: dict[str, str], *python_flags: str) -> subprocess.Popen:
+    command = [sys.executable, *python_flags, str(PROGRAM), *arguments]
+    # Another folder than the repository: nothing may depend on where it is started.
+    return subprocess.Popen(command, env=shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+
+
+def program(arguments: list[str], shell: dict[str, str], *python_flags: str) -> subprocess.CompletedProcess:
+    process = start(arguments, shell, *python_flags)
+    stdout, stderr = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def refusal(arguments: list[str], shell: dict[str, str]) -> str:
+    done = program(arguments, shell)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("train_hvd.py: ")
+    return done.stderr
+
+
+# Wrong input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--depth 43", "--depth 43: the depth of a CIFAR ResNet is 6n+2; the nearest is 44"),
+        ("--sparcity 0.6", "unrecognized arguments: --sparcity 0.6; see --help"),
+        ("--expect-ranks 2", "--expect-ranks 2: 1 started"),
+        ("--data-dir /no/such/folder", "--data-dir /no/such/folder: does not exist"),
+        ("--dataset synthetic --resume /no/such", "--resume /no/such: no such checkpoint folder"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, expected, shell, tmp_path):
+    assert expected in refusal([*arguments.split(), "--run-dir", str(tmp_path / "runs")], shell)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--depth 43", "--dataset synthetic --expect-ranks 2", "--help"])
+def test_tensorflow_is_not_loaded_to_say_so(arguments, shell):
+    done = program(arguments.split(), shell, "-X", "importtime")
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "cnnopt" in imported
+    assert imported.isdisjoint({"tensorflow", "tf_keras", "horovod", "sklearn", "tensorflow_model_optimization"})
+
+
+def test_help_is_on_stdout_with_status_0(shell):
+    done = program(["--help"], shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--sparsity" in done.stdout
+
+
+def test_a_batch_that_does_not_divide_over_the_launched_ranks(shell):
+    ranks = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "3", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "3"}
+    message = refusal(["--dataset", "synthetic"], {**shell, **ranks})
+    assert "--batch-size 128: does not divide over 3 ranks; use 126 or 129" in message
+
+
+def test_only_the_first_rank_speaks(shell):
+    ranks = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "3", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "3"}
+    done = program(["--depth", "43"], {**shell, **ranks})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_truncated_data_file_is_named(shell, tmp_path):
+    folder = small_copy(BINARY_10).folder(tmp_path)
+    victim = folder / BINARY_10.train[2]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    message = refusal(["--data-dir", str(tmp_path), "--run-dir", str(tmp_path / "runs")], shell)
+    assert str(victim) in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_a_run_folder_that_cannot_be_made(below, shell, tmp_path):
+    (tmp_path / "file").write_text("in the way")  # root may write anywhere, but not below a file
+    message = refusal(["--dataset", "synthetic", "--run-dir", str(tmp_path / "file" / below)], shell)
+    assert "--run-dir" in message
+    assert "choose another" in message
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_flag_with_a_line_break_is_still_one_line(shell):
+    refusal(["--name", "a\nb"], shell)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (distributed.World(), None)),
+        ({"HOROVOD_RANK": "3", "HOROVOD_SIZE": "8", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
+         (distributed.World(3, 8, 1, 2), "horovodrun")),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (distributed.World(1, 4, 0, 1), "mpirun")),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+         (distributed.World(5, 8, 1, 4), "srun")),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2,1"},
+         (distributed.World(2, 3, 0, 2), "srun")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (distributed.World(), None)),  # a batch script: no srun
+    ],
+)  # fmt: skip
+def test_what_the_launchers_say(variables, expected):
+    assert distributed.launched(variables) == expected
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------
+
+EPOCHS = 3  # of 2,048 images: 16 steps each
+RUN = """--dataset synthetic --depth 8 --epochs 3 --precision float32 --ema 0.9 --deterministic --name tiny
+         --sparsity 0.7 --initial-sparsity 0.2 --prune-begin 8s --prune-end 32s --prune-frequency 8s"""
+
+
+def arguments(runs: Path, *more: str) -> list[str]:
+    return [*RUN.split(), "--run-dir", str(runs), *more]
+
+
+@pytest.fixture(scope="module")
+def complete(shell, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    runs = tmp_path_factory.mktemp("complete")
+    return runs / "tiny", program(arguments(runs), shell)
+
+
+def curves(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a folder."""
+    return EventAccumulator(str(folder)).Reload()
+
+
+def points(events: EventAccumulator, tag: str) -> dict[int, float]:
+    """The value of each step; a step that is there twice fails."""
+    found = [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
+    assert len(dict(found)) == len(found), f"{tag}: a step twice"
+    return dict(found)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_ends_with_its_result_line_and_its_files(complete):
+    folder, done = complete
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    *_, line, tensorboard = done.stdout.splitlines()
+    assert line.startswith("test accuracy ")
+    assert "at the last epoch, sparsity 70.0" in line
+    assert line.endswith(str(folder))
+    prefix, command, flag, logdir = tensorboard.split()
+    assert (prefix, flag, logdir) == ("TensorBoard:", "--logdir", str(folder / "tb"))
+    assert Path("/", command).exists()  # from where the run was started
+    assert sum(text.startswith("epoch ") for text in done.stdout.splitlines()) == EPOCHS
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "env.json", "metrics.jsonl", "result.json", "tb", "checkpoints"}
+    assert {path.name for path in (folder / "tb").iterdir()} == {"train", "validation", "pruning", "hparams"}
+    config, environment = (json.loads((folder / name).read_text()) for name in ("config.json", "env.json"))
+    assert (config["name"], config["identity"]["depth"], config["identity"]["sparsity"]) == ("tiny", 8, 0.7)
+    assert (environment["ranks"], environment["precision"]) == (1, "float32")
+    assert {"horovod", "tensorflow", "tf-keras"} <= environment["packages"].keys()
+
+
+def test_metrics_have_one_line_an_epoch(complete):
+    folder, _ = complete
+    lines = metrics(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [16, 32, 48]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for line in lines:
+        assert line["images_per_second"] == pytest.approx(128 / line["step_seconds"], rel=1e-4)
+        assert 0 <= line["exchange_share"] < 0.5
+        assert (line["loss_scale"], line["skipped_steps"]) == (1, 0)
+        assert line["sparsity"] == pytest.approx(line["target_sparsity"], abs=2e-4)
+    result = json.loads((folder / "result.json").read_text())
+    last = lines[-1]
+    assert (result["accuracy"], result["loss"]) == (last["val_accuracy"], last["val_loss"])
+    assert (result["step"], result["epoch"]) == (48, 3)
+    assert result["sparsity"] == pytest.approx(0.7, abs=1e-4)
+
+
+def test_the_checkpoint_is_sparse_to_the_weight(complete):
+    folder, _ = complete
+    newest = max((folder / "checkpoints").iterdir())
+    assert newest.name == "step-00000048"
+    with np.load(newest / "arrays.npz") as arrays:
+        # Read with numpy alone: kernels of convolutions and of the classifier, and their averages.
+        kernels = {name: arrays[name] for name in arrays.files if "/kernel:0" in name}
+    for group in ("weights", "ema"):
+        mine = {name: value for name, value in kernels.items() if name.startswith(f"{group}/")}
+        assert len(mine) == 8
+        for name, value in mine.items():
+            assert value.dtype == np.float32
+            assert np.sum(value == 0) == num_pruned(value.size, 0.7), name
+
+
+def test_tensorboard_has_every_promised_curve(complete):
+    folder, _ = complete
+    lines = metrics(folder)
+    steps = [line["step"] for line in lines]
+    events = {name: curves(folder / "tb" / name) for name in ("train", "validation", "pruning", "hparams")}
+    promised = {
+        "train": {"epoch/loss": "loss", "epoch/accuracy": "accuracy", "schedule/learning_rate": "learning_rate",
+                  "schedule/loss_scale": "loss_scale", "schedule/skipped_steps": "skipped_steps",
+                  "speed/images_per_second": "images_per_second", "speed/step_seconds": "step_seconds",
+                  "speed/exchange_share": "exchange_share"},
+        "validation": {"epoch/accuracy": "val_accuracy", "epoch/loss": "val_loss"},
+        "hparams": {"result/accuracy": "val_accuracy"},
+        "pruning": {"sparsity/target": "target_sparsity", "sparsity/total": "sparsity"},
+    }  # fmt: skip
+    for name, tags in promised.items():
+        for tag, metric in tags.items():
+            found = points(events[name], tag)
+            assert list(found) == steps, tag
+            assert list(found.values()) == pytest.approx([line[metric] for line in lines], rel=1e-5), tag
+    tags = set(events["pruning"].Tags()["tensors"])
+    kernels = [f"stage{s}_block1_conv{c}" for s in (1, 2, 3) for c in (1, 2)] + ["stem", "classifier"]
+    assert {f"sparsity_by_kernel/{name}" for name in kernels} | {f"kept/{name}" for name in kernels} <= tags
+    for name in kernels:
+        assert list(points(events["pruning"], f"sparsity_by_kernel/{name}").values())[-1] == pytest.approx(
+            0.7, abs=0.01
+        )
+        assert [event.step for event in events["pruning"].Tensors(f"kept/{name}")] == steps
+    assert "_hparams_/session_start_info" in events["hparams"].PluginTagToContent("hparams")
+
+
+def test_the_same_command_says_that_the_run_is_complete(complete, shell):
+    folder, before = complete
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = program(arguments(folder.parent), shell, "-X", "importtime")
+    assert done.returncode == 0
+    result_line = before.stdout.splitlines()[-2]
+    assert done.stdout == f"{folder} is complete: {result_line}\n"
+    assert "tensorflow" not in done.stderr
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_another_configuration_is_refused_in_its_folder(complete, shell):
+    folder, _ = complete
+    message = refusal(arguments(folder.parent, "--depth", "14"), shell)
+    assert f"{folder} holds a run of another configuration (--depth was 8, is 14): give --name" in message
+
+
+def test_never_resuming_does_not_overwrite(complete, shell, tmp_path):
+    folder, _ = complete
+    shutil.copytree(folder, tmp_path / "tiny")
+    (tmp_path / "tiny" / "result.json").unlink()
+    assert "--resume never: " in refusal(arguments(tmp_path, "--resume", "never"), shell)
+
+
+@pytest.mark.timeout(300)
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(complete, shell, tmp_path):
+    folder = tmp_path / "tiny"
+    process = start(arguments(tmp_path), shell)
+    try:
+        deadline = time.monotonic() + 150
+        while process.poll() is None and time.monotonic() < deadline:
+            if (folder / "metrics.jsonl").exists() and len(metrics(folder)) == 1:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert process.returncode == 75, stderr
+    assert stdout.splitlines()[-1].startswith("stopped as told and saved; the same command goes on")
+    assert stderr == ""
+    assert not (folder / "result.json").exists()
+    saved = checkpoint.list_steps(folder / "checkpoints")[-1]
+    stopped_at = int(saved.name.removeprefix("step-"))
+    assert 16 < stopped_at < 48
+
+    done = program(arguments(tmp_path), shell)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed after step {stopped_at} from {saved}" in done.stdout
+    assert [line["step"] for line in metrics(folder)] == [16, 32, 48]
+    for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("pruning", "sparsity/total")):
+        assert list(points(curves(folder / "tb" / name), tag)) == [16, 32, 48]
+
+    uninterrupted, _ = complete
+    with (np.load(uninterrupted / "checkpoints" / "step-00000048" / "arrays.npz") as expected,
+          np.load(folder / "checkpoints" / "step-00000048" / "arrays.npz") as found):  # fmt: skip
+        assert expected.files == found.files
+        for name in expected.files:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert metrics(folder)[-1]["val_loss"] == metrics(uninterrupted)[-1]["val_loss"]
+
+
+def test_ranks_that_do_not_join_are_found_out(shell, tmp_path):
+    """mpirun with a Horovod that was built without MPI: each process would train alone."""
+    ranks = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+             "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+    message = refusal(["--dataset", "synthetic", "--run-dir", str(tmp_path)], {**shell, **ranks})
+    assert "mpirun started 2 processes but Horovod joined 1" in message

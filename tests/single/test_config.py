@@ -1,0 +1,293 @@
+"""The command line: presets, one line for every mistake, and what decides whether a run may go on."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnnopt.config import PRESETS, ConfigError, TrainConfig, parse_args
+from cnnopt.schedules import parse_drops, parse_duration
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+FLAGS = [f"--{name.replace('_', '-')}" for name in FIELDS]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(argv)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+# What is accepted ----------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_a_flag_with_its_default():
+    config = parse_args([])
+    for name, field in FIELDS.items():
+        if name not in ("base_lr", "name"):
+            assert getattr(config, name) == field.default, name
+    assert config.base_lr == 0.2
+    assert config.name == "cifar10-resnet20-polynomial60-auto-seed0"
+    assert config == TrainConfig()
+
+
+def test_flags_reach_their_fields_with_their_types():
+    argv = "--dataset digits --depth 14 --sparsity .5 --prune-begin 3s --deterministic --expect-ranks 4 --base-lr 1e-2"
+    config = parse_args([*argv.split(), "--data-dir", "a b", "--name", "x-1"])
+    assert (config.dataset, config.depth, config.sparsity, config.prune_begin) == ("digits", 14, 0.5, "3s")
+    assert (config.deterministic, config.expect_ranks, config.base_lr) == (True, 4, 0.01)
+    assert (config.data_dir, config.name) == ("a b", "x-1")
+    assert parse_args(["--deterministic", "--no-deterministic"]).deterministic is False
+
+
+def test_the_rate_follows_the_optimizer_unless_it_is_given():
+    assert parse_args(["--optimizer", "adam"]).base_lr == 1e-3
+    assert parse_args(["--optimizer", "adam", "--base-lr", "0.5"]).base_lr == 0.5
+
+
+@pytest.mark.parametrize("argv", [["--sparsity", "0"], ["--sparsity-schedule", "none"]])
+def test_dense_is_one_thing_however_it_is_asked_for(argv):
+    config = parse_args(argv)
+    assert (config.sparsity, config.sparsity_schedule) == (0.0, "none")
+    assert config.name == "cifar10-resnet20-dense-auto-seed0"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_hold_what_they_say(preset):
+    config = parse_args(["--preset", preset])
+    for name, value in PRESETS[preset].items():
+        assert getattr(config, name) == value, name
+    for name in FIELDS.keys() - PRESETS[preset].keys() - {"base_lr", "name"}:
+        assert getattr(config, name) == FIELDS[name].default, name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flags_beside_a_preset_win(preset):
+    before = parse_args(
+        ["--preset", preset, "--depth", "56", "--epochs", "3", "--seed", "9", "--precision", "bfloat16"]
+    )
+    after = parse_args(["--depth", "56", "--epochs", "3", "--seed", "9", "--precision", "bfloat16", "--preset", preset])
+    assert before == after
+    assert (before.depth, before.epochs, before.seed, before.precision) == (56, 3, 9, "bfloat16")
+
+
+STUDY = [name for name in PRESETS if name.startswith("study-")]
+
+
+@pytest.mark.parametrize("preset", STUDY)
+def test_study_presets_are_the_original_study(preset):
+    config = parse_args(["--preset", preset])
+    assert (config.dataset, config.depth, config.batch_size, config.epochs) == ("cifar100", 20, 128, 300)
+    assert (config.optimizer, config.base_lr, config.warmup) == ("adam", 1e-3, "0e")
+    drops = [(str(when), config.base_lr * factor) for when, factor in parse_drops(config.lr_drops)]
+    assert config.lr_schedule == "step"
+    assert [when for when, _ in drops] == ["80e", "120e", "160e", "180e"]
+    assert [rate for _, rate in drops] == pytest.approx([1e-4, 1e-5, 1e-6, 5e-7], rel=1e-12)
+    assert config.weight_decay == 2 * 1e-4  # the gradient of 1e-4 x w^2
+    assert config.normalize == "pixel-mean"
+    if config.sparsity:
+        assert (config.prune_begin, config.prune_end, config.prune_frequency) == ("0s", "100%", "100s")
+        assert config.initial_sparsity == 0.5
+        assert config.sparsity_scope == "uniform"
+
+
+def test_study_presets_differ_in_what_the_study_varied():
+    varied = {
+        name: tuple(getattr(parse_args(["--preset", name]), field) for field in
+                    ("sparsity_schedule", "sparsity", "precision", "augment"))
+        for name in STUDY
+    }  # fmt: skip
+    assert varied == {
+        "study-baseline": ("none", 0.0, "float32", "none"),
+        "study-constant": ("constant", 0.6, "float32", "none"),
+        "study-polynomial": ("polynomial", 0.6, "float32", "none"),
+        "study-polynomial-90": ("polynomial", 0.9, "float32", "none"),
+        "study-mixed": ("none", 0.0, "float16", "none"),
+        "study-super-60": ("polynomial", 0.6, "float16", "shift"),
+        "study-super-70": ("polynomial", 0.7, "float16", "shift"),
+    }
+
+
+# What is refused -----------------------------------------------------------------------------------------------
+
+REFUSED = [
+    ("--depth 43", "--depth 43: ", "the nearest is 44"),
+    ("--depth 3", "--depth 3: ", "the nearest is 8"),
+    ("--depth -20", "--depth -20: ", "the nearest is 8"),
+    ("--depth x", "--depth", "invalid int value: 'x'; see --help"),
+    ("--depth", "--depth", "expected one argument; see --help"),
+    ("--dataset mnist", "--dataset", "choose from"),
+    ("--preset best", "--preset", "choose from"),
+    ("--sparsity 1.0", "--sparsity 1.0: ", "below 1"),
+    ("--sparsity -0.1", "--sparsity -0.1: ", "at least 0"),
+    ("--sparsity nan", "--sparsity nan: ", "at least 0 and below 1"),
+    ("--initial-sparsity nan", "--initial-sparsity nan: ", "at least 0 and below 1"),
+    ("--initial-sparsity 0.7", "--initial-sparsity 0.7: ", "must not exceed --sparsity 0.6"),
+    ("--label-smoothing 1", "--label-smoothing 1.0: ", "below 1"),
+    ("--label-smoothing nan", "--label-smoothing nan: ", "below 1"),
+    ("--ema 1", "--ema 1.0: ", "below 1"),
+    ("--ema nan", "--ema nan: ", "below 1"),
+    ("--base-lr nan", "--base-lr nan: ", "finite number above 0"),
+    ("--base-lr inf", "--base-lr inf: ", "finite number above 0"),
+    ("--base-lr 0", "--base-lr 0.0: ", "finite number above 0"),
+    ("--base-lr -1", "--base-lr -1.0: ", "finite number above 0"),
+    ("--weight-decay nan", "--weight-decay nan: ", "0 or more, and finite"),
+    ("--weight-decay inf", "--weight-decay inf: ", "0 or more, and finite"),
+    ("--weight-decay=-1e-4", "--weight-decay -0.0001: ", "0 or more, and finite"),
+    ("--epochs 0", "--epochs 0: ", "at least 1"),
+    ("--batch-size 0", "--batch-size 0: ", "at least 1"),
+    ("--keep 0", "--keep 0: ", "at least 1"),
+    ("--expect-ranks 0", "--expect-ranks 0: ", "at least 1"),
+    ("--seed -1", "--seed -1: ", "0 or more"),
+    ("--prune-begin 10", "--prune-begin: '10' is not a duration", "'2s' (steps), '2e' (epochs), '15%'"),
+    ("--prune-end 101%", "--prune-end: '101%'", "at most 100%"),
+    ("--prune-frequency 5m", "--prune-frequency: '5m'", "write one of '2s' (steps)"),
+    ("--prune-frequency -5s", "--prune-frequency", "expected one argument"),
+    ("--prune-begin 60% --prune-end 50%", "--prune-begin 60%: ", "must not be after --prune-end 50%"),
+    ("--prune-begin 9e --prune-end 8.5e", "--prune-begin 9e: ", "must not be after --prune-end 8.5e"),
+    ("--prune-begin " + "9" * 400 + "s", "--prune-begin: ", "use at most"),
+    ("--warmup 2", "--warmup: '2' is not a duration", "write one of"),
+    ("--save-every 5%", "--save-every: '5%'", "'2m' (minutes)"),
+    ("--lr-drops 80:0.1 --lr-schedule step", "--lr-drops: '80:0.1'", "write for example '80e:0.1'"),
+    ("--lr-drops 80e:nan --lr-schedule step", "--lr-drops: '80e:nan'", "write for example '80e:0.1'"),
+    ("--lr-drops 80e:-1 --lr-schedule step", "--lr-drops: '80e:-1'", "write for example '80e:0.1'"),
+    ("--lr-drops 80e --lr-schedule step", "--lr-drops: '80e'", "write for example '80e:0.1'"),
+    ("--lr-drops 80e:0.1", "--lr-drops", "give both or neither"),
+    ("--lr-schedule step", "--lr-schedule step", "give both or neither"),
+    ("--name a/b", "--name a/b: ", "--run-dir is the place for a path"),
+    ("--name ..", "--name ..: ", "letters, digits"),
+    ("--name=-x", "--name -x: ", "letters, digits"),
+    ("--name=", "--name : ", "letters, digits"),
+    ("--sparcity 0.6", "--sparcity", "see --help"),
+    ("--spars 0.6", "--spars", "see --help"),  # no abbreviations: a new flag must not change an old command
+    ("extra", "extra", "see --help"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "names", "remedy"), REFUSED, ids=[argv[:40] for argv, _, _ in REFUSED])
+def test_a_mistake_is_one_line_with_flag_and_remedy(argv, names, remedy):
+    message = refusal(*argv.split(" "))
+    assert names in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("argv", [["--name", "a\nb"], ["--a\nb"], ["--warmup", "2\r\ne"], ["--dataset", "a\nb"]])
+def test_a_line_break_in_the_argument_is_none_in_the_message(argv):
+    assert len(refusal(*argv).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "remedy"),
+    [(128, 3, "use 126 or 129"), (64, 48, "use 48 or 96"), (2, 4, "use 4"), (129, 2, "use 128 or 130")],
+)
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch, ranks, remedy):
+    config = TrainConfig(batch_size=batch)
+    with pytest.raises(ConfigError, match=f"^--batch-size {batch}: does not divide over {ranks} ranks; {remedy}$"):
+        config.check_ranks(ranks)
+    for size in (int(word) for word in remedy.split() if word.isdigit()):
+        TrainConfig(batch_size=size).check_ranks(ranks)
+
+
+def test_another_number_of_ranks_than_expected_is_refused():
+    TrainConfig(expect_ranks=2).check_ranks(2)
+    with pytest.raises(ConfigError, match=r"^--expect-ranks 2: 1 started; check -np, --ntasks"):
+        TrainConfig(expect_ranks=2).check_ranks(1)
+
+
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.floats().map(str),
+    st.integers(-9, 200).map(str),
+    st.from_regex(r"[0-9]{1,4}(\.[0-9])?[sem%]", fullmatch=True),
+    st.from_regex(r"[0-9]{1,2}[se%]:[0-9.]{1,3}", fullmatch=True),
+    st.sampled_from(["nan", "inf", "-inf", "adam", "step", "none", "auto", "float16", "cifar100", "--help", *PRESETS]),
+)
+WORDS = st.lists(st.one_of(st.sampled_from(["--preset", *FLAGS]), TEXTS), max_size=8)
+PAIRS = st.lists(st.tuples(st.sampled_from(["--preset", *FLAGS]), TEXTS), max_size=5).map(
+    lambda pairs: [word for pair in pairs for word in pair]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(WORDS, PAIRS))
+def test_any_command_line_is_parsed_or_refused_in_one_line(argv):
+    config, refused, stopped = None, None, None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            config = parse_args(argv)
+    except ConfigError as error:
+        refused = str(error)
+    except SystemExit as error:
+        stopped = error.code
+    if config is None and refused is None:
+        assert stopped == 0
+        assert any(word.startswith(("-h", "--help")) for word in argv)
+    elif config is None:
+        assert len(refused.splitlines()) == 1
+    else:
+        assert json.loads(json.dumps(config.identity())) == config.identity()
+        assert dataclasses.replace(config) == config
+        for name in ("prune_begin", "prune_end", "prune_frequency", "warmup"):
+            assert 0 <= parse_duration(getattr(config, name)).value < float("inf")
+
+
+def test_help_names_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in FLAGS)
+    assert "15% of the run [10%]" in " ".join(text.split())
+
+
+# What a resumed run may change ---------------------------------------------------------------------------------
+
+FREE = {
+    "data_dir",
+    "run_dir",
+    "name",
+    "resume",
+    "save_every",
+    "keep",
+    "strict_save",
+    "expect_ranks",
+    "quantize",
+    "verbose",
+}
+
+
+def test_the_identity_is_what_decides_the_result():
+    assert TrainConfig().identity().keys() == FIELDS.keys() - FREE
+    free = TrainConfig(data_dir="x", run_dir="y", name="z", resume="never", save_every="5m", keep=9, strict_save=True,
+                       expect_ranks=4, quantize=True, verbose=True)  # fmt: skip
+    assert free.digest() == TrainConfig().digest()
+    assert free.difference(TrainConfig().identity()) is None
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - FREE))
+def test_every_other_field_changes_the_digest_and_is_named(name):
+    other = {
+        "dataset": "digits", "depth": 32, "sparsity": 0.7, "sparsity_schedule": "constant", "initial_sparsity": 0.1,
+        "prune_begin": "11%", "prune_end": "51%", "prune_frequency": "2%", "sparsity_scope": "global",
+        "optimizer": "adam", "base_lr": 0.1, "lr_schedule": "cosine", "warmup": "1e", "weight_decay": 0.0,
+        "label_smoothing": 0.1, "ema": 0.9, "augment": "none", "normalize": "pixel-mean", "batch_size": 64,
+        "epochs": 31, "precision": "float32", "seed": 1, "deterministic": True,
+    }  # fmt: skip
+    config = TrainConfig()
+    if name == "lr_drops":
+        config = TrainConfig(lr_schedule="step", lr_drops="1e:0.1")
+        changed = dataclasses.replace(config, lr_drops="2e:0.1")
+    else:
+        changed = dataclasses.replace(config, **{name: other[name]})
+    assert changed.digest() != config.digest()
+    stored = json.loads(json.dumps(config.identity()))
+    flag = f"--{name.replace('_', '-')}"
+    assert changed.difference(stored) == f"{flag} was {getattr(config, name)}, is {getattr(changed, name)}"
+    del stored[name]
+    assert config.difference(stored) == f"{flag} was not known, is {getattr(config, name)}"

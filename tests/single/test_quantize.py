@@ -1,0 +1,346 @@
+"""The post-step as a user runs it: a trained run in, measured files and a report out; and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
+
+from cnnopt import checkpoint, data, environment
+from cnnopt.export import report, tflite_file
+from cnnopt.export.trained import layer_names, read, weight_shapes
+from cnnopt.quantize import VARIANTS, OptionError, choose, main, parse_args
+
+# The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
+pytestmark = pytest.mark.timeout(1200)
+
+MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clustered-int8")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that train_hvd.py has really trained, with averaged weights, and its report."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = (
+        "--dataset synthetic --depth 8 --epochs 2 --warmup 0e --batch-size 64 --ema 0.9 --precision float32 --name t"
+    )
+    command = [sys.executable, "train_hvd.py", *flags.split(), "--run-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=ENVIRONMENT)
+    dense = make_run(folder / "dense", sparsity=0.0)
+    flags = f"--variants {','.join(MADE)} --clusters 16 --calibration 64 --pack --baseline {dense}"
+    done = quantize(folder / "t", *flags.split())
+    assert done.returncode == 0, done.stderr
+    return folder / "t", json.loads((folder / "t" / "report.json").read_text()), done.stdout
+
+
+def entries(content):
+    return {entry["name"]: entry for entry in content["files"]}
+
+
+def test_the_float32_file_is_as_accurate_as_training_said(trained):
+    path, content, _ = trained
+    result = json.loads((path / "result.json").read_text())
+    # Other kernels add in another order: at most one image of 512 may fall to the other side.
+    assert abs(entries(content)["float32"]["test"]["correct"] - 512 * result["accuracy"]) <= 1.01
+    assert entries(content)["float32"]["test"]["loss"] == pytest.approx(result["loss"], rel=1e-3)
+    assert entries(content)["float32"]["test"]["agreement"] > 0.995
+    assert content["run"]["averaged_weights"] is True
+
+
+def test_the_report_is_of_the_files_that_are_there(trained):
+    path, content, _ = trained
+    assert [entry["name"] for entry in content["files"]] == ["dense-float32", *MADE]
+    for entry in content["files"]:
+        file = path / entry["file"]
+        stored = file.read_bytes()
+        assert (len(stored), tflite_file.digest(stored)) == (entry["size"]["raw"], entry["sha256"])
+        environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+        nonzero = sum(kernel.nonzero for kernel in tflite_file.kernels(stored, file))
+        assert nonzero == entry["weights"]["nonzero"] == sum(e["nonzero"] for e in entry["weights"]["layers"].values())
+        assert np.trace(entry["test"]["confusion"]) == entry["test"]["correct"]
+        assert np.sum(entry["test"]["confusion"]) == entry["test"]["images"] == 512
+        assert entry["latency"][0]["threads"] == 1
+        for timing in entry["latency"]:
+            assert 0 < timing["median_ms"] <= timing["p90_ms"] <= timing["p99_ms"]
+            assert timing["peak_rss"] > timing["added_rss"] >= 0
+    assert len({entry["sha256"] for entry in content["files"]}) == len(content["files"])
+
+
+def test_each_variant_is_what_its_name_says(trained):
+    made = entries(trained[1])
+    layers = {name: made[name]["weights"]["layers"] for name in MADE}
+    assert {layer["stored_as"] for layer in layers["int8"].values()} == {"int8"}
+    assert {layer["stored_as"] for layer in layers["float32"].values()} == {"float32"}
+    assert all(layer["sparse_encoded"] for layer in layers["sparse-float32"].values())
+    assert layers["sparse-dynamic"]["stage3_block1_conv2"]["stored_as"] == "int8"
+    assert all(2 < layer["distinct"] <= 16 for layer in layers["clustered-int8"].values())
+    assert max(layer["distinct"] for layer in layers["int8"].values()) > 100
+    sizes = {name: made[name]["size"] for name in made}
+    assert sizes["int8"]["raw"] < sizes["float32"]["raw"] / 3
+    assert sizes["sparse-float32"]["raw"] < 0.6 * sizes["float32"]["raw"]
+    assert sizes["clustered-int8"]["raw"] == sizes["int8"]["raw"]
+    assert sizes["clustered-int8"]["gzip"] < 0.9 * sizes["int8"]["gzip"]
+    errors = {name: layers[name]["stage3_block1_conv1"]["error"] for name in MADE}
+    assert errors["float32"] == errors["sparse-float32"] == 0 < errors["int8"] < 0.02 < errors["clustered-int8"] < 0.2
+
+
+def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
+    path, content, _ = trained
+    run = read(path)
+    pruned = sum(int(np.sum(~mask)) for mask in run.masks.values())
+    assert pruned == sum(int(np.sum(k == 0)) for k in run.kernels().values()) > 40_000
+    made = entries(content)
+    stages = {name: [line["stage"] for line in made[name]["ledger"]["stages"]] for name in MADE}
+    assert stages["int8"] == ["trained", "loaded", "converted", "quantized"]
+    assert stages["clustered-int8"] == ["trained", "loaded", "clustered", "quantized"]
+    assert stages["sparse-float32"][-1] == "encoded"
+    for name in MADE:
+        assert made[name]["ledger"]["pruned"] == pruned
+        assert made[name]["ledger"]["first_loss"] is None
+        assert all(line["zeros"] >= pruned for line in made[name]["ledger"]["stages"])
+        assert made[name]["weights"]["weights"] - made[name]["weights"]["nonzero"] >= pruned
+    assert made["dense-float32"]["ledger"] is None
+
+
+def test_batches_threads_and_sparse_encoding_change_no_result(trained):
+    path, _, _ = trained
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    from cnnopt.export import interpret
+
+    images = data.load("synthetic").test_images[:70]
+    results = {}
+    for name in MADE:
+        file = path / "export" / f"{name}.tflite"
+        results[name] = interpret.logits(file.read_bytes(), file, images, threads=2, batch=32)
+        one = interpret.logits(file.read_bytes(), file, images[-7:], threads=1, batch=1)
+        np.testing.assert_allclose(results[name][-7:], one, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(results["float32"], results["sparse-float32"], rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_is_a_stored_seeded_choice_of_training_images(trained):
+    stored = trained[1]["calibration"]
+    expected = np.sort(np.random.default_rng(0).choice(2048, 64, replace=False))
+    assert (stored["split"], stored["seed"], stored["count"]) == ("train", 0, 64)
+    assert stored["indices"] == expected.tolist()
+
+
+def test_ratios_are_against_the_dense_baseline(trained):
+    _, content, _ = trained
+    dense = entries(content)["dense-float32"]
+    assert content["reference"]["kind"] == "baseline"
+    assert content["reference"]["raw"] == dense["size"]["raw"]
+    for entry in content["files"]:
+        assert entry["times_smaller"]["gzip"] == pytest.approx(dense["size"]["raw"] / entry["size"]["gzip"])
+
+
+def test_packed_files_come_back_bit_for_bit_near_the_entropy(trained, tmp_path):
+    path, content, _ = trained
+    for name in ("int8", "clustered-int8"):
+        entry = entries(content)[name]
+        packed = entry["packed"]
+        assert packed["bytes"] == (path / packed["file"]).stat().st_size <= 1.1 * entry["size"]["entropy_bound"]
+        assert packed["over_weights_entropy"] <= 0.1
+        assert main(["unpack", str(path / packed["file"]), "--output-dir", str(tmp_path)]) == 0
+        assert (tmp_path / f"{name}.tflite").read_bytes() == (path / entry["file"]).read_bytes()
+
+
+def test_pack_and_unpack_on_the_command_line(trained, tmp_path):
+    path, *_ = trained
+    file = shutil.copy(path / "export" / "int8.tflite", tmp_path)
+    done = quantize("pack", file)
+    assert done.returncode == 0, done.stderr
+    whole = (tmp_path / "int8.tflite").read_bytes()
+    (tmp_path / "int8.tflite").unlink()
+    assert main(["unpack", f"{file}.packed.zip"]) == 0
+    assert (tmp_path / "int8.tflite").read_bytes() == whole
+
+
+def test_terminal_and_markdown_hold_the_figures(trained):
+    path, content, printed = trained
+    text = (path / "report.md").read_text()
+    assert text == report.markdown(content)
+    table = printed.split("sizes in KiB")[1]
+    for entry in content["files"]:
+        assert f" {entry['name']} " in table
+        assert f"{100 * entry['test']['accuracy']:.2f}" in text
+    for note in content["notes"]:
+        assert note in text
+        assert note in printed
+    assert "XNNPACK does not run sparse-dynamic" in text
+    assert all(len(line) <= 80 for line in printed.splitlines() if "\u2500" in line)
+    assert (path / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_documented_keys_are_those_of_the_report(trained):
+    text = (ROOT / "docs" / "quantize.md").read_text()
+
+    def keys(value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                # Layers and packages are named by their own names, not by the schema.
+                yield from [key, *(keys(inner) if key not in ("layers", "packages") else [])]
+        elif isinstance(value, list) and value:
+            yield from keys(value[0])
+
+    assert not {key for key in keys(trained[1]) if f"`{key}`" not in text}
+
+
+def test_weight_shapes_are_those_of_the_network():
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    from cnnopt.models import resnet
+
+    for depth, classes in ((8, 10), (20, 100)):
+        model = resnet(depth, classes, mean=np.zeros(3, np.float32), std=np.ones(3, np.float32))
+        shapes = {w.name: tuple(w.shape) for w in model.weights}
+        assert {**weight_shapes(depth, classes), "mean:0": (3,), "std:0": (3,)} == shapes
+        assert [layer.name for layer in model.layers if hasattr(layer, "kernel")] == layer_names(depth)
+
+
+# -------------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.fixture
+def no_tensorflow(monkeypatch):
+    """Any import of TensorFlow fails: a mistake of the user must be answered before it."""
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setitem(sys.modules, "tf_keras", None)
+
+
+def refused(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("cnnopt.quantize: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--variants", "int7"], ["--variants int7", "clustered-int8"]),
+        (["--variants", "clustered-int8"], ["--clusters"]),
+        (["--variants", "int8", "--clusters", "16"], ["--clusters", "both or neither"]),
+        (["--clusters", "1"], ["--clusters 1", "4 to 256"]),
+        (["--calibration", "3"], ["--calibration 3", "at least 32"]),
+        (["--calibration", "4000"], ["--calibration 4000", "2048"]),
+        (["--calibration", "many"], ["--calibration", "many"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--data-dir", "/nowhere"], ["--data-dir /nowhere"]),
+        (["--baseline", "/nowhere"], ["/nowhere", "no such run"]),
+        (["--qat", "3"], ["--qat"]),
+    ],
+    ids=str,
+)
+def test_wrong_flags(no_tensorflow, tmp_path, capsys, flags, words):
+    line = refused(capsys, make_run(tmp_path / "r"), *flags)
+    assert all(word in line for word in words)
+
+
+def test_no_run_and_no_arguments(no_tensorflow, tmp_path, capsys):
+    assert "no such run folder" in refused(capsys, tmp_path / "none")
+    assert "config.json" in refused(capsys, tmp_path)
+    assert "run" in refused(capsys)
+
+
+def test_a_run_that_never_finished(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    (run / "result.json").unlink()
+    assert "never finished" in refused(capsys, run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "[" * 100_000, '{"identity": {"depth": "20"}}'], ids=repr)
+def test_damaged_config_and_result(no_tensorflow, tmp_path, capsys, content):
+    for name in ("config.json", "result.json"):
+        run = make_run(tmp_path / name)
+        (run / name).write_text(content)
+        assert str(run) in refused(capsys, run)
+
+
+def test_no_checkpoint_or_a_damaged_one(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    arrays = run / "checkpoints" / f"step-{STEP:08d}" / "arrays.npz"
+    arrays.write_bytes(arrays.read_bytes()[:-100])
+    line = refused(capsys, run)
+    assert "no checkpoint to export" in line
+    assert "SHA-256" in line
+    shutil.rmtree(run / "checkpoints")
+    assert "there is none" in refused(capsys, run)
+
+
+def test_an_earlier_checkpoint_is_not_taken_for_the_last(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    (run / "result.json").write_text(json.dumps({"step": STEP + 1}))
+    line = refused(capsys, run)
+    assert f"step {STEP}," in line
+    assert f"step {STEP + 1}" in line
+
+
+def test_a_checkpoint_of_another_model(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    other = make_run(tmp_path / "b", seed=1)
+    shutil.copytree(other / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
+    assert "another model (seed 1" in refused(capsys, run)
+    for name, value in (
+        ("stem/kernel:0", np.ones((1, 1))),
+        ("classifier/bias:0", None),
+        ("stem_bn/gamma:0", np.ones(3)),
+    ):
+        run = forge(make_run(tmp_path / name.replace("/", "-")), **{name: value})
+        assert "another model" in refused(capsys, run)
+    run = forge(make_run(tmp_path / "nan"), **{"classifier/bias:0": np.full(10, np.nan, np.float32)})
+    assert "not finite" in refused(capsys, run)
+
+
+def test_a_baseline_that_cannot_be_compared(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    assert "name a dense run" in refused(capsys, run, "--baseline", make_run(tmp_path / "sparse"))
+    config = json.loads((run / "config.json").read_text())
+    config["identity"]["dataset"] = "digits"
+    other = make_run(tmp_path / "other")
+    found = checkpoint.load(other / "checkpoints" / f"step-{STEP:08d}")
+    (other / "config.json").write_text(json.dumps(config))
+    checkpoint.save(other / "checkpoints", STEP, found.arrays, {"identity": config["identity"]})
+    assert "dataset is digits" in refused(capsys, run, "--baseline", other)
+
+
+def test_nowhere_to_write(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    (run / "export").write_text("a file")
+    assert "cannot write there" in refused(capsys, run)
+
+
+def test_sparse_variants_of_a_dense_run(no_tensorflow, tmp_path, capsys):
+    run = make_run(tmp_path / "r", sparsity=0.0)
+    assert "0% of the weights" in refused(capsys, run, "--variants", "sparse-float32")
+    options = parse_args([str(run)])
+    assert choose(options, 0.0) == ("float32", "float16", "dynamic", "int8")
+    assert choose(options, 0.6) == tuple(name for name in VARIANTS if name != "clustered-int8")
+    assert choose(parse_args([str(run), "--clusters", "16"]), 0.6) == tuple(VARIANTS)
+    with pytest.raises(OptionError):
+        choose(parse_args([str(run), "--variants", "sparse-int8"]), 0.1)
+
+
+def test_pack_and_unpack_refuse_other_files(tmp_path, capsys):
+    file = tmp_path / "x.tflite"
+    file.write_bytes(b"garbage garbage")
+    assert "not a .tflite file" in refused(capsys, "pack", file)
+    assert "no archive" in refused(capsys, "unpack", file)
+    assert "No such file" in refused(capsys, "unpack", tmp_path / "none")
+    assert "No such file" in refused(capsys, "pack", tmp_path / "none")
+    file.write_bytes(b"\x1c\0\0\0TFL3" + bytes(range(200)))
+    assert "damaged .tflite file" in refused(capsys, "pack", file)
+
+
+def test_zeros_lost_in_training_are_named(tmp_path):
+    """A checkpoint whose masks and weights disagree: the ledger must say 'trained', not blame the converter."""
+    from cnnopt.export import measure
+
+    run = read(make_run(tmp_path / "r"))
+    kernels = run.kernels()
+    kernels["stem"] = np.where(kernels["stem"] == 0, np.float32(1e-9), kernels["stem"])
+    found = measure.ledger({"trained": kernels, "loaded": kernels}, run.masks)
+    assert found["first_loss"] == "trained"
+    assert found["stages"][0]["lost"] == int(np.sum(~run.masks["stem"]))
