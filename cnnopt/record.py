@@ -92,7 +92,14 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What ``finish`` wrote; None for a run that is not complete."""
-        return json.loads(self.result_file.read_text()) if self.result_file.exists() else None
+        if not self.result_file.exists():
+            return None
+        try:
+            return dict(json.loads(self.result_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            raise ConfigError(
+                f"{self.result_file} is damaged: delete it, and the same command writes it anew"
+            ) from None
 
 
 def _replace(path: Path, text: str) -> None:

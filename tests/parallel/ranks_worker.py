@@ -27,6 +27,7 @@ CONFIG = TrainConfig(
     batch_size=64,
     epochs=2,
     base_lr=0.1,
+    warmup="2e",
     prune_begin="2s",
     prune_end="10s",
     prune_frequency="2s",

@@ -124,6 +124,8 @@ def test_weights_are_float32_and_are_not_rounded(compute, half, float32_policy):
     model = small_runs.build(config)
     assert {v.dtype for v in model.weights} == {tf.float32}
     assert {v.dtype for v in model.optimizer.variables[1:]} == {tf.float32}
+    # Keras' LossScaleOptimizer around it would scale a second time, with a state that no checkpoint holds.
+    assert type(model.optimizer) is keras.optimizers.SGD
     assert model.get_layer("stem").compute_dtype == compute
     assert model.get_layer("stage3_block1_conv2").compute_dtype == compute
     batch = small_runs.first_batch(config)

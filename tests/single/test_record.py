@@ -211,6 +211,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, deterministic, float32
         assert [event.step for event in curve] == [8, 16, 24], tag
 
 
+def test_a_damaged_result_is_one_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.result() is None
+    folder.finish({"accuracy": 0.5})
+    assert folder.result() == {"accuracy": 0.5}
+    for damage in ("{", "[1]", ""):
+        folder.result_file.write_text(damage)
+        with pytest.raises(ConfigError, match=r"result\.json is damaged: delete it"):
+            folder.result()
+
+
 @pytest.mark.parametrize("how", ["auto", "never"])
 def test_a_run_that_starts_again_forgets_the_metrics_of_its_first_attempt(how, tmp_path, float32_policy):
     config = small_runs.settings(name="x", run_dir=str(tmp_path), resume=how)
