@@ -21,7 +21,9 @@ def draw(content: dict[str, Any], path: Path) -> None:
         FigureCanvasAgg(figure)
         (size, bars), (sparsity, error) = figure.subplots(2, 2)
         run = content["run"]
-        figure.suptitle(f"{run['path']}: ResNet-{run['depth']} on {run['dataset']}, {run['sparsity']:.0%} zero")
+        figure.suptitle(
+            f"{Path(run['path']).name}: ResNet-{run['depth']} on {run['dataset']}, {run['sparsity']:.0%} zero"
+        )
 
         for entry, color in zip(files, colors, strict=True):
             best = entry["packed"]["bytes"] if entry["packed"] else entry["size"]["gzip"]
