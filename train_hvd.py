@@ -64,10 +64,12 @@ def train(config: TrainConfig) -> int:
         callbacks.Prune(),
         callbacks.Evaluate(images, world),
         callbacks.Measure(timeline),
-        callbacks.Save(parse_duration(config.save_every, "esm"), timeline, config, folder.checkpoints, world, console),
     ]
     if world.first:
         hooks += [callbacks.Record(folder, config, first_step), callbacks.Show(timeline, console)]
+    # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
+    every = parse_duration(config.save_every, "esm")
+    hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
     stream = training.training_stream(config, images, world, first_step=first_step, last_step=timeline.total_steps)
     training.fit(model, stream, timeline, hooks)
 
