@@ -26,7 +26,7 @@ train: env  ## train the demo preset on two processes of this machine
 test: lint test-single test-parallel  ## everything that must pass before a commit
 
 test-single: env  ## the tests that need one process
-	$(BIN)/python -m pytest tests/single $(ARGS)
+	$(BIN)/python -m pytest tests/single --numprocesses auto --dist loadfile $(ARGS)
 
 test-parallel: env  ## the tests that start horovodrun -np 2
 	$(BIN)/python -m pytest tests/parallel $(ARGS)

@@ -49,7 +49,8 @@ class Conv2D(layers.Conv2D):
 
     TensorFlow's CPU kernels for bfloat16 and float16 without instructions for them run 7 times slower than
     float32 (docs/how-it-works.md, "Precision"). Widening the operands, which are rounded to the half type
-    already, and rounding the result computes what half-precision units with float32 accumulators do.
+    already, computes what half-precision units with float32 accumulators do. The sums are handed on as float32,
+    for the BatchNorm that follows to take before they are rounded, as a fused kernel would.
     """
 
     def __init__(self, *args: object, widen: bool = False, **kwargs: object) -> None:
@@ -57,11 +58,10 @@ class Conv2D(layers.Conv2D):
         self.widen = widen
 
     def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-        """As in Keras, in float32 where ``widen`` is set."""
-        if not self.widen:
-            return super().convolution_op(inputs, kernel)
-        wide = super().convolution_op(tf.cast(inputs, tf.float32), tf.cast(kernel, tf.float32))
-        return tf.cast(wide, inputs.dtype)
+        """As in Keras; float32 from the compute type where ``widen`` is set."""
+        if self.widen:
+            inputs, kernel = tf.cast(inputs, tf.float32), tf.cast(kernel, tf.float32)
+        return super().convolution_op(inputs, kernel)
 
 
 class IdentityShortcut(layers.Layer):
@@ -96,7 +96,9 @@ def resnet(depth: int, num_classes: int, *, mean: np.ndarray, std: np.ndarray, w
             widen=widen,
             name=name,
         )(x)
-        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_bn")(x)
+        # Its output is rounded by the layer that follows.
+        dtype = "float32" if widen else None
+        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
 
     images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
     x = Standardize(mean, std, name="standardize")(images)

@@ -157,7 +157,7 @@ def test_standardize_is_computed_in_float32_and_rounded_once(normalize, policy, 
 
 
 @pytest.mark.parametrize(("compute", "half"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
-def test_a_wide_convolution_is_the_float32_one_of_rounded_operands_rounded_once(compute, half):
+def test_a_wide_convolution_is_the_float32_one_of_rounded_operands(compute, half):
     rng = np.random.default_rng(0)
     images = rng.standard_normal((4, 8, 8, 16)).astype(np.float32)
     kernel = rng.standard_normal((3, 3, 16, 16)).astype(np.float32)
@@ -165,12 +165,24 @@ def test_a_wide_convolution_is_the_float32_one_of_rounded_operands_rounded_once(
     layer.build(images.shape)
     layer.set_weights([kernel])
     found = layer(tf.constant(images))
-    assert found.dtype == compute
+    assert found.dtype == tf.float32
     operands = [tf.constant(part.astype(half).astype(np.float32)) for part in (images, kernel)]
-    expected = tf.nn.conv2d(*operands, strides=1, padding="SAME").numpy().astype(half)
+    expected = tf.nn.conv2d(*operands, strides=1, padding="SAME").numpy()
     np.testing.assert_array_equal(found.numpy(), expected)
-    unrounded = tf.nn.conv2d(images, kernel, strides=1, padding="SAME").numpy().astype(half)
+    unrounded = tf.nn.conv2d(images, kernel, strides=1, padding="SAME").numpy()
     assert np.any(found.numpy() != unrounded)
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("widen", [False, True])
+def test_activations_are_rounded_to_the_half_type_whatever_the_convolutions_run_in(compute, widen):
+    keras.mixed_precision.set_global_policy(f"mixed_{compute}")
+    model = resnet(8, 10, mean=np.zeros(3, np.float32), std=np.ones(3, np.float32), widen=widen)
+    types = {type(layer).__name__: layer.output.dtype for layer in model.layers}
+    wide = tf.float32 if widen else compute
+    assert types["Conv2D"] == types["BatchNormalization"] == wide
+    assert types["ReLU"] == types["Add"] == types["GlobalAveragePooling2D"] == compute
+    assert types["Dense"] == tf.float32
 
 
 def test_a_float32_convolution_is_keras_own():
