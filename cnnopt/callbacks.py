@@ -202,7 +202,7 @@ class Measure(Callback):
 
     def _restart(self, step: int) -> None:
         self.first_step = step
-        self.model.run.exchange_seconds.assign(0.0)
+        self.model.exchange.restart()
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -224,7 +224,8 @@ class Measure(Callback):
             seconds=seconds,
             images_per_second=steps * self.timeline.batch_size / seconds,
             step_seconds=seconds / steps,
-            exchange_share=float(model.run.exchange_seconds.numpy()) / seconds,
+            exchange_share=float(model.exchange.seconds.numpy()) / seconds,
+            exchange_bytes=int(model.exchange.bytes.numpy()) / steps,
             learning_rate=float(model.learning_rates[step - 1]),
             loss_scale=float(model.loss_scale.value.numpy()),
             skipped_steps=int(model.loss_scale.skipped.numpy()),
@@ -237,7 +238,7 @@ class Measure(Callback):
 TRAIN_CURVES = {
     "epoch": ("accuracy", "loss"),
     "schedule": ("learning_rate", "loss_scale", "skipped_steps"),
-    "speed": ("images_per_second", "step_seconds", "exchange_share"),
+    "speed": ("images_per_second", "step_seconds", "exchange_share", "exchange_bytes"),
 }
 
 

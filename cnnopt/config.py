@@ -75,6 +75,15 @@ class TrainConfig:
         "compute type; auto: float16 on a GPU, bfloat16 on a CPU with instructions for it, else float32",
     )
 
+    exchange: Literal["auto", "dense", "sparse"] = _flag(
+        "auto",
+        "send all gradients, or those of the kept weights only; auto measures at the start which is faster",
+        identity=False,
+    )
+    wire_dtype: Literal["float32", "float16"] = _flag(
+        "float32", "type of what is sent; float16 halves the bytes. Horovod 0.28 has no bfloat16 allreduce"
+    )
+
     seed: int = _flag(0, "of initial weights, data order and augmentation")
     deterministic: bool = _flag(False, "the same bits from the same command at the same rank count; slower")
 

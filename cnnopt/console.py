@@ -31,6 +31,7 @@ def start_table(
     """Print what is about to run. A collective: every rank tells its host and device."""
     places = distributed.gather_objects((distributed.hostname(), distributed.device()))
     hosts = {host: [device for h, device in places if h == host] for host, _ in places}
+    exchange = model.exchange
     pruner, window = model.pruner, model.pruner.window
     weights = sum(int(np.prod(kernel.shape)) for kernel in pruner.kernels)
     pruning = (
@@ -48,6 +49,7 @@ def start_table(
         "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",
         "rate": f"{config.optimizer}, {config.lr_schedule}, peak {float(np.max(model.learning_rates)):.4g}",
         "precision": f"{compute.compute} ({compute.reason}), float32 weights",
+        "exchange": f"{exchange.choice.kind} ({exchange.choice.reason}), {exchange.size:,} x {config.wire_dtype}",
         "model": f"ResNet-{config.depth}, {model.count_params():,} parameters",
         "pruning": pruning,
     }

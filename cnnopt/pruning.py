@@ -88,6 +88,11 @@ class Pruner:
                 final_sparsity, begin_step=window.begin, end_step=window.end, frequency=window.frequency
             )
 
+    def masks_of(self, variables: Sequence[tf.Variable]) -> list[tf.Variable | None]:
+        """The mask of each variable, None where it has none."""
+        masks = {kernel.ref(): mask for kernel, mask in zip(self.kernels, self.masks, strict=True)}
+        return [masks.get(variable.ref()) for variable in variables]
+
     def due(self, step: int) -> bool:
         """True when the masks change once ``step`` steps are done."""
         return self.enabled and self.window.updates_after(step)

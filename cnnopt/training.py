@@ -14,6 +14,7 @@ import tf_keras as keras
 from cnnopt import distributed
 from cnnopt.config import ConfigError, TrainConfig
 from cnnopt.data import Dataset, batches
+from cnnopt.exchange import Exchange, choose
 from cnnopt.models import pixel_statistics, resnet
 from cnnopt.precision import DynamicLossScale, Precision
 from cnnopt.pruning import Pruner, prunable_kernels
@@ -33,7 +34,6 @@ class _RunState:
     averaged: list[tf.Variable]
     mask_of: list[tf.Variable | None]
     global_step: tf.Variable = _variable(0, tf.int64)  # noqa: RUF009 (a field with a factory, as dataclasses ask)
-    exchange_seconds: tf.Variable = _variable(0, tf.float64)  # noqa: RUF009
     requests: tf.Variable = _variable([0, 0], tf.float32)  # noqa: RUF009
     granted: tf.Variable = _variable([0, 0], tf.float32)  # noqa: RUF009
     loss: keras.metrics.Metric = field(default_factory=lambda: keras.metrics.Mean("loss"))
@@ -43,31 +43,29 @@ class _RunState:
 class SynchronousModel(keras.Model):
     """A network whose ``train_step`` leaves every rank with the same numbers.
 
-    One float32 vector is allreduced a step. It holds the gradients, the moving statistics of BatchNorm (so that
-    they too are equal on all ranks after every step) and two requests: a rank that was told to stop or to save
-    adds 1 to its place, and all ranks see it after the same step, at no extra collective.
+    One vector is allreduced a step (exchange.py). It holds the gradients, the changes of BatchNorm's moving statistics
+    (so that they too are equal on all ranks after every step) and two requests: a rank that was told to stop or to
+    save puts 1 in its place, and all ranks see it after the same step, at no extra collective.
     """
 
     STOP, SAVE = 0, 1
 
     def prepare(
-        self, *, ranks: int, learning_rate: np.ndarray, weight_decay: float, label_smoothing: float, ema: float,
-        pruner: Pruner, loss_scale: DynamicLossScale, deterministic: bool,
+        self, *, learning_rate: np.ndarray, weight_decay: float, label_smoothing: float, ema: float,
+        pruner: Pruner, loss_scale: DynamicLossScale, exchange: Exchange,
     ) -> None:  # fmt: skip
         """Set what a step needs. ``learning_rate`` is float32 [total steps]: the rate of each step of the run."""
-        self.ranks = ranks
         self.learning_rates = tf.constant(learning_rate, tf.float32)
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
         self.ema_decay = ema
         self.pruner = pruner
         self.loss_scale = loss_scale
-        self.deterministic = deterministic
-        self.moving = [w for w in self.non_trainable_weights if "moving_" in w.name]
-        masks = {k.ref(): m for k, m in zip(pruner.kernels, pruner.masks, strict=True)}
+        self.exchange = exchange
+        self.moving = _moving_statistics(self)
         self.run = _RunState(
             averaged=[tf.Variable(w, trainable=False, name=f"ema/{w.name}") for w in self.weights] if ema else [],
-            mask_of=[masks.get(v.ref()) for v in self.trainable_variables],
+            mask_of=pruner.masks_of(self.trainable_variables),
         )
         self.optimizer.build(self.trainable_variables)
 
@@ -93,11 +91,16 @@ class SynchronousModel(keras.Model):
             scaled_loss = loss * scale
         gradients = tape.gradient(scaled_loss, self.trainable_variables)
 
-        gradients, moving, finite = self.exchange(gradients)
-        gradients = [g / scale for g in gradients]
-        for variable, value, before in zip(self.moving, moving, moving_before, strict=True):
+        changes = [m - before for m, before in zip(self.moving, moving_before, strict=True)]
+        shared, finite = self.exchange([*gradients, *changes, self.run.requests.read_value()])
+        gradients, changes, granted = shared[: len(gradients)], shared[len(gradients) : -1], shared[-1]
+        self.run.granted.assign(granted)
+        if self.loss_scale.enabled:
+            gradients = [g / scale for g in gradients]
             # The forward pass of a skipped step has overflowed perhaps, and would leave infinities here for good.
-            variable.assign(tf.where(finite, value, before) if self.loss_scale.enabled else value)
+            changes = [tf.where(finite, change, 0.0) for change in changes]
+        for variable, before, change in zip(self.moving, moving_before, changes, strict=True):
+            variable.assign(before + change)
         if self.loss_scale.enabled:
             tf.cond(finite, lambda: self.update(gradients), tf.no_op)
         else:
@@ -110,37 +113,16 @@ class SynchronousModel(keras.Model):
         self.run.accuracy.update_state(tf.reduce_mean(correct))
         return {"loss": loss, "finite": finite}
 
-    def exchange(self, gradients: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor], tf.Tensor]:
-        """Mean gradients and moving statistics over all ranks, and whether all of them are finite on all ranks."""
-        parts = [*gradients, *[m.read_value() for m in self.moving], self.run.requests.read_value()]
-        flat = tf.concat([tf.reshape(part, [-1]) for part in parts], axis=0)
-        with tf.control_dependencies([flat]):
-            before = self._clock()
-        with tf.control_dependencies([before]):
-            total = distributed.allreduce_sum(tf.identity(flat), name="step")
-        with tf.control_dependencies([total]):
-            self.run.exchange_seconds.assign_add(self._clock() - before)
-        pieces = tf.split(total, [int(np.prod(part.shape)) for part in parts])
-        *sums, requests = [tf.reshape(piece, part.shape) for piece, part in zip(pieces, parts, strict=True)]
-        self.run.granted.assign(requests)
-        means = [value / self.ranks for value in sums]
-        return means[: len(gradients)], means[len(gradients) :], tf.reduce_all(tf.math.is_finite(total))
-
-    def _clock(self) -> tf.Tensor:
-        # TensorFlow refuses to read the clock where determinism is asked for: the exchange then counts as 0 s.
-        return tf.constant(0.0, tf.float64) if self.deterministic else tf.timestamp()
-
     def update(self, gradients: Sequence[tf.Tensor]) -> tf.Operation:
-        """Weight decay, optimizer, masks, moving average of weights."""
+        """Weight decay, optimizer, masks, moving average of weights; gradients of pruned weights are 0."""
         variables = self.trainable_variables
         decayed = [
             g + self.weight_decay * v if v.name.endswith("kernel:0") else g
             for g, v in zip(gradients, variables, strict=True)
         ]
-        masked = [g if m is None else g * m for g, m in zip(decayed, self.run.mask_of, strict=True)]
         self.optimizer.learning_rate.assign(tf.gather(self.learning_rates, self.run.global_step))
         # The exchange has aggregated them, and Keras' own aggregation cannot be traced inside the tf.cond of float16.
-        self.optimizer.apply_gradients(zip(masked, variables, strict=True), skip_gradients_aggregation=True)
+        self.optimizer.apply_gradients(zip(decayed, variables, strict=True), skip_gradients_aggregation=True)
         for variable, mask in zip(variables, self.run.mask_of, strict=True):
             if mask is not None:
                 variable.assign(variable * mask)
@@ -188,6 +170,7 @@ class SynchronousModel(keras.Model):
     def prune(self, step: int) -> None:
         """Renew the masks that are due after ``step`` steps; the averaged weights lose the same entries."""
         self.pruner.update(step)
+        self.exchange.follow_masks()
         for average, weight in zip(self.run.averaged, self.weights, strict=False):
             for kernel, mask in zip(self.pruner.kernels, self.pruner.masks, strict=True):
                 if kernel is weight:
@@ -197,6 +180,29 @@ class SynchronousModel(keras.Model):
         """Compare weights and masks with the other ranks; returns their digest."""
         names = [(w.name, w) for w in self.weights] + [(m.name, m) for m in self.pruner.masks]
         return distributed.agree({name: variable.numpy() for name, variable in names})
+
+
+def _moving_statistics(model: keras.Model) -> list[tf.Variable]:
+    return [w for w in model.non_trainable_weights if "moving_" in w.name]
+
+
+def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, ranks: int) -> Exchange:
+    """For the gradients, the changes of moving statistics, and two requests."""
+    shared = [*model.trainable_variables, *_moving_statistics(model)]
+    sizes = [*(int(np.prod(v.shape)) for v in shared), 2]
+    choice = choose(
+        config.exchange,
+        size=sum(sizes),
+        prunable=sum(int(np.prod(k.shape)) for k in pruner.kernels),
+        sparsity=config.sparsity,
+        ranks=ranks,
+        wire=config.wire_dtype,
+        deterministic=config.deterministic,
+    )
+    # TensorFlow refuses to read the clock where determinism is asked for: the exchange then counts as 0 s.
+    clock = (lambda: tf.constant(0.0, tf.float64)) if config.deterministic else tf.timestamp
+    masks = [*pruner.masks_of(shared), None]
+    return Exchange(sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock)
 
 
 def build(
@@ -244,14 +250,13 @@ def build(
     # Handed to compile(), it would come back wrapped in a loss scale of Keras' own under mixed_float16.
     model.optimizer = optimizer
     model.prepare(
-        ranks=ranks,
         learning_rate=np.array([rate(step) for step in range(timeline.total_steps)], np.float32),
         weight_decay=config.weight_decay,
         label_smoothing=config.label_smoothing,
         ema=config.ema,
         pruner=pruner,
-        loss_scale=DynamicLossScale(precision.scales_loss),
-        deterministic=config.deterministic,
+        loss_scale=DynamicLossScale(precision.scales_loss or config.wire_dtype == "float16"),
+        exchange=_exchange(config, model, pruner, ranks),
     )
     return model
 
@@ -292,6 +297,7 @@ def fit(
     iterator = iter(stream)
     train_function = model.make_train_function()
     model.stop_training = False
+    model.exchange.follow_masks()
     hooks.on_train_begin()
     while step < timeline.total_steps and not model.stop_training:
         epoch = timeline.epoch_of(step)

@@ -190,6 +190,7 @@ def test_metrics_have_one_line_an_epoch(complete):
     for line in lines:
         assert line["images_per_second"] == pytest.approx(128 / line["step_seconds"], rel=1e-4)
         assert 0 <= line["exchange_share"] < 0.5
+        assert line["exchange_bytes"] == 0, "one rank sends nothing"
         assert (line["loss_scale"], line["skipped_steps"]) == (1, 0)
         assert line["sparsity"] == pytest.approx(line["target_sparsity"], abs=2e-4)
     result = json.loads((folder / "result.json").read_text())
@@ -223,7 +224,7 @@ def test_tensorboard_has_every_promised_curve(complete):
         "train": {"epoch/loss": "loss", "epoch/accuracy": "accuracy", "schedule/learning_rate": "learning_rate",
                   "schedule/loss_scale": "loss_scale", "schedule/skipped_steps": "skipped_steps",
                   "speed/images_per_second": "images_per_second", "speed/step_seconds": "step_seconds",
-                  "speed/exchange_share": "exchange_share"},
+                  "speed/exchange_share": "exchange_share", "speed/exchange_bytes": "exchange_bytes"},
         "validation": {"epoch/accuracy": "val_accuracy", "epoch/loss": "val_loss"},
         "hparams": {"result/accuracy": "val_accuracy"},
         "pruning": {"sparsity/target": "target_sparsity", "sparsity/total": "sparsity"},

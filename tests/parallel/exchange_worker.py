@@ -1,0 +1,89 @@
+"""What one rank sees of its exchange, written to DEST/rank<r>.{json,npz} for test_exchange.py to compare.
+
+Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE...
+"""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from cnnopt import distributed
+from cnnopt.config import TrainConfig
+
+distributed.prepare(distributed.launched()[0], deterministic=True, verbose=False)
+world = distributed.start(verbose=False)
+
+import tf_keras as keras  # noqa: E402
+
+from cnnopt import callbacks, data, precision, training  # noqa: E402
+from cnnopt.exchange import choose  # noqa: E402
+from cnnopt.schedules import Timeline  # noqa: E402
+
+CONFIG = TrainConfig(dataset="synthetic", depth=8, batch_size=64, epochs=2, base_lr=0.1, sparsity=0.9,
+                     prune_begin="2s", prune_end="10s", prune_frequency="2s", deterministic=True)  # fmt: skip
+IMAGES = data.load("synthetic", seed=0, synthetic_sizes=(512, 64))
+
+
+class Count(keras.callbacks.Callback):
+    """Bytes of each step, and what they must be; before ``Prune``, whose masks are those of the next step."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.bytes, self.kept = [], [], []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.exchange.restart()
+        self.kept.append(sum(int(np.sum(mask.numpy() != 0)) for mask in self.model.pruner.masks))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bytes.append(int(self.model.exchange.bytes.numpy()))
+        self.losses.append(float(logs["loss"]))
+
+
+def collectives(model: training.SynchronousModel, stream) -> dict[str, int]:
+    """Horovod's operations in the graph of a step, by type."""
+    graph = model.train_function.get_concrete_function(iter(stream)).graph.as_graph_def()
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    return Counter(node.op for node in nodes if node.op.startswith("Horovod"))
+
+
+def train(kind: str, wire: str) -> tuple[dict[str, np.ndarray], dict]:
+    keras.backend.clear_session()
+    config = dataclasses.replace(CONFIG, exchange=kind, wire_dtype=wire)
+    timeline = Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
+    compute = precision.choose("float32", has_gpu=False)
+    model = training.build(config, IMAGES, timeline, compute, ranks=world.size)
+    distributed.broadcast(list(model.named_state().values()))
+    stream = training.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps)
+    count = Count()
+    training.fit(model, stream, timeline, [count, callbacks.Prune()])
+    model.pruner.verify_final()
+    model.agree()
+    return {name: v.numpy() for name, v in model.named_state().items()}, {
+        "losses": count.losses,
+        "bytes": count.bytes,
+        "kept": count.kept,
+        "prunable": sum(mask.numpy().size for mask in model.pruner.masks),
+        "size": model.exchange.size,
+        "collectives": collectives(model, stream),
+        "traces": model.train_function.experimental_get_tracing_count(),
+    }
+
+
+def main(dest: Path, variants: list[str]) -> None:
+    arrays, found = {}, {}
+    for variant in variants:
+        state, found[variant] = train(*variant.split("/"))
+        arrays |= {f"{variant}:{name}": value for name, value in state.items()}
+    chosen = choose("auto", size=10**5, prunable=10**5, sparsity=0.9, ranks=world.size, wire="float32",
+                    deterministic=False)  # fmt: skip
+    found["auto"] = dataclasses.asdict(chosen)
+    np.savez(dest / f"rank{world.rank}.npz", **arrays)
+    (dest / f"rank{world.rank}.json").write_text(json.dumps(found))
+
+
+main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,101 @@
+"""What an exchange keeps, in one process; and that the step's graph does not grow unseen."""
+
+import numpy as np
+import pytest
+import small_runs
+import tensorflow as tf
+
+from cnnopt import training
+from cnnopt.callbacks import Prune
+from cnnopt.exchange import Choice, Exchange, choose
+
+pytestmark = pytest.mark.usefixtures("float32_policy")
+AUTO = {"size": 100, "prunable": 80, "sparsity": 0.5, "ranks": 2, "wire": "float32", "deterministic": False}
+
+
+def exchange(kind: str, mask: np.ndarray, wire: str = "float32") -> Exchange:
+    """Of a masked part and of one of two entries that is always kept."""
+    made = Exchange([mask.size, 2], [tf.Variable(mask), None], ranks=1, choice=Choice(kind, ""), wire=wire,
+                    clock=tf.timestamp)  # fmt: skip
+    made.follow_masks()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_what_is_pruned_comes_back_as_zero_and_the_rest_as_it_was(kind):
+    mask = np.float32([[1, 0, 1], [0, 0, 1]])
+    gradient, other = tf.constant([[1.5, 2, 3], [4, 5, 6]]), tf.constant([7.0, -8.0])
+    (found, kept), finite = exchange(kind, mask)([gradient, other])
+    np.testing.assert_array_equal(found, gradient * mask)
+    np.testing.assert_array_equal(kept, other)
+    assert finite
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_only_what_is_kept_must_be_finite(kind, bad):
+    mask = np.float32([1, 0])
+    (found, _), finite = exchange(kind, mask)([tf.constant([1.0, bad]), tf.zeros([2])])
+    assert finite
+    np.testing.assert_array_equal(found, [1, 0])
+    assert not exchange(kind, mask)([tf.constant([bad, 1.0]), tf.zeros([2])])[1]
+
+
+def test_a_value_beyond_the_type_of_the_wire_is_not_finite():
+    value = tf.constant([70000.0])
+    assert exchange("dense", np.float32([1]))([value, tf.zeros([2])])[1]
+    assert not exchange("dense", np.float32([1]), wire="float16")([value, tf.zeros([2])])[1]
+
+
+def test_masks_may_change_both_ways_without_a_new_trace():
+    mask = np.ones(6, np.float32)
+    made = exchange("sparse", mask)
+    step = tf.function(lambda: made([tf.range(1.0, 7.0), tf.constant([8.0, 9.0])])[0][0])
+    for zeros in ([], [0], [0, 3, 4], [1], [0, 1, 2, 3, 4, 5]):
+        kept = np.ones(6, np.float32)
+        kept[zeros] = 0
+        made.masks[0].assign(kept)
+        made.follow_masks()
+        np.testing.assert_array_equal(step(), kept * np.arange(1, 7))
+    assert step.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "kind", "reason"),
+    [
+        ("sparse", {"ranks": 1}, "sparse", "as asked"),
+        ("dense", {}, "dense", "as asked"),
+        ("auto", {"ranks": 1}, "dense", "one rank"),
+        ("auto", {"sparsity": 0.0}, "dense", "nothing is pruned"),
+        ("auto", {"deterministic": True}, "dense", "--deterministic measures nothing"),
+    ],
+)
+def test_what_needs_no_measurement_is_chosen_without_one(asked, changes, kind, reason):
+    assert choose(asked, **{**AUTO, **changes}) == Choice(kind, reason)
+
+
+def test_a_run_is_the_same_with_either_exchange():
+    states = []
+    for kind in ("dense", "sparse"):
+        config = small_runs.settings(exchange=kind)
+        model = small_runs.build(config)
+        small_runs.fit(model, config, [Prune()])
+        assert model.train_function.experimental_get_tracing_count() == 1
+        states.append(small_runs.state(model))
+    for name, value in states[0].items():
+        assert value.tobytes() == states[1][name].tobytes(), name
+
+
+def operations(config: training.TrainConfig) -> int:
+    """In the graph of a step and the functions that it calls."""
+    model = small_runs.build(config)
+    model.make_train_function()
+    graph = model.train_function.get_concrete_function(iter(small_runs.stream(config))).graph.as_graph_def()
+    return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+
+
+def test_the_graph_of_a_step_stays_small():
+    # 115 operations a layer when this was written. Each costs microseconds, and a second collective much more.
+    dense = operations(small_runs.settings(exchange="dense"))
+    assert dense <= 120 * 8 + 200
+    assert operations(small_runs.settings(exchange="sparse")) <= dense + 12
