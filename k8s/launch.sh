@@ -33,8 +33,8 @@ done
 echo "launch.sh: $ranks ranks on ${#workers[@]} workers"
 
 # eth0 is what CNI plugins call the interface of a pod; naming it saves Horovod's search for one.
-horovodrun --gloo --disable-cache --num-proc "$ranks" --hostfile "$hostfile" --ssh-port 2222 \
-    --network-interfaces eth0 python train_hvd.py --expect-ranks "$ranks" "$@" &
+horovodrun --gloo --disable-cache --num-proc "$ranks" --hostfile "$hostfile" --network-interfaces eth0 \
+    python train_hvd.py --expect-ranks "$ranks" "$@" &
 job=$!
 # One rank that is told to stop stops all after the same step.
 trap 'ssh "${workers[0]}" pkill -TERM python || true' TERM

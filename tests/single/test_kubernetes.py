@@ -1,0 +1,322 @@
+"""The Kubernetes manifests, rendered: valid for the cluster and for the operator, and of one mind with the image."""
+
+import copy
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from cnnopt.config import parse_args
+from tests.manifests import OVERLAYS, ROOT, Manifests
+
+CRD = ROOT.parent / "shared/k8s/mpijob-crd-v2beta1.yaml"
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+CPU = {"requests": {"cpu": "4", "memory": "8Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}}
+GPU_SIZE = {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": 4}
+GPU = {"requests": GPU_SIZE, "limits": GPU_SIZE}
+
+
+@pytest.fixture(params=OVERLAYS)
+def manifests(request: pytest.FixtureRequest) -> Manifests:
+    return Manifests(request.param)
+
+
+def closed(schema: dict) -> dict:
+    """The schema, refusing fields that it does not know; a cluster would drop them without a word."""
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    for value in list(schema.values()):
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                closed(part)
+    return schema
+
+
+@pytest.fixture(scope="module")
+def operator_schema() -> dict:
+    if not CRD.exists():
+        pytest.skip(f"the operator's CRD is not in {CRD.relative_to(ROOT.parent)} beside the repository")
+    (version,) = yaml.safe_load(CRD.read_text())["spec"]["versions"]
+    assert version["name"] == "v2beta1"
+    schema = version["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"type": "object"}
+    return closed(schema)
+
+
+def validate_core(document: dict) -> None:
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_core_documents_are_valid(manifests):
+    kinds = [document["kind"] for document in manifests.documents]
+    assert sorted(kinds) == sorted(
+        ["Deployment", "Job", "MPIJob", *["NetworkPolicy"] * 3, *["PersistentVolumeClaim"] * 2, "Service"]
+    )
+    for document in manifests.documents:
+        if document["kind"] != "MPIJob":
+            validate_core(document)
+
+
+def test_a_wrong_field_would_be_found(manifests):
+    manifests.of("Job")[0]["spec"]["backofLimit"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="backofLimit"):
+        validate_core(manifests.of("Job")[0])
+
+
+def test_the_job_is_valid_for_the_operator(manifests, operator_schema):
+    jsonschema.validate(manifests.job, operator_schema, jsonschema.Draft7Validator)
+    assert manifests.job["apiVersion"] == "kubeflow.org/v2beta1"
+    wrong = copy.deepcopy(manifests.job)
+    wrong["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="readynessProbe"):
+        jsonschema.validate(wrong, operator_schema, jsonschema.Draft7Validator)
+
+
+def test_the_pods_that_the_operator_makes_are_valid(manifests):
+    # Its schema for a pod may be older than the cluster's.
+    for role, template in ((role, manifests.replica(role)["template"]) for role in ("Launcher", "Worker")):
+        restart = manifests.replica(role)["restartPolicy"]
+        # The operator overrides a policy in the template, with a warning, and knows these two.
+        assert "restartPolicy" not in template["spec"]
+        assert restart in ("Never", "OnFailure")
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role.lower()}, "spec": template["spec"]}
+        validate_core(pod)
+
+
+def test_names_are_dns_labels(manifests):
+    names = [document["metadata"]["name"] for document in manifests.documents]
+    job = manifests.job["metadata"]["name"]
+    names += [f"{job}-launcher", f"{job}-worker-{manifests.workers - 1}"]
+    for spec, container in manifests.containers():
+        names += [container["name"], *(volume["name"] for volume in spec["volumes"])]
+        ports = [port["name"] for port in container.get("ports", [])]
+        assert all(len(port) <= 15 for port in ports)
+        names += ports
+    assert all(DNS_LABEL.fullmatch(name) for name in names), names
+    assert len({(d["kind"], d["metadata"]["name"]) for d in manifests.documents}) == len(manifests.documents)
+
+
+def test_each_mount_has_a_volume_and_each_claim_can_be_shared(manifests):
+    claims = {claim["metadata"]["name"]: claim for claim in manifests.of("PersistentVolumeClaim")}
+    used = set()
+    for spec, container in manifests.containers():
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        for mount in container["volumeMounts"]:
+            volume = volumes[mount["name"]]
+            if "persistentVolumeClaim" in volume:
+                used.add(volume["persistentVolumeClaim"]["claimName"])
+                # The same folder holds the same volume wherever it is mounted.
+                assert volume["persistentVolumeClaim"]["claimName"] == f"cnnopt-{mount['mountPath'].strip('/')}"
+    assert used == set(claims)
+    assert all(claim["spec"]["accessModes"] == ["ReadWriteMany"] for claim in claims.values())
+
+
+def test_every_container_is_locked_down(manifests):
+    for spec, container in manifests.containers():
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        assert spec["securityContext"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 1000,
+            "runAsGroup": 1000,
+            "fsGroup": 1000,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        for bound in ("requests", "limits"):
+            assert {"cpu", "memory"} <= container["resources"][bound].keys()
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "tag", "slots", "resources", "shm"),
+    [
+        ("cpu", "cpu", 1, CPU, "1Gi"),
+        ("elastic", "cpu", 1, CPU, "1Gi"),
+        ("gpu", "gpu", 4, GPU, "8Gi"),
+        ("kueue", "gpu", 4, GPU, "8Gi"),
+        ("volcano", "gpu", 4, GPU, "8Gi"),
+    ],
+)
+def test_the_size_of_each_overlay(overlay, tag, slots, resources, shm):
+    manifests = Manifests(overlay)
+    images = {container["image"] for _, container in manifests.containers()}
+    assert images == {f"registry.example.com/cnnopt:0.1.0-{tag}"}
+    assert manifests.slots == slots
+    worker = manifests.container("Worker")
+    assert worker["resources"] == resources
+    # One rank to each GPU, and none on the launcher.
+    assert worker["resources"]["limits"].get("nvidia.com/gpu", slots) == slots
+    assert "nvidia.com/gpu" not in manifests.container("Launcher")["resources"]["limits"]
+    (memory,) = (v for v in manifests.replica("Worker")["template"]["spec"]["volumes"] if v["name"] == "shm")
+    assert memory["emptyDir"] == {"medium": "Memory", "sizeLimit": shm}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in worker["volumeMounts"]
+
+
+def test_the_job_starts_retries_and_ends_as_documented(manifests):
+    spec = manifests.job["spec"]
+    assert spec["launcherCreationPolicy"] == "WaitForWorkersReady"
+    assert spec["runPolicy"]["cleanPodPolicy"] == "Running"
+    assert spec["runPolicy"]["backoffLimit"] == 6
+    # A launcher is a new pod for each try; sshd is started again in its place.
+    assert manifests.replica("Launcher")["restartPolicy"] == "Never"
+    assert manifests.replica("Worker")["restartPolicy"] == "OnFailure"
+    assert manifests.replica("Launcher")["replicas"] == 1
+    worker = manifests.container("Worker")
+    assert worker["command"] == ["/usr/sbin/sshd", "-De"]
+    assert worker["readinessProbe"]["tcpSocket"] == {"port": "ssh"}
+    assert "pkill -TERM python" in worker["lifecycle"]["preStop"]["exec"]["command"][2]
+    assert manifests.container("Launcher")["command"] == ["/opt/cnnopt/k8s/launch.sh"]
+
+
+def test_what_queues_and_gang_schedulers_need():
+    kueue, volcano = Manifests("kueue").job, Manifests("volcano")
+    assert kueue["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "user-queue"
+    assert kueue["spec"]["runPolicy"]["suspend"] is True
+    # With the launcher counted in, which waits for the workers, the group would never be scheduled.
+    policy = volcano.job["spec"]["runPolicy"]["schedulingPolicy"]
+    assert policy == {"minAvailable": volcano.workers, "queue": "default"}
+    for role in ("Launcher", "Worker"):
+        assert volcano.replica(role)["template"]["spec"]["schedulerName"] == "volcano"
+
+
+def test_the_flags_parse_and_the_ranks_share_the_batch(manifests):
+    config = parse_args(manifests.container("Launcher")["args"])
+    config.check_ranks(manifests.workers * manifests.slots)
+    mounts = {mount["mountPath"] for mount in manifests.container("Worker")["volumeMounts"]}
+    assert {config.data_dir, config.run_dir} <= mounts
+    threads = {v["name"]: v["value"] for v in manifests.container("Launcher")["env"]}["TF_NUM_INTRAOP_THREADS"]
+    limit = manifests.container("Worker")["resources"]["limits"]["cpu"]
+    assert int(threads) * manifests.slots == int(limit)
+
+
+def test_quantize_and_tensorboard_look_where_the_training_writes(manifests):
+    config = parse_args(manifests.container("Launcher")["args"])
+    run = f"{config.run_dir}/{config.name}"
+    (job,) = manifests.of("Job")
+    pod = job["spec"]["template"]["spec"]
+    assert f"[ -e {run}/result.json ]" in pod["initContainers"][0]["command"][2]
+    assert pod["containers"][0]["command"] == ["python", "-m", "cnnopt.quantize"]
+    assert pod["containers"][0]["args"] == [run, f"--data-dir={config.data_dir}"]
+    (deployment,) = manifests.of("Deployment")
+    assert f"--logdir={config.run_dir}" in deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+
+
+def test_services_and_policies_select_the_pods_they_are_meant_for(manifests):
+    labels = {name: template["metadata"]["labels"] for name, template in manifests.pods()}
+    (service,) = manifests.of("Service")
+    selected = [name for name, have in labels.items() if service["spec"]["selector"].items() <= have.items()]
+    assert selected == ["cnnopt-tensorboard"]
+    for name in ("Launcher", "Worker"):
+        # The operator adds these.
+        labels[name] |= {
+            "training.kubeflow.org/operator-name": "mpi-operator",
+            "training.kubeflow.org/job-name": manifests.job["metadata"]["name"],
+            "training.kubeflow.org/job-role": name.lower(),
+        }
+    covered = []
+    for policy in manifests.of("NetworkPolicy"):
+        spec = policy["spec"]
+        wanted = spec["podSelector"]["matchLabels"]
+        covered += [name for name, have in labels.items() if wanted.items() <= have.items()]
+        assert spec["policyTypes"] == ["Ingress"]
+        # Neither other namespaces nor addresses.
+        assert all(peer.keys() == {"podSelector"} for rule in spec.get("ingress", []) for peer in rule["from"])
+    # Each pod is under one policy, so what that does not admit is refused.
+    assert sorted(covered) == sorted(labels)
+    (training,) = (p["spec"] for p in manifests.of("NetworkPolicy") if p["metadata"]["name"] == "cnnopt-training")
+    (rule,) = training["ingress"]
+    assert rule["from"] == [{"podSelector": training["podSelector"]}]
+    (ports,) = rule["ports"]
+    (ssh,) = manifests.container("Worker")["ports"]
+    assert ports["port"] <= ssh["containerPort"] <= ports["endPort"]
+
+
+def test_overlays_change_what_they_say_and_nothing_else(manifests):
+    base = Manifests("base")
+
+    def common(rendered: Manifests) -> list[dict]:
+        documents = copy.deepcopy(rendered.documents)
+        for document in documents:
+            if document["kind"] == "MPIJob":
+                spec = document["spec"]
+                document["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name", None)
+                spec["runPolicy"].pop("suspend", None)
+                spec["runPolicy"].pop("schedulingPolicy", None)
+                del spec["slotsPerWorker"]
+                worker = spec["mpiReplicaSpecs"]["Worker"]["template"]["spec"]
+                del worker["containers"][0]["resources"]
+                del worker["volumes"][1]["emptyDir"]["sizeLimit"]
+                for replica in spec["mpiReplicaSpecs"].values():
+                    replica["template"]["spec"].pop("schedulerName", None)
+                if rendered.overlay == "elastic":
+                    environment = spec["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]["env"]
+                    environment[:] = [v for v in environment if v["name"] != "LAUNCH_AT_LEAST"]
+                    spec["launcherCreationPolicy"] = "WaitForWorkersReady"
+        text = yaml.safe_dump_all(documents)
+        return list(yaml.safe_load_all(re.sub(r"image: \S+", "image: any", text)))
+
+    assert common(manifests) == common(base)
+
+
+# ---- The image is of one mind with the manifests --------------------------------------------------------------------
+
+
+def directives(path: Path) -> dict[str, str]:
+    lines = (line.split(None, 1) for line in path.read_text().splitlines() if line and not line.startswith("#"))
+    return {name: value.strip() for name, value in lines}
+
+
+def test_the_image_runs_sshd_as_the_manifests_expect(manifests):
+    server, client = directives(ROOT / "docker/sshd_config"), directives(ROOT / "docker/ssh_config")
+    (port,) = manifests.container("Worker")["ports"]
+    assert server["Port"] == client["Port"] == str(port["containerPort"]) == "2222"
+    mount = manifests.job["spec"]["sshAuthMountPath"]
+    assert server["HostKey"] == client["IdentityFile"] == f"{mount}/id_rsa"
+    assert server["AuthorizedKeysFile"] == f"{mount}/authorized_keys"
+    dockerfile = (ROOT / "docker/Dockerfile").read_text()
+    user = manifests.replica("Worker")["template"]["spec"]["securityContext"]["runAsUser"]
+    assert f"useradd --uid {user} " in dockerfile
+    assert re.findall(r"^USER (.*)$", dockerfile, re.MULTILINE) == [str(user)]
+    assert server["AllowUsers"] == client["User"] == "mpiuser"
+
+
+def test_all_that_the_image_copies_is_in_its_context_and_nothing_else():
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)
+    sources = {name for line in copied for name in line.split()}
+    assert all((ROOT / name).exists() for name in sources)
+    first, *rules = [r for r in (ROOT / ".dockerignore").read_text().splitlines() if r and not r.startswith("#")]
+    assert first == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == sources
+
+
+def test_the_gpu_lock_is_what_tensorflow_asks_for():
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in requires("tensorflow") or []]
+    wanted = {f"{r.name}{r.specifier}" for r in wanted if r.marker and r.marker.evaluate({"extra": "and-cuda"})}
+    lock = (ROOT / "docker/requirements-gpu.txt").read_text()
+    assert set(re.findall(r"^(\S+==\S+)", lock, re.MULTILINE)) == {w for w in wanted if w.startswith("nvidia-")}
+    assert "--hash=sha256:" in lock
+
+
+@pytest.mark.parametrize(
+    ("tool", "file"), [("hadolint", "docker/Dockerfile"), ("shellcheck", "k8s/launch.sh"), ("bash", "k8s/launch.sh")]
+)
+def test_linters_have_nothing_to_say(tool, file):
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    done = subprocess.run([tool, *(["-n"] if tool == "bash" else []), ROOT / file], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
