@@ -3,41 +3,49 @@
 #
 # The operator mounts /etc/mpi/hostfile, a line "<worker> slots=<ranks>" for each worker of the manifest, running or
 # not. So the number of ranks is written once, as replicas and slotsPerWorker, and a missing worker is an error.
+#
+#   LAUNCH_PATIENCE   seconds to wait for workers that do not answer [600]
+#   LAUNCH_AT_LEAST   so many workers will do after that wait [all]
+#
 # On SIGTERM the ranks save and end, and so does this script; the next launcher goes on from the volume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-readonly hostfile=/etc/mpi/hostfile
-readonly patience=${LAUNCH_PATIENCE:-600} # seconds
-ranks=$(awk -F 'slots=' '{ sum += $2 } END { print sum + 0 }' "$hostfile")
-mapfile -t workers < <(awk '{ print $1 }' "$hostfile")
 
 # True as soon as the worker answers. A worker that was restarted has no name and no sshd for a while; one that was
 # not may still hold ranks of the failed attempt, which would write to the same run.
 cleared() {
     local status=0
-    ssh "$1" pkill -KILL python || status=$?
+    ssh -n "$1" pkill -KILL python || status=$?
     # pkill answers 0 or 1; 255 is ssh's own failure.
     [ "$status" -ne 255 ]
 }
 
-for worker in "${workers[@]}"; do
+readonly patience=${LAUNCH_PATIENCE:-600}
+all=0 ranks=0 hosts=()
+while IFS=' =' read -r worker _ slots; do
+    all=$((all + 1))
     until cleared "$worker"; do
         if [ "$SECONDS" -ge "$patience" ]; then
-            echo "launch.sh: $worker does not answer after $patience s; see docs/kubernetes.md" >&2
-            exit 1
+            echo "launch.sh: $worker does not answer after $patience s (docs/kubernetes.md)" >&2
+            continue 2
         fi
         sleep 2
     done
-done
-echo "launch.sh: $ranks ranks on ${#workers[@]} workers"
+    hosts+=("$worker:$slots")
+    ranks=$((ranks + slots))
+done </etc/mpi/hostfile
+if [ "${#hosts[@]}" -lt "${LAUNCH_AT_LEAST:-$all}" ]; then
+    echo "launch.sh: ${#hosts[@]} of $all workers answer, ${LAUNCH_AT_LEAST:-all} must" >&2
+    exit 1
+fi
+echo "launch.sh: $ranks ranks on ${#hosts[@]} of $all workers"
 
 # eth0 is what CNI plugins call the interface of a pod; naming it saves Horovod's search for one.
-horovodrun --gloo --disable-cache --num-proc "$ranks" --hostfile "$hostfile" --network-interfaces eth0 \
-    python train_hvd.py --expect-ranks "$ranks" "$@" &
+horovodrun --gloo --disable-cache --num-proc "$ranks" --hosts "$(IFS=,; echo "${hosts[*]}")" \
+    --network-interfaces eth0 python train_hvd.py --expect-ranks "$ranks" "$@" &
 job=$!
 # One rank that is told to stop stops all after the same step.
-trap 'ssh "${workers[0]}" pkill -TERM python || true' TERM
+trap 'ssh "${hosts[0]%:*}" pkill -TERM python || true' TERM
 until wait "$job"; do
     status=$?
     # A signal ends the wait, but not the job.

@@ -1,0 +1,163 @@
+"""One run, said to three launchers.
+
+    python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44 --sparsity 0.6
+    python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 --cpus-per-rank 8 -- --preset super
+    python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 --only kubernetes -- --preset super \
+        > k8s/overlays/mine/kustomization.yaml
+
+Prints the horovodrun line, the sbatch command and a kustomize overlay, all with the same ranks and the same flags of
+train_hvd.py, which are checked first. Standard library only. Exit status: 0 done, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cnnopt.config import TrainConfig, parse_args
+from cnnopt.errors import CnnoptError, UserError
+
+
+class PlanError(UserError):
+    """A size that cannot be; the message is one line that names the flag and the remedy."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a job and what it trains."""
+
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    cpus_per_rank: int
+    flags: tuple[str, ...]
+    config: TrainConfig
+
+    @property
+    def ranks(self) -> int:
+        """All ranks of the job."""
+        return self.nodes * self.ranks_per_node
+
+
+def horovodrun(plan: Plan) -> str:
+    """The command for hosts named node1, node2, ... with ssh between them, or for this machine."""
+    hosts = ",".join(f"node{i + 1}:{plan.ranks_per_node}" for i in range(plan.nodes))
+    command = ["horovodrun", "-np", str(plan.ranks), *(["-H", hosts] if plan.nodes > 1 else [])]
+    return shlex.join([*command, "python", "train_hvd.py", *plan.flags, "--expect-ranks", str(plan.ranks)])
+
+
+def sbatch(plan: Plan) -> str:
+    """The command for SLURM; the script takes all counts from it, ``--expect-ranks`` among them."""
+    size = [
+        f"--nodes={plan.nodes}",
+        f"--ntasks-per-node={plan.ranks_per_node}",
+        f"--cpus-per-task={plan.cpus_per_rank}",
+    ]
+    if plan.gpus_per_node:
+        size.append(f"--gpus-per-node={plan.gpus_per_node}")
+    return shlex.join(["sbatch", *size, "slurm/super.sbatch", *plan.flags])
+
+
+def kustomization(plan: Plan) -> str:
+    """An overlay beside those of k8s/overlays: one worker to each node."""
+    run = f"/runs/{plan.config.name}"
+    # Last, because the volumes are there whatever the flags say of other machines.
+    arguments = [*plan.flags, f"--name={plan.config.name}", "--data-dir=/data", "--run-dir=/runs"]
+    launcher, worker = (f"/spec/mpiReplicaSpecs/{role}/template/spec/containers/0" for role in ("Launcher", "Worker"))
+    job: dict[str, Any] = {
+        "/spec/slotsPerWorker": plan.ranks_per_node,
+        "/spec/mpiReplicaSpecs/Worker/replicas": plan.nodes,
+        f"{launcher}/args": arguments,
+        f"{launcher}/env/0/value": str(plan.cpus_per_rank),
+    }
+    size = {"cpu": str(plan.cpus_per_rank * plan.ranks_per_node)}
+    if plan.gpus_per_node:
+        size["nvidia.com~1gpu"] = str(plan.gpus_per_node)
+    for bound in ("requests", "limits"):
+        job |= {f"{worker}/resources/{bound}/{name}": amount for name, amount in size.items()}
+    pod = "/spec/template/spec"
+    quantize = {
+        f"{pod}/initContainers/0/command/2": f"until [ -e {run}/result.json ]; do sleep 15; done",
+        f"{pod}/containers/0/args": [run, "--data-dir=/data"],
+    }
+    lines = [
+        "apiVersion: kustomize.config.k8s.io/v1beta1",
+        "kind: Kustomization",
+        "resources:",
+        f"  - ../{'gpu' if plan.gpus_per_node else 'cpu'}",
+        "patches:",
+    ]
+    for kind, name, values in (("MPIJob", "cnnopt", job), ("Job", "cnnopt-quantize", quantize)):
+        lines += [f"  - target: {{kind: {kind}, name: {name}}}", "    patch: |-"]
+        # JSON is YAML, and quotes whatever a flag may hold.
+        lines += [
+            f"      - {json.dumps({'op': 'replace', 'path': path, 'value': value})}" for path, value in values.items()
+        ]
+    return "\n".join(lines)
+
+
+#: What is printed, in this order.
+LAUNCHERS = {"horovodrun": horovodrun, "slurm": sbatch, "kubernetes": kustomization}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise PlanError(f"{message}; see --help")
+
+
+def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
+    """The plan that ``argv`` asks for, the flags of train_hvd.py after ``--``; and the one launcher to print it for.
+
+    Raises PlanError or ConfigError for what cannot be.
+    """
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    flags = tuple(argv[at + 1 :])
+    parser = _Parser(
+        prog="python -m cnnopt.launch_plan",
+        description="Print one run as a horovodrun line, an sbatch command and a kustomize overlay.",
+        usage="%(prog)s [options] -- FLAGS OF train_hvd.py",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts, or workers of Kubernetes [1]")
+    parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one rank to each GPU [0]")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="without GPUs [1]")
+    parser.add_argument("--cpus-per-rank", type=int, default=4, metavar="N", help="cores and threads of a rank [4]")
+    parser.add_argument("--only", choices=LAUNCHERS, help="one of the three, ready for a file")
+    given = parser.parse_args(argv[:at])
+    for flag, least in (("nodes", 1), ("gpus_per_node", 0), ("ranks_per_node", 1), ("cpus_per_rank", 1)):
+        value = getattr(given, flag)
+        if value is not None and value < least:
+            raise PlanError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
+    gpus, ranks = given.gpus_per_node, given.ranks_per_node or given.gpus_per_node or 1
+    if gpus and ranks != gpus:
+        raise PlanError(f"--ranks-per-node {ranks}: --gpus-per-node {gpus} means one rank to each; leave it out")
+    plan = Plan(given.nodes, ranks, gpus, given.cpus_per_rank, flags, parse_args(flags))
+    plan.config.check_ranks(plan.ranks)
+    return plan, given.only
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; every wrong input is one line."""
+    try:
+        plan, only = parse_plan(sys.argv[1:] if argv is None else argv)
+    except CnnoptError as error:
+        print(f"launch_plan: {error}", file=sys.stderr)
+        return error.exit_status
+    if only:
+        print(LAUNCHERS[only](plan))
+        return 0
+    print(f"# {plan.ranks} ranks on {plan.nodes} node{'s' * (plan.nodes > 1)}: with horovodrun")
+    print(horovodrun(plan))
+    print("\n# SLURM (add --partition and --account)", sbatch(plan), sep="\n")
+    print("\n# Kubernetes, as k8s/overlays/mine/kustomization.yaml: kubectl apply -k k8s/overlays/mine")
+    print(kustomization(plan))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
