@@ -75,6 +75,8 @@ def train(config: TrainConfig) -> int:
 
     # ---- What came out -------------------------------------------------------------------------------------------
     if stop.stopped:
+        # A launcher ends all ranks when one has ended with an error: none may leave before rank 0 has saved.
+        distributed.gather_objects(None)
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
         return 75
     model.pruner.verify_final()
@@ -113,7 +115,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except CnnoptError as error:
-        print_once(distributed.launched()[0], f"train_hvd.py: {error}", error=True)
+        world = distributed.World() if error.of_one_rank else distributed.launched()[0]
+        print_once(world, f"train_hvd.py: {error}", error=True)
         return error.exit_status
 
 

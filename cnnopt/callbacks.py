@@ -91,13 +91,15 @@ class StopIfDiverged(Callback):
 
 
 class StopWhenTold(Callback):
-    """SIGTERM or SIGUSR1 on any rank stops all ranks after one and the same step; a second one exits at once."""
+    """SIGTERM or SIGUSR1 on any rank stops all ranks after one and the same step; a later second one exits at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    #: Seconds in which a scheduler's one request may come again: to the rank, and through its launcher.
+    ONE_REQUEST = 10.0
 
     def __init__(self) -> None:
         super().__init__()
-        self.told = False
+        self.told_at: float | None = None
         self.stopped = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -106,13 +108,14 @@ class StopWhenTold(Callback):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.told:
+        if self.told_at is None:
+            self.told_at = time.monotonic()
+        elif time.monotonic() - self.told_at > self.ONE_REQUEST:
             os._exit(128 + number)
-        self.told = True
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Put the request into this step's exchange."""
-        if self.told:
+        if self.told_at is not None:
             self.model.run.requests.assign(np.eye(2, dtype=np.float32)[SynchronousModel.STOP])
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnopt import environment
+from cnnopt import environment, rendezvous, slurm
 from cnnopt.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ _LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
-    # Only srun sets the SLURM_STEP variables; a batch script on its own is one process.
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
 
@@ -57,11 +55,9 @@ def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None
     """What the launcher says of this process, and the launcher's name; one process and None without a launcher."""
     for launcher, names in _LAUNCHERS.items():
         if names[0] in environ and names[1] in environ:
-            values = [
-                int(environ.get(name, "1" if i in (1, 3) else "0").split("(")[0].split(",")[0])
-                for i, name in enumerate(names)
-            ]
-            return World(*values), launcher
+            return World(*(int(environ.get(name, "01"[i % 2])) for i, name in enumerate(names))), launcher
+    if variables := slurm.horovod_variables(environ):
+        return World(*(int(variables[name]) for name in _LAUNCHERS["horovodrun"])), "srun"
     return World(), None
 
 
@@ -76,8 +72,13 @@ def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> i
 def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
     """Set what TensorFlow and Horovod read from the environment when they start. Call before importing either.
 
-    A variable that the user has set is left alone. Returns the settings in force.
+    A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError where this
+    rank and the others cannot reach each other.
     """
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "HOROVOD_RANK" not in os.environ:
+        # cnnopt.launch serves the rendezvous, and srun has started the ranks.
+        os.environ.update(slurm.horovod_variables(os.environ))
+    rendezvous.check()
     threads = threads_per_rank(world)
     defaults = {
         **environment.TENSORFLOW,
@@ -125,8 +126,8 @@ def start(*, verbose: bool) -> World:
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if world.size != said.size:
         raise LaunchError(
-            f"{launcher} started {said.size} processes but Horovod joined {world.size}: start it with horovodrun, or "
-            "build Horovod with the launcher's MPI (docs/install.md)"
+            f"{launcher} started {said.size} processes but Horovod joined {world.size}: start it with horovodrun or "
+            "cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
         )
     # Horovod: pin one GPU to each rank of a host.
     gpus = tf.config.list_physical_devices("GPU")

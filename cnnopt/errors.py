@@ -5,6 +5,8 @@ class CnnoptError(Exception):
     """Its message is one line that names the flag or the file and the remedy."""
 
     exit_status = 1
+    #: Whether one rank alone knows of it, which then has to say it.
+    of_one_rank = False
 
     def __init__(self, message: str) -> None:
         # What the message quotes, an argument or a file name, may hold a line break.

@@ -1,0 +1,115 @@
+"""Start the ranks of a run with neither ssh nor MPI, and serve the rendezvous where they find each other.
+
+    in a SLURM job     python -m cnnopt.launch -- srun python train_hvd.py --depth 44
+    on one machine     python -m cnnopt.launch -np 2 -- python train_hvd.py --depth 44
+
+In a SLURM job the ranks are srun's: train_hvd.py takes rank and size from SLURM_*. Exit status: that of srun, or of
+the first rank that failed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from cnnopt.errors import CnnoptError, UserError
+from cnnopt.rendezvous import Rendezvous, address_of, check_own_name
+
+#: Seconds that the ranks have to end by themselves when one has failed; as many again after SIGTERM.
+GRACE = 10.0
+
+
+def rank_variables(rank: int, size: int) -> dict[str, str]:
+    """Horovod's variables of one of ``size`` ranks on this host."""
+    place = {"RANK": rank, "SIZE": size, "LOCAL_RANK": rank, "LOCAL_SIZE": size, "CROSS_RANK": 0, "CROSS_SIZE": 1}
+    return {f"HOROVOD_{name}": str(value) for name, value in place.items()}
+
+
+def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
+    """Run named commands in their environments, pass signals on to them, end all when one fails.
+
+    Returns 0, or the status of the first that failed: 128 plus the signal's number, as in a shell, if a signal did it.
+    """
+    children: dict[str, subprocess.Popen] = {}
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children.values():
+            if child.poll() is None:
+                # Which srun hands to its tasks, while at SIGTERM it ends them.
+                child.send_signal(signal.SIGUSR1)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    # A terminal sends it to the children too.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    for name, (command, environment) in commands.items():
+        children[name] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    failed_at, status = None, 0
+    running = dict(children)
+    while running:
+        for name in [name for name, child in running.items() if child.poll() is not None]:
+            code = running.pop(name).returncode
+            if code and failed_at is None:
+                failed_at, status = time.monotonic(), code if code > 0 else 128 - code
+                how = f"ended with status {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+                print(f"cnnopt.launch: {name} {how}", file=sys.stderr, flush=True)
+        late = 0.0 if failed_at is None else time.monotonic() - failed_at
+        for child in running.values():
+            if late > 2 * GRACE:
+                child.kill()
+            elif late > GRACE:
+                child.terminate()
+        time.sleep(0.1)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, serve, start, wait."""
+    parser = argparse.ArgumentParser("python -m cnnopt.launch", description=__doc__.split("\n\n")[0])
+    parser.add_argument("-np", type=int, metavar="N", help="ranks to start here; without it the command is an srun")
+    parser.add_argument("--interface", metavar="IF", help="network of the rendezvous [that of this host's name]")
+    parser.add_argument("--port", type=int, default=0, help="port of the rendezvous [any free one]")
+    parser.add_argument("command", nargs="+", help="after --: srun python train_hvd.py ..., or python train_hvd.py ...")
+    options = parser.parse_args(argv)
+    try:
+        return launch(options)
+    except CnnoptError as error:
+        print(f"cnnopt.launch: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Serve the rendezvous while the command runs; its exit status."""
+    if options.np is None and "SLURM_JOB_ID" not in os.environ:
+        raise UserError("-np is missing: outside a SLURM job, say how many ranks to start")
+    if options.np is not None and options.np < 1:
+        raise UserError(f"-np {options.np}: must be at least 1")
+    address = "127.0.0.1" if options.np and not options.interface else address_of(options.interface)
+    if options.np is None and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+        check_own_name(address)
+    with Rendezvous(address, options.port) as server:
+        shared = {**os.environ, **server.variables()}
+        if options.interface:
+            shared["NCCL_SOCKET_IFNAME"] = options.interface
+        if options.np is None:
+            commands = {options.command[0]: (options.command, shared)}
+        else:
+            commands = {
+                f"rank {rank}": (options.command, {**shared, **rank_variables(rank, options.np)})
+                for rank in range(options.np)
+            }
+        try:
+            return supervise(commands)
+        except FileNotFoundError:
+            raise UserError(f"{options.command[0]}: command not found") from None
+        finally:
+            server.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Where Horovod's ranks find each other: a small HTTP store of keys, as Horovod's Gloo client expects it.
+
+Each rank puts the address on which it listens and gets those of the others; after that nobody asks any more. Gloo
+sends no password, so the store answers to one address and, of this host, to one user (docs/slurm.md, "Who can
+reach a run"). Standard library only: it also runs where neither Horovod nor TensorFlow is installed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from cnnopt.errors import UserError
+
+_ADDRESS, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
+_SIOCGIFADDR = 0x8915
+
+
+class RendezvousError(UserError):
+    """The ranks could not find each other; the message is one line. Known to one rank, so that one prints it."""
+
+    of_one_rank = True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Rendezvous
+    # Of a request that never ends.
+    timeout = 10
+
+    def do_GET(self) -> None:
+        """The value of a key; 404 tells Gloo to ask again."""
+        value = self.server.store.get(self.path)
+        self._answer(404 if value is None else 200, value or b"")
+
+    def do_PUT(self) -> None:
+        """Keep a value."""
+        self.server.store[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(200)
+
+    def do_DELETE(self) -> None:
+        """A rank has found its peers. Its key stays: others may not have read it yet."""
+        self._answer(200)
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Ranks ask a hundred times a second."""
+
+
+class Rendezvous(ThreadingHTTPServer):
+    """The store, listening on one IPv4 address (Horovod's client knows no other) until it is closed."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, address: str, port: int = 0) -> None:
+        self.store: dict[str, bytes] = {}
+        try:
+            super().__init__((address, port), _Handler)
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {address} port {port}: {error.strerror}; leave --port out for any free one"
+            ) from None
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def server_bind(self) -> None:
+        """As HTTPServer does, but without a look-up of the host's full name, which can take seconds."""
+        self.allow_reuse_address = True
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = self.server_address = self.socket.getsockname()
+
+    def verify_request(self, request: object, client_address: Any) -> bool:
+        """Answer other hosts, and of this host the user who started the run."""
+        return owner(*client_address) in (None, os.getuid())
+
+    def variables(self) -> dict[str, str]:
+        """What leads ranks here."""
+        return {
+            _ADDRESS: self.server_name,
+            _PORT: str(self.server_port),
+            "HOROVOD_CONTROLLER": "gloo",
+            "HOROVOD_CPU_OPERATIONS": "gloo",
+        }
+
+
+def owner(address: str, port: int) -> int | None:
+    """The user who holds this end of a TCP connection; None where it is on another host."""
+    end = f"{struct.unpack('=I', socket.inet_aton(address))[0]:08X}:{port:04X}"
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1] == end:
+            return int(fields[7])
+    return None
+
+
+def address_of(interface: str | None) -> str:
+    """The IPv4 address of a network interface, or else of this host's name, on which Gloo listens as well."""
+    if interface is None:
+        name = socket.gethostname()
+        try:
+            return socket.gethostbyname(name)
+        except OSError as error:
+            raise UserError(f"this host's name {name} has no IPv4 address ({error}); add it to /etc/hosts") from None
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", os.fsencode(interface)[:15]))
+    except OSError:
+        names = ", ".join(name for _, name in socket.if_nameindex())
+        raise UserError(f"--interface {interface}: has no IPv4 address here; there are {names}") from None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> None:
+    """Raise RendezvousError if this rank cannot reach the rendezvous, or the others could not reach this rank.
+
+    Horovod itself would try for minutes, or say "Connection refused". ``patience`` is in seconds.
+    """
+    if _ADDRESS not in environ or environ.get("HOROVOD_SIZE", "1") == environ.get("HOROVOD_LOCAL_SIZE", "1"):
+        return
+    rank, name, address = environ.get("HOROVOD_RANK", "0"), socket.gethostname(), environ[_ADDRESS]
+    url = f"http://{address}:{environ[_PORT]}/cnnopt/{rank}"
+    end = time.monotonic() + patience
+    while True:
+        try:
+            # No proxy: the address is one of this cluster.
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
+        except urllib.error.HTTPError:
+            break  # It answers, that this key is not there.
+        except OSError as error:
+            if time.monotonic() > end:
+                remedy = (
+                    "that is the loopback of the first host: choose its network with --interface"
+                    if address.startswith("127.")
+                    else "is there a firewall between the hosts? --interface chooses another network, --port a port"
+                )
+                raise RendezvousError(
+                    f"rank {rank} on {name} cannot reach the rendezvous {address}:{environ[_PORT]} ({error}); {remedy}"
+                ) from None
+            time.sleep(1)
+    if not _is_here(address):
+        check_own_name(address)
+
+
+def check_own_name(address: str) -> None:
+    """Raise RendezvousError if Gloo will listen on the loopback, while the rendezvous is at ``address`` of a network.
+
+    gloo_context.cc takes no interface for the ranks as a whole: they listen where the name of their host leads.
+    """
+    name, own = socket.gethostname(), address_of(None)
+    if own.startswith("127.") and not address.startswith("127."):
+        raise RendezvousError(
+            f"the name of this host, {name}, leads to {own}, where ranks on other hosts cannot reach it; let "
+            f"/etc/hosts on {name} give the name its network address"
+        )
+
+
+def _is_here(address: str) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,42 @@
+"""What srun tells its tasks, as the variables that Horovod reads. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Tasks on each node of a step, in the order of its nodes: ``2(x3),1`` is [2, 2, 2, 1].
+
+    Raises ValueError for anything that srun does not write.
+    """
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        if match is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={text}: expected counts such as 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def horovod_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Rank, size and host of this task of srun; empty where this process is none.
+
+    srun alone sets SLURM_STEP_NUM_TASKS: a batch script has a SLURM_PROCID too, but is one process.
+    """
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+        return {}
+    counts = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    node, local_rank = int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"])
+    # Horovod's "cross" ranks are those with the same local rank on all nodes that have one.
+    peers = [peer for peer, count in enumerate(counts) if count > local_rank]
+    return {
+        "HOROVOD_RANK": environ["SLURM_PROCID"],
+        "HOROVOD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "HOROVOD_LOCAL_RANK": str(local_rank),
+        "HOROVOD_LOCAL_SIZE": str(counts[node]),
+        "HOROVOD_CROSS_RANK": str(peers.index(node)),
+        "HOROVOD_CROSS_SIZE": str(len(peers)),
+        "HOROVOD_HOSTNAME": environ["SLURMD_NODENAME"],
+    }

@@ -1,0 +1,96 @@
+# shellcheck shell=bash
+# What the job scripts share; sourced in the repository. Variables of the user's, before sbatch or with --export:
+#
+#   LAUNCHER       srun (default), horovodrun (needs ssh between the nodes), pmix (needs a Horovod built with MPI)
+#   INTERFACE      network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
+#   PORT           port of the rendezvous  [any free one]
+#   CONTAINER      image.sif: run in Apptainer; anything else: an image for pyxis
+#   MAX_RESTARTS   how often a job that was stopped or broken is queued again  [20]
+
+refuse() {  # one line, and the status of wrong input
+    echo "$SLURM_JOB_NAME: $*" >&2
+    exit 2
+}
+
+LAUNCHER=${LAUNCHER:-srun}
+CONTAINER=${CONTAINER:-}
+MAX_RESTARTS=${MAX_RESTARTS:-20}
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+GPUS=${SLURM_GPUS_ON_NODE:-0}
+PATH=$PWD/.venv/bin:$PATH
+
+# step: starts tasks; inside: gets each of them into the image.
+step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
+inside=()
+case $CONTAINER in
+    "") [[ -x .venv/bin/python || -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]] ||
+        refuse "no .venv in $PWD and no environment active: run 'make env' on a login node" ;;
+    *.sif)
+        inside=(apptainer exec --bind "$PWD" --pwd "$PWD")
+        if ((GPUS)); then inside+=(--nv); fi
+        inside+=("$CONTAINER") ;;
+    *) step+=("--container-image=$CONTAINER" "--container-mounts=$PWD:$PWD" "--container-workdir=$PWD") ;;
+esac
+
+describe() {  # where and with what this job runs
+    echo "job       $SLURM_JOB_ID, start $((RESTARTS + 1)), $(date '+%F %T')"
+    echo "nodes     $(scontrol show hostnames | paste -sd ' '): $SLURM_NTASKS ranks, $GPUS GPUs a node"
+    echo "commit    $(git describe --always --dirty 2>/dev/null || echo 'no git here')"
+    echo "launcher  $LAUNCHER, $(srun --version)${CONTAINER:+, in $CONTAINER}"
+    [[ -n $CONTAINER ]] || python - <<'PYTHON'
+import platform
+from importlib.metadata import version
+
+print("versions  Python", platform.python_version(), "Horovod", version("horovod"), "TensorFlow", version("tensorflow"))
+PYTHON
+}
+
+train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the job back into the queue
+    if ((GPUS)) && [[ ${SLURM_NTASKS_PER_NODE:-$GPUS} != "$GPUS" ]]; then
+        refuse "$SLURM_NTASKS_PER_NODE ranks for $GPUS GPUs on each node: give sbatch --ntasks-per-node=$GPUS"
+    fi
+    describe
+    local program=("${inside[@]}" python train_hvd.py "$@" --expect-ranks "$SLURM_NTASKS")
+    local command stop=USR1
+    case $LAUNCHER in
+        srun)
+            # Standard library only: it runs on the host, whatever image the ranks are in.
+            command=(python3 -m cnnopt.launch ${INTERFACE:+--interface "$INTERFACE"} ${PORT:+--port "$PORT"} --
+                "${step[@]}" "${program[@]}") ;;
+        pmix) command=("${step[@]}" --mpi=pmix "${program[@]}") ;;
+        horovodrun)
+            local hosts
+            hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}')
+            command=(horovodrun -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
+            stop=TERM ;;
+        *) refuse "LAUNCHER=$LAUNCHER: choose srun, horovodrun or pmix" ;;
+    esac
+    echo "command   ${command[*]}"
+
+    "${command[@]}" &
+    local child=$! status=0 told=0
+    trap 'told=1; echo "told to stop: saving"; kill -s $stop "$child" 2>/dev/null || true' USR1 TERM
+    # A signal interrupts wait; the last wait gives the status of a child that has ended.
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    wait "$child" || status=$?
+    # horovodrun answers any failure with 1.
+    if [[ $LAUNCHER == horovodrun ]] && ((told && status)); then status=75; fi
+    requeue_or_exit "$status"
+}
+
+requeue_or_exit() {  # 75: stopped and saved; from 128 on: a rank was killed. Anything else would only fail again.
+    local status=$1
+    ((status == 75 || status >= 128)) || exit "$status"
+    # Not if the user has cancelled it, or SLURM itself is about to queue it again.
+    [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]] || exit "$status"
+    if ((RESTARTS >= MAX_RESTARTS)); then
+        echo "$SLURM_JOB_NAME: status $status, and not queued again: MAX_RESTARTS=$MAX_RESTARTS is reached" >&2
+        exit "$status"
+    fi
+    echo "status $status: back into the queue, restart $((RESTARTS + 1)) of at most $MAX_RESTARTS"
+    scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+    # SLURM ends this script.
+    trap - USR1 TERM
+    sleep 60
+    exit "$status"
+}
