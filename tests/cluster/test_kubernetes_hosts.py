@@ -1,0 +1,144 @@
+"""The launcher's world, acted out: the rendered manifest's own commands, over ssh between namespaces."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnopt import checkpoint
+from tests.cluster import namespaces
+from tests.manifests import Manifests
+
+pytestmark = [
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(namespaces.missing() is not None, reason=str(namespaces.missing())),
+]
+TINY = ["--dataset=synthetic", "--depth=8", "--batch-size=64", "--precision=float32", "--name=run"]
+#: Two ranks share this machine.
+VARIABLES = {"TF_NUM_INTRAOP_THREADS": "1", "LAUNCH_PATIENCE": "60"}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[namespaces.Cluster]:
+    made = namespaces.Cluster(tmp_path, Manifests("cpu"))
+    yield made
+    made.end()
+
+
+def metrics(cluster: namespaces.Cluster) -> list[dict]:
+    return [json.loads(line) for line in (cluster.volume("cnnopt-runs") / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def newest(cluster: namespaces.Cluster) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.list_steps(cluster.volume("cnnopt-runs") / "run/checkpoints")[-1])
+
+
+def test_it_trains_over_the_workers_although_one_is_late(cluster):
+    first, late = cluster.workers
+    for pod in cluster.pods.values():
+        pod.limit("1gbit")
+    cluster.publish(cluster.launcher)
+    cluster.start_worker(first)
+    begun = time.monotonic()
+    cluster.start_launcher([*TINY, "--epochs=3"], VARIABLES)
+    # It has no name and no sshd for 20 seconds.
+    timer = threading.Timer(20, cluster.start_worker, [late])
+    timer.start()
+    status = cluster.launcher.wait(500)
+    timer.join()
+    log = cluster.launcher.log.read_text()
+    assert status == 0, cluster.logs()
+    assert time.monotonic() - begun > 20
+    assert "launch.sh: 2 ranks on 2 of 2 workers" in log
+    # One rank on each worker, none on the launcher.
+    environment = json.loads((cluster.volume("cnnopt-runs") / "run/env.json").read_text())
+    assert environment["ranks"] == 2
+    assert environment["host"].startswith("cnnopt-worker-0")
+    assert [line["epoch"] for line in metrics(cluster)] == [1, 2, 3]
+    final = newest(cluster)
+    kernels = {n: a for n, a in final.arrays.items() if n.startswith("weights/") and n.endswith("kernel:0")}
+    assert len(kernels) == 8
+    for name, kernel in kernels.items():
+        assert int(np.sum(kernel == 0)) == kernel.size - round(0.4 * kernel.size), name
+    # Each worker has sent its gradients: 75,000 weights in float32, 32 steps an epoch, over the limited link.
+    assert all(worker.sent()[0] > 96 * 75_000 * 4 // 2 for worker in cluster.workers)
+
+
+def test_a_lost_worker_fails_the_job_and_retries_go_on(cluster):
+    flags = [*TINY, "--epochs=12"]
+    for pod in cluster.pods.values():
+        pod.limit("100mbit")
+    for pod in cluster.workers:
+        cluster.start_worker(pod)
+    cluster.publish(cluster.launcher)
+    launcher, (_, lost) = cluster.launcher, cluster.workers
+
+    cluster.start_launcher(flags, VARIABLES)
+    launcher.wait_for("epoch   3/12", 400)
+    lost.kill()
+    assert launcher.wait(120) != 0
+    assert not (cluster.volume("cnnopt-runs") / "run/result.json").exists()
+    assert lost.sent()[1] > 0
+
+    # The kubelet has started sshd again, the Job a new launcher; this one is told to stop, by a drain for example.
+    cluster.start_worker(lost)
+    said = len(launcher.log.read_text())
+    cluster.start_launcher(flags, VARIABLES)
+    launcher.wait_for("resumed after step", 400, since=said)
+    launcher.wait_for("epoch   6/12", 400, since=said)
+    launcher.terminate()
+    assert launcher.wait(120) != 0
+    assert "stopped as told and saved" in launcher.log.read_text()[said:]
+    stopped = newest(cluster).step
+
+    # The worker is gone for good, and the elastic overlay goes on with the one that is left.
+    lost.kill()
+    (more,) = (v for v in Manifests("elastic").container("Launcher")["env"] if v["name"] == "LAUNCH_AT_LEAST")
+    assert int(more["value"]) < Manifests("elastic").workers
+    said = len(launcher.log.read_text())
+    cluster.start_launcher(flags, {**VARIABLES, "LAUNCH_AT_LEAST": "1", "LAUNCH_PATIENCE": "5"})
+    assert launcher.wait(500) == 0, cluster.logs()
+    log = launcher.log.read_text()[said:]
+    assert "launch.sh: 1 ranks on 1 of 2 workers" in log
+    assert f"resumed after step {stopped}" in log
+    assert [line["epoch"] for line in metrics(cluster)] == list(range(1, 13))
+
+
+def test_strangers_are_refused(cluster):
+    worker, _ = cluster.workers
+    cluster.start_worker(worker)
+    stranger = cluster.add("stranger", key=cluster._key("stranger"))
+    (ssh,) = cluster.manifests.container("Worker")["ports"]
+    template = cluster.manifests.replica("Launcher")["template"]["spec"]
+
+    def log_in(pod: namespaces.Pod) -> int:
+        pod.start(template, ["ssh", "-n", worker.name, "true"], cluster.environment)
+        return pod.wait(60)
+
+    # Another job's key opens nothing, whatever the network allows.
+    assert log_in(cluster.launcher) == 0, cluster.logs()
+    assert log_in(stranger) == 255
+    assert "Permission denied (publickey)" in stranger.log.read_text()
+    # The NetworkPolicy, as a cluster's network plugin would enforce it on the worker: from the job's pods only.
+    (policy,) = (p for p in cluster.manifests.of("NetworkPolicy") if p["metadata"]["name"] == "cnnopt-training")
+    (rule,) = policy["spec"]["ingress"]
+    assert rule["from"] == [{"podSelector": policy["spec"]["podSelector"]}]
+    (ports,) = rule["ports"]
+    ours = ", ".join(pod.address for pod in (cluster.launcher, *cluster.workers))
+    rules = f"""
+        table inet admission {{
+            chain ingress {{
+                type filter hook input priority 0; policy accept;
+                tcp flags & (syn | ack) == syn ip saddr {{ {ours} }} tcp dport {ports["port"]}-{ports["endPort"]} accept
+                tcp flags & (syn | ack) == syn drop
+            }}
+        }}"""
+    assert worker.accepts(stranger, ssh["containerPort"])
+    worker.on_network("nft", rules)
+    assert not worker.accepts(stranger, ssh["containerPort"])
+    assert worker.accepts(cluster.launcher, ssh["containerPort"])
+    assert log_in(cluster.launcher) == 0
