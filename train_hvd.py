@@ -4,6 +4,7 @@
     laptop       horovodrun -np 2 python train_hvd.py --preset demo
     one node     horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6
     two nodes    horovodrun -np 8 -H a:4,b:4 python train_hvd.py --depth 44 --sparsity 0.6 --expect-ranks 8
+    Kubernetes   kubectl apply -k k8s/overlays/gpu
 
 The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoints/, result.json. The same command
 goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.

@@ -36,8 +36,10 @@ mount --rbind /dev dev
 mount --rbind /sys sys
 MOUNTS
 shift 2
-exec chroot /mnt/root setpriv --reuid 1000 --regid 1000 --clear-groups --no-new-privs --bounding-set -all -- "$@"
+exec chroot /mnt/root "$@"
 """
+#: What the manifest's security context comes to.
+USER = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--"]
 
 
 def missing() -> str | None:
@@ -97,7 +99,7 @@ class Pod:
                 "private",
             ]
             run = ["bash", "-c", script, "container", str(self.cluster.layer), self.name]
-            inside = ["env", "-i", "--chdir=/opt/cnnopt", *variables, *command]
+            inside = [*USER, "env", "-i", "--chdir=/opt/cnnopt", *variables, *command]
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.network, *apart, *run, *inside],
                 stdout=log,
@@ -131,11 +133,20 @@ class Pod:
             self.process.kill()
             self.process.wait()
 
-    def terminate(self) -> None:
-        """Send SIGTERM to process 1, as for a pod that is deleted."""
+    def first(self) -> psutil.Process:
+        """Process 1 of the pod."""
         assert self.process is not None
         (first,) = psutil.Process(self.process.pid).children()
-        first.send_signal(signal.SIGTERM)
+        return first
+
+    def terminate(self) -> None:
+        """Send SIGTERM to process 1, as for a pod that is deleted."""
+        self.first().send_signal(signal.SIGTERM)
+
+    def execute(self, command: Sequence[str]) -> int:
+        """Run a command beside process 1, as the kubelet runs hooks; returns its status."""
+        enter = ["nsenter", "--target", str(self.first().pid), "--pid", "--mount", "--root", "--net"]
+        return subprocess.run([*enter, *USER, *command], timeout=120).returncode
 
     def wait(self, timeout: float) -> int:
         assert self.process is not None
