@@ -259,13 +259,14 @@ FREE = {
     "expect_ranks",
     "quantize",
     "verbose",
+    "exchange",
 }
 
 
 def test_the_identity_is_what_decides_the_result():
     assert TrainConfig().identity().keys() == FIELDS.keys() - FREE
     free = TrainConfig(data_dir="x", run_dir="y", name="z", resume="never", save_every="5m", keep=9, strict_save=True,
-                       expect_ranks=4, quantize=True, verbose=True)  # fmt: skip
+                       expect_ranks=4, quantize=True, verbose=True, exchange="sparse")  # fmt: skip
     assert free.digest() == TrainConfig().digest()
     assert free.difference(TrainConfig().identity()) is None
 
@@ -277,7 +278,7 @@ def test_every_other_field_changes_the_digest_and_is_named(name):
         "prune_begin": "11%", "prune_end": "51%", "prune_frequency": "2%", "sparsity_scope": "global",
         "optimizer": "adam", "base_lr": 0.1, "lr_schedule": "cosine", "warmup": "1e", "weight_decay": 0.0,
         "label_smoothing": 0.1, "ema": 0.9, "augment": "none", "normalize": "pixel-mean", "batch_size": 64,
-        "epochs": 31, "precision": "float32", "seed": 1, "deterministic": True,
+        "epochs": 31, "precision": "float32", "seed": 1, "deterministic": True, "wire_dtype": "float16",
     }  # fmt: skip
     config = TrainConfig()
     if name == "lr_drops":
