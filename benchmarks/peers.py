@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""This program and its peers, two ranks each, on the same network in the same minutes.
+
+All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
+that is asked for. The peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, gloo; in a Python
+of its own, --torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the
+latter with tfmot's ``prune_low_magnitude``, which knows float32 only.
+
+    .venv/bin/python benchmarks/peers.py --depth 20 44 --torch-python .venv-peers/bin/python
+"""
+
+import contextlib
+import socket
+import sys
+
+from hosts import start
+from side_by_side import arguments, interleave, median_and_spread, report, table
+
+KERAS, DDP = "benchmarks/workers/keras_peers.py", "benchmarks/workers/ddp.py"
+NAMES = {
+    "ours": "cnnopt, 60% sparse",
+    "none": "cnnopt, 60% sparse, exchange left out",
+    "multiworker": "MultiWorkerMirroredStrategy, dense",
+    "ddp": "PyTorch DDP, dense",
+    "horovod": "Horovod Keras fit, dense",
+    "tfmot": "Horovod Keras fit, tfmot 60% sparse, float32",
+}
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports after each other that nobody listens on now."""
+    for first in range(20000, 60000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise OSError("no free ports")
+
+
+def main() -> None:
+    """Measure, print the table, write every figure."""
+    parser = arguments(__doc__)
+    parser.add_argument("--torch-python", help="a Python that has PyTorch; without it DDP is left out")
+    parser.add_argument("--exchange", default="sparse", choices=["dense", "sparse"], help="of our own ranks")
+    peers = [name for name in NAMES if name not in ("ours", "none")]
+    parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
+    args = parser.parse_args()
+    rows, content = [], {}
+    for depth in args.depth:
+        size = [str(depth), str(args.batch)]
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(start(f"ours-{depth}", ["benchmarks/workers/ours.py", *size, args.precision], 2))
+            compute = ours.ask(steps=1)[0]["compute"]
+            steps = {"steps": args.steps}
+            turns = {
+                "ours": (ours, {**steps, "exchange": args.exchange}),
+                "none": (ours, {**steps, "exchange": "none"}),
+            }
+            for peer in args.peers:
+                ports = str(free_ports(2))
+                worker = [DDP, *size, compute] if peer == "ddp" else [KERAS, *size, compute, peer]
+                if peer == "ddp" and not args.torch_python:
+                    continue
+                contestant = start(
+                    f"{peer}-{depth}", worker, 2, horovod=peer in ("horovod", "tfmot"),
+                    python=args.torch_python if peer == "ddp" else sys.executable,
+                    environment={"MULTIWORKER_PORT": ports, "DDP_PORT": ports},
+                )  # fmt: skip
+                turns[peer] = (stack.enter_context(contestant), steps)
+            seconds = interleave(turns, rounds=args.rounds)
+        best = median_and_spread(seconds["ours"])[0]
+        for name, values in seconds.items():
+            middle, spread = median_and_spread(values)
+            speed = f"{2 * args.batch / middle:.0f} ±{spread:.0%}"
+            rows.append([f"ResNet-{depth}", NAMES[name], speed, f"{middle / best:.2f}"])
+        content[str(depth)] = {"compute": compute, "seconds": seconds}
+    text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
+    heads = ["network", "trainer", "images/s", "ours is faster by"]
+    report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Contestants that take turns on one machine: blocks of steps, interleaved, and the medians of many rounds.
+
+Each contestant is a group of processes, one a rank, that stay up for the whole comparison. A rank reads one line of
+JSON from standard input, ``{"steps": 20, ...}``, does it, and answers ``@@ {"seconds": ...}``. A block counts with the
+seconds of its slowest rank. Whatever else the machine does hits all contestants alike, as they take turns every few
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+ANSWER = "@@ "
+
+
+class Contestant:
+    """Running ranks, which answer one request at a time."""
+
+    def __init__(self, name: str, ranks: Sequence[subprocess.Popen[str]]) -> None:
+        self.name, self.ranks = name, list(ranks)
+
+    def ask(self, **request: Any) -> list[dict[str, Any]]:
+        """Every rank's answer to ``request``; raises RuntimeError, with the log's place, if one ends instead."""
+        for process in self.ranks:
+            assert process.stdin is not None
+            # A rank that has ended has no answer either, and that says more.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+        return [self._answer(rank) for rank in range(len(self.ranks))]
+
+    def _answer(self, rank: int) -> dict[str, Any]:
+        stdout = self.ranks[rank].stdout
+        assert stdout is not None
+        for line in stdout:
+            if line.startswith(ANSWER):
+                return dict(json.loads(line.removeprefix(ANSWER)))
+        raise RuntimeError(f"{self.name}: rank {rank} has ended; see benchmarks/logs/{self.name}.{rank}.txt")
+
+    def end(self) -> None:
+        """End all ranks."""
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.wait()
+
+
+def serve(answer: Any) -> None:
+    """The other end, in a rank: ``answer(**request)`` gives a dictionary for each request until the input ends."""
+    for line in sys.stdin:
+        print(ANSWER + json.dumps(answer(**json.loads(line))), flush=True)
+
+
+def open_log(name: str, rank: int) -> Any:
+    """A file for what rank ``rank`` of contestant ``name`` says on standard error."""
+    folder = ROOT / "benchmarks/logs"
+    folder.mkdir(exist_ok=True)
+    return (folder / f"{name}.{rank}.txt").open("w")
+
+
+def interleave(
+    turns: Mapping[str, tuple[Contestant, dict[str, Any]]], *, rounds: int, before: Any = lambda turn: None
+) -> dict[str, list[float]]:
+    """Seconds a step of each turn in each of ``rounds`` rounds.
+
+    ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first. Two short
+    rounds go before the first: one in which models are built and compiled, and one in which TensorFlow prepares again
+    those whose caches the seed of a later model has emptied.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for contestant, request in [*turns.values()] * 2:
+        contestant.ask(**{**request, "steps": 2})
+    for number in range(1, rounds + 1):
+        for name, (contestant, request) in turns.items():
+            before(name)
+            slowest = max(answer["seconds"] for answer in contestant.ask(**request))
+            seconds[name].append(slowest / request["steps"])
+            print(f"  round {number}/{rounds} {name}: {1e3 * slowest / request['steps']:.1f} ms", file=sys.stderr)
+    return seconds
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and half the distance between the quartiles, as a share of it."""
+    middle = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (middle,) * 3
+    return middle, (high - low) / 2 / middle
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    from cnnopt.record import environment
+
+    found = environment({})
+    load = os.getloadavg()
+    return {**found, "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "load_average": load[0]}
+
+
+def report(out: Path | None, text: str, content: Mapping[str, Any]) -> None:
+    """Print the table, and write it with all single figures to ``out``."""
+    where = machine()
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    print(f"{text}\n\n`{command}`, {where['measured']}; {where['cpu']}, {where['cores']} cores, load before the report "
+          f"{where['load_average']:.1f}; {versions}; commit {where['commit']}")  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps({"command": command, "machine": where, **content}, indent=1) + "\n")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every comparison takes."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--depth", type=int, nargs="+", default=[44], help="of the CIFAR ResNet")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16; auto asks the machine")
+    parser.add_argument("--batch", type=int, default=64, help="images a rank")
+    parser.add_argument("--steps", type=int, default=10, help="of one block")
+    parser.add_argument("--rounds", type=int, default=5, help="that count")
+    parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
+    return parser

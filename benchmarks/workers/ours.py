@@ -1,0 +1,85 @@
+"""One rank of this program: its model, stream and step, with an exchange and a sparsity that each request names.
+
+Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
+Request: {"steps": 10, "exchange": "none|dense|sparse", "wire": "float32|float16", "sparsity": 0.6}
+"""
+
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from side_by_side import serve
+
+from cnnopt import data, distributed
+from cnnopt.config import TrainConfig
+
+depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+launched, _ = distributed.launched()
+distributed.prepare(launched, deterministic=False, verbose=False)
+world = distributed.start(verbose=False)
+
+from cnnopt import precision, training  # noqa: E402
+from cnnopt.pruning import magnitude_masks  # noqa: E402
+from cnnopt.schedules import Timeline  # noqa: E402
+
+IMAGES = data.load("synthetic", synthetic_sizes=(2048, 64))
+COMPUTE = precision.choose(asked, has_gpu=distributed.device() == "GPU")
+
+
+def settings(exchange: str, wire: str) -> tuple[TrainConfig, Timeline]:
+    """A run that is longer than any comparison, at a rate that keeps it finite."""
+    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch * world.size, epochs=2000, base_lr=1e-3,
+                         exchange=exchange, wire_dtype=wire)  # fmt: skip
+    return config, Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
+
+
+@functools.cache
+def stream() -> Iterator:
+    """The augmented shards that the program trains on, one stream for all models."""
+    config, timeline = settings("dense", "float32")
+    return iter(training.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps))
+
+
+@functools.cache
+def model(exchange: str, wire: str) -> training.SynchronousModel:
+    """The program's model; ``none`` leaves out the collective, and nothing else."""
+    config, timeline = settings("dense" if exchange == "none" else exchange, wire)
+    made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
+    if exchange == "none":
+        made.exchange.total = lambda flat: flat
+    distributed.broadcast(list(made.named_state().values()))
+    made.make_train_function()
+    return made
+
+
+@functools.cache
+def masks(sparsity: float) -> list[np.ndarray]:
+    """For all kernels, equal on all ranks."""
+    kernels = [kernel.numpy() for kernel in model("dense", "float32").pruner.kernels]
+    return magnitude_masks(kernels, sparsity, "uniform")
+
+
+def block(steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6) -> dict[str, Any]:
+    """Train for some steps, and tell how long that took and what was sent."""
+    mine = model(exchange, wire)
+    for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
+        variable.assign(mask.astype(np.float32))
+    mine.exchange.follow_masks()
+    mine.exchange.restart()
+    # All ranks start together.
+    distributed.gather_objects(0)
+    start = time.perf_counter()
+    for _ in range(steps):
+        mine.train_function(stream())
+    mine.run.global_step.numpy()
+    return {
+        "seconds": time.perf_counter() - start,
+        "bytes": int(mine.exchange.bytes.numpy()) / steps,
+        "compute": COMPUTE.compute,
+    }
+
+
+serve(block)
