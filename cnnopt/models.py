@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
@@ -76,7 +79,25 @@ class IdentityShortcut(layers.Layer):
         return tf.pad(inputs[:, ::2, ::2, :], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
 
-def resnet(depth: int, num_classes: int, *, mean: np.ndarray, std: np.ndarray, widen: bool = False) -> keras.Model:
+@dataclass(frozen=True)
+class Parts:
+    """What a network is made of. ``cnnopt.export.qat`` has others, which compute as int8 arithmetic does.
+
+    ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
+    """
+
+    standardize: type[Standardize] = Standardize
+    convolution: type[Conv2D] = Conv2D
+    dense: type[layers.Dense] = layers.Dense
+    rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
+
+
+FLOAT = Parts()
+
+
+def resnet(
+    depth: int, num_classes: int, *, mean: np.ndarray, std: np.ndarray, widen: bool = False, parts: Parts = FLOAT
+) -> keras.Model:
     """A ResNet v1 of ``depth`` = 6n+2 layers: raw pixels [batch, 32, 32, 3] to float32 logits [batch, num_classes].
 
     ``widen`` runs half-precision convolutions in float32 (see ``Conv2D``). Kernels are drawn from the global
@@ -86,7 +107,7 @@ def resnet(depth: int, num_classes: int, *, mean: np.ndarray, std: np.ndarray, w
         raise ValueError(f"depth {depth} is not 6n+2")
 
     def conv_bn(x: tf.Tensor, filters: int, strides: int, name: str) -> tf.Tensor:
-        x = Conv2D(
+        x = parts.convolution(
             filters,
             3,
             strides,
@@ -100,19 +121,21 @@ def resnet(depth: int, num_classes: int, *, mean: np.ndarray, std: np.ndarray, w
         dtype = "float32" if widen else None
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
 
+    def relu(x: tf.Tensor, name: str) -> tf.Tensor:
+        return parts.rounded(layers.ReLU(name=name)(x), name)
+
     images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
-    x = Standardize(mean, std, name="standardize")(images)
-    x = layers.ReLU(name="stem_relu")(conv_bn(x, 16, 1, "stem"))
+    x = parts.standardize(mean, std, name="standardize")(images)
+    x = relu(conv_bn(x, 16, 1, "stem"), "stem_relu")
     for stage, filters in enumerate((16, 32, 64), start=1):
         for block in range(1, (depth - 2) // 6 + 1):
             prefix = f"stage{stage}_block{block}"
             down = stage > 1 and block == 1
             shortcut = IdentityShortcut(name=f"{prefix}_shortcut")(x) if down else x
-            y = conv_bn(x, filters, 2 if down else 1, f"{prefix}_conv1")
-            y = layers.ReLU(name=f"{prefix}_relu1")(y)
-            y = conv_bn(y, filters, 1, f"{prefix}_conv2")
-            x = layers.ReLU(name=f"{prefix}_relu2")(layers.Add(name=f"{prefix}_add")([shortcut, y]))
-    x = layers.GlobalAveragePooling2D(name="pool")(x)
+            y = relu(conv_bn(x, filters, 2 if down else 1, f"{prefix}_conv1"), f"{prefix}_relu1")
+            y = parts.rounded(conv_bn(y, filters, 1, f"{prefix}_conv2"), f"{prefix}_conv2")
+            x = relu(layers.Add(name=f"{prefix}_add")([shortcut, y]), f"{prefix}_relu2")
+    x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
     # Logits stay float32 under any policy: the softmax of half-precision logits loses small probabilities.
-    x = layers.Dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)
-    return keras.Model(images, x, name=f"resnet{depth}")
+    x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)
+    return keras.Model(images, parts.rounded(x, "classifier"), name=f"resnet{depth}")

@@ -1,24 +1,26 @@
 """Quantize a finished run and measure every file that comes out: python -m cnnopt.quantize runs/NAME
 
     python -m cnnopt.quantize runs/NAME --variants float32,int8 --clusters 16 --baseline runs/DENSE --pack
+    horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2
     python -m cnnopt.quantize pack FILE.tflite...
     python -m cnnopt.quantize unpack FILE.packed.zip...
 
 Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png (docs/quantize.md). Exit status: 0
-done, 1 failed, 2 wrong input.
+done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cnnopt.errors import CnnoptError, UserError
+from cnnopt.errors import CnnoptError, RunError, UserError
 
 #: What can be exported. Names end in the numbers that weights are stored as.
 VARIANTS = {
@@ -30,7 +32,10 @@ VARIANTS = {
     "sparse-dynamic": "dynamic with zeros left out",
     "sparse-int8": "int8 with zeros left out",
     "clustered-int8": "int8 with at most --clusters distinct values a kernel",
+    "int8-qat": "int8 after --qat epochs of quantization-aware fine-tuning",
 }
+#: The flag without which a variant cannot be made.
+NEEDS = {"clustered-int8": "clusters", "int8-qat": "qat"}
 MIN_CALIBRATION = 32
 
 
@@ -45,6 +50,7 @@ class Options:
     run: Path
     variants: tuple[str, ...] | None
     clusters: int | None
+    qat: int | None
     baseline: Path | None
     calibration: int
     seed: int
@@ -72,6 +78,9 @@ def parse_args(argv: Sequence[str]) -> Options:
     parser.add_argument(
         "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
     )
+    parser.add_argument(
+        "--qat", type=int, metavar="EPOCHS", help="make int8-qat: fine-tune for int8, zeros held, on all ranks"
+    )
     parser.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
     parser.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
     parser.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
@@ -83,10 +92,13 @@ def parse_args(argv: Sequence[str]) -> Options:
         for name in given["variants"]:
             if name not in VARIANTS:
                 raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
-        if ("clustered-int8" in given["variants"]) != (given["clusters"] is not None):
-            raise OptionError("--variants clustered-int8 and --clusters N go together: give both or neither")
+        for name, flag in NEEDS.items():
+            if (name in given["variants"]) != (given[flag] is not None):
+                raise OptionError(f"--variants {name} and --{flag} N go together: give both or neither")
     if given["clusters"] is not None and not 4 <= given["clusters"] <= 256:
         raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
+    if given["qat"] is not None and given["qat"] < 1:
+        raise OptionError(f"--qat {given['qat']}: give 1 epoch or more")
     if given["calibration"] < MIN_CALIBRATION:
         raise OptionError(
             f"--calibration {given['calibration']}: too few images to see the range of the activations; "
@@ -102,7 +114,7 @@ def choose(options: Options, sparsity: float) -> tuple[str, ...]:
     # Below this share of zeros the converter leaves a kernel dense (measured: docs/quantize.md, "Variants").
     sparse_enough = sparsity >= 0.4
     if options.variants is None:
-        skipped = set() if options.clusters else {"clustered-int8"}
+        skipped = {name for name, flag in NEEDS.items() if getattr(options, flag) is None}
         return tuple(
             name for name in VARIANTS if name not in skipped and (sparse_enough or not name.startswith("sparse-"))
         )
@@ -142,6 +154,25 @@ def write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class FineTuningError(RunError):
+    """The ranks that fine-tune have ended before they were done."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"--qat: fine-tuning ended with status {status}; the same command goes on from its checkpoint")
+        self.exit_status = status if status > 0 else 1
+
+
+def fine_tune(options: Options) -> None:
+    """Fine-tune with the other ranks of the launcher, in a process that ends before anything is measured.
+
+    Raises FineTuningError.
+    """
+    data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
+    command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *data_dir]
+    if status := subprocess.run(command).returncode:
+        raise FineTuningError(status)
+
+
 def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Export and measure the variants of a run; returns the content of report.json."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
@@ -166,11 +197,17 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     chosen = np.random.default_rng(options.seed).choice(len(images.train_images), options.calibration, replace=False)
     chosen.sort()
 
+    # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
+    tuned = None
+    if options.qat:
+        fine_tune(options)
+        tuned = trained.read(run.fine_tuned(options.qat))
+
     # ---- Convert -------------------------------------------------------------------------------------------------
     say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
     environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
     with environment.quiet_stderr():
-        from cnnopt.export import card, convert
+        from cnnopt.export import card, convert, qat
 
     def make(model: Any, variant: str, label: str) -> card.Export:
         file = folder / f"{label}.tflite"
@@ -194,7 +231,15 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
             assert options.clusters is not None
             source = convert.clustered_model(run, options.clusters)
             way = {**stages, "clustered": convert.kernels_of(source, run.depth)}
+        if variant == "int8-qat":
+            assert tuned is not None
+            source = convert.fine_tuned_model(tuned)
+            way = {"trained": run.kernels(), "fine-tuned": tuned.kernels()}
+            way["loaded"] = convert.kernels_of(source, run.depth)
         export = make(source, variant, variant)
+        if variant == "int8-qat":
+            folded = {layer: kernel * qat.gain(source, layer) for layer, kernel in way["loaded"].items()}
+            export = replace(export, exact=folded)
         last = "encoded" if variant == "sparse-float32" else "quantized"
         ways[variant] = {**way, last: {layer: kernel.weights for layer, kernel in export.kernels.items()}}
         exports.append(export)
@@ -207,6 +252,12 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     content = card.report(
         run, exports, ways, model, images, baseline=baseline, reference=reference, clusters=options.clusters, say=say
     )
+    if tuned:
+        content["run"]["fine_tuned"] = {
+            "epochs": options.qat,
+            "path": str(tuned.path.relative_to(run.path)),
+            **{key: tuned.result.get(key) for key in ("accuracy", "minutes")},
+        }
     content["calibration"] = {
         "split": "train",
         "seed": options.seed,
@@ -215,7 +266,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     }
     if options.pack:
         for entry, export in zip(content["files"], exports, strict=True):
-            if export.name in ("int8", "clustered-int8", "dynamic"):
+            if export.name in ("int8", "clustered-int8", "int8-qat", "dynamic"):
                 entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
     return content
 
@@ -280,6 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             archive_command(argv[0], argv[1:])
             return 0
         options = parse_args(argv)
+        from cnnopt import distributed
+
+        if not distributed.launched()[0].first:
+            if options.qat:
+                fine_tune(options)
+            return 0
         content = quantize(options)
         from cnnopt.export import report
 

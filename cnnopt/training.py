@@ -15,7 +15,7 @@ from cnnopt import distributed
 from cnnopt.config import ConfigError, TrainConfig
 from cnnopt.data import Dataset, batches
 from cnnopt.exchange import Exchange, choose
-from cnnopt.models import pixel_statistics, resnet
+from cnnopt.models import FLOAT, Parts, pixel_statistics, resnet
 from cnnopt.precision import DynamicLossScale, Precision
 from cnnopt.pruning import Pruner, prunable_kernels
 from cnnopt.schedules import LearningRate, PruningWindow, Timeline, parse_drops, parse_duration
@@ -206,15 +206,18 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, ranks: in
 
 
 def build(
-    config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int
+    config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int, parts: Parts = FLOAT
 ) -> SynchronousModel:
-    """The network, its optimizer, masks and schedules, as ``config`` says; weights are those of ``config.seed``."""
+    """The network, its optimizer, masks and schedules, as ``config`` says; weights are those of ``config.seed``.
+
+    ``parts``: the layers that the network is made of.
+    """
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     precision.apply()
     mean, std = pixel_statistics(data.train_images, config.normalize)
-    network = resnet(config.depth, data.num_classes, mean=mean, std=std, widen=precision.widen)
+    network = resnet(config.depth, data.num_classes, mean=mean, std=std, widen=precision.widen, parts=parts)
     model = SynchronousModel(network.inputs, network.outputs, name=network.name)
 
     begin, end, frequency = (

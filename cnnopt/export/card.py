@@ -28,12 +28,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """A file that was written, its bytes, and its kernels by layer."""
+    """A file that was written, its bytes, and its kernels by layer.
+
+    ``exact``: the float kernels that it was quantized from, where they are not those of the float32 file.
+    """
 
     name: str
     path: Path
     content: bytes
     kernels: Mapping[str, tflite_file.Kernel]
+    exact: Mapping[str, np.ndarray] | None = None
 
 
 def report(
@@ -90,7 +94,8 @@ def report(
                     "size": size,
                     "times_smaller": measure.ratios(size, reference_size),
                     "weights": measure.weights(
-                        export.kernels, own if mine else {layer: k.weights for layer, k in export.kernels.items()}
+                        export.kernels,
+                        (export.exact or own) if mine else {layer: k.weights for layer, k in export.kernels.items()},
                     ),
                     "ledger": measure.ledger(ways[export.name], run.masks) if mine else None,
                     "test": {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds},

@@ -11,10 +11,10 @@ import tf_keras as keras
 
 from cnnopt.environment import quiet_stderr
 from cnnopt.errors import RunError
-from cnnopt.export import tflite_file
+from cnnopt.export import qat, tflite_file
 from cnnopt.export.clustering import cluster
-from cnnopt.export.trained import TrainedRun, layer_names
-from cnnopt.models import resnet
+from cnnopt.export.trained import TrainedError, TrainedRun, layer_names
+from cnnopt.models import FLOAT, Parts, resnet
 
 #: Below this many weights the converter leaves a kernel in float32 in dynamic-range files.
 DYNAMIC_MINIMUM = 1024
@@ -26,10 +26,22 @@ class ConversionError(RunError):
 
 def float_model(run: TrainedRun) -> keras.Model:
     """The network of ``run`` in float32 with its last weights: raw pixels [batch, 32, 32, 3] to logits."""
+    return _network(run, FLOAT)
+
+
+def fine_tuned_model(run: TrainedRun) -> keras.Model:
+    """The fake-quantized network of a run of ``cnnopt.finetune``, with its weights and ranges."""
+    return _network(run, qat.PARTS)
+
+
+def _network(run: TrainedRun, parts: Parts) -> keras.Model:
     # The network that is exported must not depend on whether this machine has a GPU.
     tf.config.set_visible_devices([], "GPU")
-    model = resnet(run.depth, run.num_classes, mean=run.weights["mean:0"], std=run.weights["std:0"])
+    mean, std = run.weights["mean:0"], run.weights["std:0"]
+    model = resnet(run.depth, run.num_classes, mean=mean, std=std, parts=parts)
     for variable in model.weights:
+        if variable.name not in run.weights:
+            raise TrainedError(f"{run.checkpoint} has no {variable.name}: restore it from a copy, or train again")
         variable.assign(run.weights[variable.name])
     return model
 
@@ -39,11 +51,7 @@ def clustered_model(run: TrainedRun, clusters: int) -> keras.Model:
     model = float_model(run)
     for layer in layer_names(run.depth):
         kernel = model.get_layer(layer).kernel
-        gain = np.ones(kernel.shape[-1])
-        if layer != "classifier":
-            norm = model.get_layer(f"{layer}_bn")
-            gain = norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
-        kernel.assign(cluster(kernel.numpy(), clusters, gain))
+        kernel.assign(cluster(kernel.numpy(), clusters, qat.gain(model, layer)))
     return model
 
 
@@ -58,16 +66,13 @@ def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
     ``calibration`` uint8 [n, 32, 32, 3] sets the ranges of activations of the int8 variants. int8 files take
     and give int8, all others float32. Raises ConversionError.
     """
-    function = tf.function(
-        lambda pixels: model(pixels, training=False), input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32)]
-    )
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], model)
     encoding, _, numbers = variant.rpartition("-")
     optimizations = []
     if encoding == "sparse":
         optimizations.append(tf.lite.Optimize.EXPERIMENTAL_SPARSITY)
     if numbers != "float32":
         optimizations.append(tf.lite.Optimize.DEFAULT)
+    converter = _converter(model)
     converter.optimizations = optimizations
     if numbers == "float16":
         converter.target_spec.supported_types = [tf.float16]
@@ -79,6 +84,8 @@ def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
 
         converter.representative_dataset = representative
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    if numbers in ("int8", "qat"):
+        # Fake-quantized networks hold their ranges themselves.
         converter.inference_input_type = converter.inference_output_type = tf.int8
     try:
         with quiet_stderr():
@@ -87,6 +94,13 @@ def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
     except Exception as error:
         detail = " ".join(str(error).split())[:200]
         raise ConversionError(f"{variant}: TensorFlow's converter failed: {detail}") from error
+
+
+def _converter(model: keras.Model) -> tf.lite.TFLiteConverter:
+    function = tf.function(
+        lambda pixels: model(pixels, training=False), input_signature=[tf.TensorSpec([1, 32, 32, 3], tf.float32)]
+    )
+    return tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], model)
 
 
 def file_kernels(

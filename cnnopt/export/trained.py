@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from cnnopt import checkpoint
 from cnnopt.errors import UserError
 from cnnopt.record import RunFolder
 
+#: What the ranges of activations are called in a fine-tuned run. As BatchNorm's statistics they move, and are averaged
+#: over ranks with them.
+RANGE = ("moving_min:0", "moving_max:0")
+
 
 class TrainedError(UserError):
     """A run folder that cannot be exported: one line that names the file and the remedy."""
@@ -22,7 +27,8 @@ class TrainedError(UserError):
 class TrainedRun:
     """The last state of a finished run.
 
-    ``weights``: float32 arrays by variable name ("stem/kernel:0"), averaged ones where the run had ``--ema``.
+    ``weights``: float32 arrays by variable name ("stem/kernel:0"), averaged ones where the run had ``--ema``. Those of
+    a fine-tuned run hold the ranges of activations too.
     ``masks``: bool arrays by layer name, True where a weight is kept; empty for a dense run.
     """
 
@@ -53,6 +59,11 @@ class TrainedRun:
         """Share of exact zeros in the prunable kernels."""
         kernels = self.kernels().values()
         return sum(int(np.sum(k == 0)) for k in kernels) / sum(k.size for k in kernels)
+
+    def fine_tuned(self, epochs: int) -> Path:
+        """Where ``cnnopt.finetune`` keeps what ``epochs`` epochs make of exactly these weights."""
+        digest = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(self.weights)))
+        return self.path / "qat" / f"{epochs}e-{digest.hexdigest()[:8]}"
 
 
 def layer_names(depth: int) -> list[str]:
@@ -147,7 +158,8 @@ def _select(found: checkpoint.Checkpoint, identity: dict[str, Any]) -> tuple[dic
         if name not in weights or weights[name].shape != shape:
             has = weights[name].shape if name in weights else "missing"
             raise refuse(f"{name} is {has}, a ResNet-{identity['depth']} has {shape}")
-    if extra := weights.keys() - shapes.keys() - {"mean:0", "std:0"} or {"mean:0", "std:0"} - weights.keys():
+    extra = {name for name in weights.keys() - shapes.keys() - {"mean:0", "std:0"} if not name.endswith(RANGE)}
+    if extra := extra or {"mean:0", "std:0"} - weights.keys():
         raise refuse(f"{min(extra)} does not belong, or is missing")
     if identity.get("ema"):
         averages = [value for _, value in group("ema")]
