@@ -21,7 +21,7 @@ env: .venv/.installed  ## build .venv from the lock: seconds, the first time min
 	@scripts/make_env.sh
 
 train: env  ## train the demo preset on two processes of this machine
-	$(BIN)/horovodrun -np 2 $(BIN)/python train_hvd.py --preset demo $(ARGS)
+	$(BIN)/horovodrun --gloo -np 2 $(BIN)/python train_hvd.py --preset demo $(ARGS)
 
 test: lint test-single test-parallel  ## everything that must pass before a commit
 
