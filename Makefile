@@ -9,7 +9,7 @@ BIN := .venv/bin
 # horovodrun starts its workers with whatever `python` is first on PATH.
 train test-single test-parallel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env train test test-single test-parallel lint format lock clean
+.PHONY: help env train test test-single test-parallel test-cluster lint format lock clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -30,6 +30,9 @@ test-single: env  ## the tests that need one process
 
 test-parallel: env  ## the tests that start horovodrun -np 2
 	$(BIN)/python -m pytest tests/parallel $(ARGS)
+
+test-cluster: env  ## the tests that start a cluster on this machine; they skip where its packages are missing
+	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check

@@ -5,6 +5,7 @@
     one node     horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6
     two nodes    horovodrun -np 8 -H a:4,b:4 python train_hvd.py --depth 44 --sparsity 0.6 --expect-ranks 8
     Kubernetes   kubectl apply -k k8s/overlays/gpu
+    SLURM        sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 slurm/super.sbatch
 
 The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoints/, result.json. The same command
 goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.
@@ -76,7 +77,8 @@ def train(config: TrainConfig) -> int:
 
     # ---- What came out -------------------------------------------------------------------------------------------
     if stop.stopped:
-        # A launcher ends all ranks when one has ended with an error: none may leave before rank 0 has saved.
+        # A launcher ends all ranks when one has ended: none may leave before rank 0 has saved, or with another status.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         distributed.gather_objects(None)
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
         return 75

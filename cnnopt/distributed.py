@@ -131,6 +131,12 @@ def start(*, verbose: bool) -> World:
         )
     # Horovod: pin one GPU to each rank of a host.
     gpus = tf.config.list_physical_devices("GPU")
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if not gpus and given != "0" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise LaunchError(
+            f"SLURM gave {given} GPU on each node, but TensorFlow finds none: look for the driver with nvidia-smi and "
+            "for a TensorFlow with CUDA (docs/slurm.md), or train on CPUs with --gpus-per-node=0"
+        )
     if gpus:
         tf.config.set_visible_devices(gpus[world.local_rank % len(gpus)], "GPU")
         tf.config.experimental.set_memory_growth(gpus[world.local_rank % len(gpus)], True)

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in a folder and on ports of their own."""
+"""A real SLURM of two nodes on this machine: munged, slurmctld, two slurmd, with folder and ports of their own."""
 
 import os
 import shutil
@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -136,7 +138,10 @@ class Cluster:
     def submit(self, *arguments: str, **variables: str) -> "Job":
         done = self.run("sbatch", "--parsable", *arguments, **variables)
         assert done.returncode == 0, done.stderr
-        return Job(self, done.stdout.strip())
+        return self.job(done.stdout.strip())
+
+    def job(self, number: str) -> "Job":
+        return Job(self, number)
 
     def jobs(self) -> list[str]:
         return self.run("squeue", "-h", "-o", "%A").stdout.split()
@@ -168,3 +173,21 @@ class Job:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         until(lambda: self.show("JobState") in ended, lambda: f"{self.show('JobState')}: {self.log()}", timeout)
         return self.show("JobState")
+
+    def ranks(self, node: str) -> list[psutil.Process]:
+        """The training processes of this job on a node."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if "train_hvd.py" not in process.cmdline() or "srun" in process.name():
+                    continue
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            if (
+                environment.get("SLURM_CONF") == self.cluster.environment["SLURM_CONF"]
+                and (environment.get("SLURM_JOB_ID"), environment.get("SLURMD_NODENAME")) == (self.number, node)
+                and "HOROVOD_GLOO_RENDEZVOUS_ADDR" in environment
+            ):
+                found.append(process)
+        return found

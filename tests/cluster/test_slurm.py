@@ -1,5 +1,8 @@
-"""The job scripts under a real SLURM: training, quantizing, stopping, breaking, and what they say when it cannot work."""
+"""The job scripts under a real SLURM: they train, quantize, stop, break, and say in one line what cannot work."""
 
+import json
+import re
+import urllib.request
 
 import numpy as np
 import pytest
@@ -7,11 +10,12 @@ import pytest
 from cnnopt import checkpoint
 
 pytestmark = pytest.mark.timeout(900)
-TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--epochs", "4", "--precision", "float32", "--deterministic", "--save-every", "10s"]
+TINY = """--dataset synthetic --depth 8 --batch-size 64 --epochs 4
+          --precision float32 --deterministic --save-every 10s"""
 
 
 def super_model(slurm, name: str, *flags: str, sbatch: tuple[str, ...] = ("--nodes=2",), **variables: str):
-    return slurm.submit(*sbatch, "slurm/super.sbatch", *TINY, "--name", name, *flags, **variables)
+    return slurm.submit(*sbatch, "slurm/super.sbatch", *TINY.split(), "--name", name, *flags, **variables)
 
 
 def final(slurm, name: str) -> dict[str, np.ndarray]:
@@ -22,17 +26,161 @@ def final(slurm, name: str) -> dict[str, np.ndarray]:
 def whole(slurm):
     """A run over two nodes that nothing disturbs, and a job that waits for it."""
     job = super_model(slurm, "whole")
-    after = slurm.submit(f"--dependency=afterok:{job.number}", "slurm/quantize.sbatch", "runs/whole", "--images", "64")
+    after = slurm.submit(
+        f"--dependency=afterok:{job.number}", "slurm/quantize.sbatch", "runs/whole", "--variants", "int8"
+    )
     return job, after
 
 
 def test_two_nodes_train_to_a_sparse_checkpoint(slurm, whole):
     job, _ = whole
     assert job.wait() == "COMPLETED", job.log()
-    print(job.log())
     for text in ("nodes     n1 n2: 2 ranks, 0 GPUs a node", "(n1: 1 x CPU, n2: 1 x CPU)", "sparsity 60.00%"):
         assert text in job.log()
     kernels = {n: a for n, a in final(slurm, "whole").items() if n.startswith("weights/") and n.endswith("kernel:0")}
     assert len(kernels) == 8
     for name, kernel in kernels.items():
         assert int(np.sum(kernel == 0)) == kernel.size - round(0.4 * kernel.size), name
+
+
+def test_quantize_runs_after_it(slurm, whole):
+    job, after = whole
+    assert job.wait() == "COMPLETED"
+    assert after.wait() == "COMPLETED", after.log()
+    assert list((slurm.home / "runs/whole/export").glob("*int8*.tflite"))
+    assert (slurm.home / "runs/whole/report.json").exists()
+
+
+def assert_one_curve_as_if_undisturbed(slurm, job, name: str) -> None:
+    assert job.wait() == "COMPLETED", job.log()
+    assert "back into the queue, restart 1 of at most" in job.log()
+    assert "start 2" in job.log()
+    assert "resumed after step" in job.log()
+    lines = (slurm.home / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    expected = final(slurm, "whole")
+    for key, array in final(slurm, name).items():
+        assert array.tobytes() == expected[key].tobytes(), key
+
+
+def test_usr1_saves_requeues_and_resumes_exactly(slurm, whole):
+    job = super_model(slurm, "told")
+    job.wait_for("epoch   1/4")
+    slurm.run("scancel", "--signal=USR1", "--full", job.number)
+    job.wait_for("stopped as told and saved")
+    assert_one_curve_as_if_undisturbed(slurm, job, "told")
+    assert "status 75: back into the queue" in job.log()
+
+
+def test_a_killed_rank_requeues_and_resumes_exactly(slurm, whole):
+    job = super_model(slurm, "killed")
+    job.wait_for("epoch   1/4")
+    (rank,) = job.ranks("n2")
+    rank.kill()
+    assert_one_curve_as_if_undisturbed(slurm, job, "killed")
+    assert "n2: task 1: Killed" in job.log()
+
+
+def test_out_of_time_requeues_and_resumes_but_not_once_cancelled(slurm):
+    # Every half minute SLURM looks which jobs are within half a minute of their warning.
+    job = super_model(slurm, "late", "--epochs", "200", sbatch=("--nodes=2", "--time=1", "--signal=B:USR1@1"))
+    job.wait_for("back into the queue, restart 1 of at most")
+    assert "stopped as told and saved" in job.log(), job.log()
+    slurm.run("scontrol", "update", f"jobid={job.number}", "timelimit=30")
+    job.wait_for("resumed after step")
+    slurm.run("scancel", job.number)
+    assert job.wait() == "CANCELLED"
+    assert "restart 2" not in job.log()
+
+
+def test_a_failed_node_requeues(slurm):
+    job = super_model(slurm, "node")
+    job.wait_for("epoch   1/4")
+    slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    slurm.run("scontrol", "update", "nodename=n2", "state=resume")
+    assert job.wait() == "COMPLETED", job.log()
+    assert "start 2" in job.log()
+    assert "resumed after step" in job.log()
+
+
+def test_a_sweep_of_uneven_nodes(slurm):
+    sweep = {"SPARSITIES": "0 0.8", "DEPTHS": "8", "DATASETS": "synthetic"}
+    flags = ["--batch-size", "66", "--epochs", "1", "--precision", "float32"]
+    shape = ["--array=0-1", "--nodes=2", "--ntasks=3", "--ntasks-per-node=2"]
+    job = slurm.submit(*shape, "slurm/sweep.sbatch", *flags, **sweep)
+    for task in ("0", "1"):
+        assert slurm.job(f"{job.number}_{task}").wait() == "COMPLETED", job.log()
+    assert "(n1: 2 x CPU, n2: 1 x CPU)" in job.log()
+    for name, sparsity in (("dense", 0), ("polynomial80", 0.8)):
+        result = slurm.home / f"runs/synthetic-resnet8-{name}-float32-seed0/result.json"
+        assert json.loads(result.read_text())["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+
+
+def test_horovodrun_as_launcher(slurm):
+    job = super_model(slurm, "horovodrun", "--epochs", "1", LAUNCHER="horovodrun")
+    assert job.wait() == "COMPLETED", job.log()
+    assert "sparsity 60.00%" in job.log()
+
+
+def test_pmix_without_mpi_in_horovod_is_one_line(slurm):
+    job = super_model(slurm, "pmix", LAUNCHER="pmix")
+    assert job.wait() == "FAILED"
+    lines = [line for line in job.log().splitlines() if line.startswith("train_hvd.py: ")]
+    assert len(lines) == 1, job.log()
+    assert "srun started 2 processes but Horovod joined 1: start it with horovodrun or cnnopt.launch" in lines[0]
+
+
+def test_apptainer_gets_the_command_of_a_rank(slurm):
+    # No Apptainer here: one that runs the command of each rank as it is.
+    fake = slurm.folder / "bin/apptainer"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/bash\nwhile [[ $1 != *.sif ]]; do shift; done\nshift; exec "$@"\n')
+    fake.chmod(0o755)
+    path = f"{fake.parent}:{slurm.environment['PATH']}"
+    job = super_model(slurm, "image", "--epochs", "1", CONTAINER="cnnopt.sif", PATH=path)
+    assert job.wait() == "COMPLETED", job.log()
+    assert f"apptainer exec --bind {slurm.home} --pwd {slurm.home} cnnopt.sif python train_hvd.py" in job.log()
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "flags", "variables", "line"),
+    [
+        (["--gpus-per-node=1"], [], {}, "train_hvd.py: SLURM gave 1 GPU on each node, but TensorFlow finds none"),
+        (
+            ["--gpus-per-node=1", "--ntasks-per-node=2"],
+            [],
+            {},
+            "super: 2 ranks for 1 GPUs on each node: give ",
+        ),
+        (
+            [],
+            ["--dataset", "cifar10", "--data-dir", "/no/data"],
+            {},
+            "train_hvd.py: --data-dir /no/data: does not ",
+        ),
+        ([], [], {"LAUNCHER": "ssh"}, "super: LAUNCHER=ssh: choose srun, horovodrun or pmix"),
+        ([], [], {"CONTAINER": "some#image"}, "srun: unrecognized option '--container-image=some#image'"),
+        ([], [], {"INTERFACE": "ib9"}, "cnnopt.launch: --interface ib9: has no IPv4 address here"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_is_not_tried_again(slurm, sbatch, flags, variables, line):
+    job = super_model(slurm, "wrong", *flags, sbatch=("--nodes=2", *sbatch), **variables)
+    assert job.wait() == "FAILED", job.log()
+    assert sum(said.startswith(line) for said in job.log().splitlines()) == 1, job.log()
+    assert "back into the queue" not in job.log()
+    assert not (slurm.home / "runs/wrong").exists()
+
+
+def test_a_wrong_partition_is_refused_by_sbatch(slurm):
+    done = slurm.run("sbatch", "--partition=nowhere", "slurm/super.sbatch")
+    assert done.returncode == 1
+    assert "invalid partition specified: nowhere" in done.stderr
+
+
+def test_tensorboard_prints_its_tunnel_and_answers(slurm, whole):
+    job = slurm.submit("slurm/tensorboard.sbatch")
+    job.wait_for("Press CTRL+C")
+    (port,) = re.findall(r"ssh -N -L 6006:localhost:([0-9]+) -J .* and then http://localhost:6006", job.log())
+    with urllib.request.urlopen(f"http://localhost:{port}/data/runs", timeout=60) as answer:
+        assert "whole/tb/train" in answer.read().decode()
+    slurm.run("scancel", job.number)

@@ -12,20 +12,20 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
+# Without --gloo it imports TensorFlow three times before it starts a rank, to see how Horovod was built.
+HOROVODRUN = (str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "{ranks}")
 
 
 class Job:
-    """One horovodrun in a process group of its own, with its output in a file."""
+    """One launcher in a process group of its own, with its output in a file."""
 
-    def __init__(self, ranks: int, command: list[str], log: Path) -> None:
+    def __init__(self, launcher: list[str], command: list[str], log: Path) -> None:
         self.log = log
         # Four ranks on two cores: threads must not spin while they wait for each other.
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                # Without --gloo it imports TensorFlow three times before it starts a rank, to see how Horovod was built.
-                [HOROVODRUN, "--gloo", "-np", str(ranks), sys.executable, *command],
+                [*launcher, sys.executable, *command],
                 cwd=ROOT,
                 env=environment,
                 stdout=output,
@@ -75,13 +75,13 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """``start(ranks, *command)`` gives a running Job; all jobs are ended with the module."""
+    """``start(ranks, *command)`` gives a running Job, of horovodrun by default; all end with the module."""
     jobs = []
 
-    def begin(ranks: int, *command: str) -> Job:
+    def begin(ranks: int, *command: str, launcher: tuple[str, ...] = HOROVODRUN) -> Job:
         log = tmp_path_factory.mktemp("job") / "output.txt"
         os.environ["CNNOPT_TEST_JOB"] = str(log)
-        jobs.append(Job(ranks, list(command), log))
+        jobs.append(Job([part.format(ranks=ranks) for part in launcher], list(command), log))
         return jobs[-1]
 
     yield begin

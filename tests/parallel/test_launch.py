@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(start, tmp_path):
     assert again.wait() == 0, again.output()
     assert "resumed after step" in again.output()
     assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_our_own_launcher_hands_a_signal_on_and_the_status_back(start, tmp_path):
+    own = (sys.executable, "-m", "cnnopt.launch", "-np", "{ranks}", "--")
+    job = start(2, "train_hvd.py", *TINY, "--run-dir", str(tmp_path), "--epochs", "100", launcher=own)
+    job.wait_for("epoch   1/100")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(120) == 75, job.output()
+    assert "stopped as told and saved" in job.output()
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,8 @@ def test_a_flag_with_a_line_break_is_still_one_line(shell):
         ({"HOROVOD_RANK": "3", "HOROVOD_SIZE": "8", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
          (distributed.World(3, 8, 1, 2), "horovodrun")),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (distributed.World(1, 4, 0, 1), "mpirun")),
-        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
-         (distributed.World(5, 8, 1, 4), "srun")),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2,1"},
-         (distributed.World(2, 3, 0, 2), "srun")),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2,1",
+          "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}, (distributed.World(2, 3, 0, 1), "srun")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (distributed.World(), None)),  # a batch script: no srun
     ],
 )  # fmt: skip

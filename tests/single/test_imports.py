@@ -12,7 +12,8 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "cnnopt").rglob("*.py"))
 }
-PURE = ["cnnopt.config", "cnnopt.schedules"]
+# The launcher also runs on hosts that have neither TensorFlow nor Horovod but in an image.
+PURE = ["cnnopt.config", "cnnopt.schedules", "cnnopt.slurm", "cnnopt.rendezvous", "cnnopt.launch"]
 NO_HOROVOD = ["cnnopt.models", "cnnopt.quantize", *(name for name in MODULES if name.startswith("cnnopt.export"))]
 
 
