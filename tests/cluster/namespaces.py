@@ -87,17 +87,7 @@ class Pod:
         variables = [f"{name}={value}" for name, value in environment.items()]
         script = "set -eu\n" + CONTAINER.replace("MOUNTS", "\n".join(self.mounts(pod)))
         with self.log.open("ab") as log:
-            apart = [
-                "unshare",
-                "--mount",
-                "--uts",
-                "--ipc",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--propagation",
-                "private",
-            ]
+            apart = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--propagation=private"]
             run = ["bash", "-c", script, "container", str(self.cluster.layer), self.name]
             inside = [*USER, "env", "-i", "--chdir=/opt/cnnopt", *variables, *command]
             self.process = subprocess.Popen(
@@ -130,8 +120,9 @@ class Pod:
     def kill(self) -> None:
         """End everything in the pod at once, as when its node is lost."""
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+            # Process 1, with which the kernel ends all others; unshare's own --kill-child does not outlast setpriv.
+            self.first().kill()
+            self.process.wait(30)
 
     def first(self) -> psutil.Process:
         """Process 1 of the pod."""
