@@ -48,7 +48,9 @@ def train(config: TrainConfig) -> int:
     console = Console(quiet=not world.first, highlight=False, soft_wrap=True)
 
     # ---- Data, model, and where the run goes on ------------------------------------------------------------------
-    images = data.load(config.dataset, config.data_dir, seed=config.seed, show_progress=world.first)
+    images = data.load(
+        config.dataset, config.data_dir, seed=config.seed, show_progress=world.first, share=world.local_size > 1
+    )
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     compute = precision.choose(config.precision, has_gpu=distributed.device() == "GPU")
     model = training.build(config, images, timeline, compute, ranks=world.size)

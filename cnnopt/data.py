@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from cnnopt import cifar_files
+from cnnopt import cifar_files, shared_images
 from cnnopt.cifar_files import DataError
 
 __all__ = ["AUGMENTATIONS", "DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download",
@@ -73,9 +73,12 @@ def load(
     *,
     seed: int = 0,
     show_progress: bool = False,
+    share: bool = False,
     synthetic_sizes: tuple[int, int] = (2048, 512),
 ) -> Dataset:
     """Load a data set, downloading CIFAR where no `data_dir` is given and it is not there yet.
+
+    `share` keeps one copy of a CIFAR for all processes of this host that ask for it, see `shared_images`.
 
     `data_dir` defaults to $CNNOPT_DATA_DIR, and that to ~/.keras/datasets. `seed` and `synthetic_sizes` (train
     and test images) shape the synthetic data set only. Raises DataError where the data cannot be had.
@@ -87,7 +90,9 @@ def load(
         return _synthetic(seed, *synthetic_sizes)
     if copy is None:
         copy = _download(name, _directory(None), show_progress)
-    return Dataset(name, *cifar_files.read(*copy))
+    layout, place = copy
+    read = functools.partial(cifar_files.read, layout, place)
+    return Dataset(name, *(shared_images.shared(place, read) if share else read()))
 
 
 def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:
@@ -306,8 +311,6 @@ def _stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     margin, mode = {"none": (0, "edge"), "standard": (4, "reflect"), "shift": (3, "edge")}[augment]
     padding = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-    padded = np.pad(images, padding, mode=mode) if margin else images  # type: ignore[call-overload]
-    crops = sliding_window_view(padded, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
     orientation = np.random.default_rng([seed, _ORIENTATION]).integers(2, size=len(images))
     part = slice(rank * batch_size // size, (rank + 1) * batch_size // size)
     for step in steps:
@@ -319,7 +322,10 @@ def _stream(
             flipped = (orientation[chosen] + epochs) % 2
         else:
             flipped = rng.integers(2, size=batch_size)
-        batch = crops[chosen[part], down[part], right[part], 0]
+        # Padded by the batch: all images at once would be half as large again, in every rank.
+        padded = np.pad(images[chosen[part]], padding, mode=mode) if margin else images[chosen[part]]  # type: ignore[call-overload]
+        crops = sliding_window_view(padded, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
+        batch = crops[np.arange(len(padded)), down[part], right[part], 0]
         if augment != "none":
             mirrored = np.flatnonzero(flipped[part])
             batch[mirrored] = batch[mirrored, :, ::-1]

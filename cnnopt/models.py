@@ -19,7 +19,12 @@ def pixel_statistics(images: np.ndarray, normalize: str) -> tuple[np.ndarray, np
     """
     if normalize == "pixel-mean":
         return images.mean(axis=0, dtype=np.float64).astype(np.float32), np.full(1, 255, np.float32)
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]) / images[..., 0].size
+    # In parts, as bincount widens all that it counts to int64.
+    counts = np.zeros([3, 256])
+    for first in range(0, len(images), 1000):
+        part = images[first : first + 1000]
+        counts += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(3)]
+    counts /= images[..., 0].size
     mean = counts @ np.arange(256)
     std = np.sqrt(counts @ np.arange(256) ** 2 - mean**2)
     return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)
