@@ -33,8 +33,8 @@ class Hosts:
 
     def limit(self, rate: str) -> None:
         """Let no more than ``rate``, such as 1gbit, out of and into each host."""
-        number, unit = float(rate.rstrip("gmbit")), {"g": 1e9, "m": 1e6}[rate.lstrip("0123456789.")[0]]
-        burst = max(65536, int(number * unit / 8 / 200))
+        # What a link lets pass within 5 ms, and one segment of TCP at least, may pass at once.
+        burst = max(65536, int(bits_per_second(rate) / 8 / 200))
         for i, name in enumerate(self.names):
             limit = ["root", "tbf", "rate", rate, "burst", str(burst), "latency", "200ms"]
             _run("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", "eth0", *limit)
@@ -47,6 +47,11 @@ class Hosts:
             ["ip", "netns", "exec", self.names[host], "cat", path], capture_output=True, text=True, check=True
         )
         return int(done.stdout)
+
+
+def bits_per_second(rate: str) -> float:
+    """Of ``tc``'s notation: 10gbit, 100mbit."""
+    return float(rate.rstrip("gmbit")) * {"g": 1e9, "m": 1e6}[rate.lstrip("0123456789.")[0]]
 
 
 def _run(*command: str) -> None:

@@ -79,6 +79,9 @@ stream = tf.data.Dataset.from_tensors((images, labels)).repeat()
 options = tf.data.Options()
 options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
 stream = stream.with_options(options)
+if peer == "multiworker":
+    shard = next(iter(model.distribute_strategy.experimental_distribute_dataset(stream)))[0]
+    assert shard.shape[0] == batch, f"{shard.shape[0]} images a rank"
 
 
 class Clock(keras.callbacks.Callback):

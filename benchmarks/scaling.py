@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""How the step time grows with ranks, links and bytes; a cost model; and what it says of more ranks than were measured.
+
+First 1, 2 and 4 ranks on this machine: weak (--batch images a rank) and strong (--batch images in all), with the
+exchange and with it left out. Then two ranks on hosts of their own, as in exchange.py. The model is fitted to the
+links of --fit, and compared with those of --held-out, which it has not seen. Needs root.
+
+    sudo .venv/bin/python benchmarks/scaling.py --batch 32 --out docs/benchmarks/scaling.json
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hosts import bits_per_second, hosts, start
+from side_by_side import arguments, interleave, median_and_spread, report, table
+
+WORKER = "benchmarks/workers/ours.py"
+EXCHANGES = {
+    "none": {"exchange": "none"},
+    "dense": {"exchange": "dense"},
+    "sparse 60%": {"exchange": "sparse", "sparsity": 0.6},
+    "sparse 90%": {"exchange": "sparse", "sparsity": 0.9},
+}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step: ``compute + fixed[kind] + a_byte x bytes + ring(bytes)``.
+
+    ``ring`` is Gloo's: each rank sends 2 (n - 1) / n of the vector, in 2 (n - 1) messages of ``hop`` seconds each;
+    the hops between two ranks are part of ``fixed``. ``a_byte`` is what casting, joining, summing and copying cost.
+    """
+
+    compute: float
+    fixed: dict[str, float]
+    a_byte: float
+
+    @classmethod
+    def fit(cls, compute: float, samples: list[tuple[str, float, float, float]]) -> "CostModel":
+        """By least squares, from (kind, bytes, bits a second of the link, seconds) of two ranks."""
+        kinds = sorted({kind for kind, *_ in samples})
+        left = [[*(kind == k for k in kinds), size] for kind, size, _, _ in samples]
+        right = [seconds - compute - 8 * size / link for _, size, link, seconds in samples]
+        *fixed, a_byte = np.linalg.lstsq(np.array(left, float), np.array(right), rcond=None)[0]
+        return cls(compute, dict(zip(kinds, map(float, fixed), strict=True)), float(a_byte))
+
+    def seconds(self, kind: str, size: float, link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
+        """Of one step of ``ranks`` ranks that exchange ``size`` bytes over links of ``link`` bits a second."""
+        if ranks == 1:
+            return self.compute
+        ring = 2 * (ranks - 1) / ranks * 8 * size / link + 2 * (ranks - 2) * hop
+        return self.compute + self.fixed[kind] + self.a_byte * size + ring
+
+
+def on_this_machine(args, depth: int) -> tuple[str, dict]:
+    """1, 2 and 4 ranks, weak and strong."""
+    sizes = sorted({(n, args.batch) for n in (1, 2, 4)} | {(n, args.batch // n) for n in (1, 2, 4)})
+    with contextlib.ExitStack() as stack:
+        turns = {}
+        for ranks, batch in sizes:
+            command = [WORKER, str(depth), str(batch), args.precision]
+            ours = stack.enter_context(start(f"scaling-{depth}-{ranks}x{batch}", command, ranks))
+            for name in ("none", "dense"):
+                turns[f"{ranks}x{batch} {name}"] = (ours, {**EXCHANGES[name], "steps": args.steps})
+        seconds = interleave(turns, rounds=args.rounds)
+    rows = []
+    for ranks, batch in sizes:
+        (alone, _), (exchanged, spread) = (
+            median_and_spread(seconds[f"{ranks}x{batch} {name}"]) for name in ("none", "dense")
+        )
+        kind = "weak and strong" if ranks == 1 else "weak" if batch == args.batch else "strong"
+        speeds = [f"{ranks * batch / alone:.0f}", f"{ranks * batch / exchanged:.0f} ±{spread:.0%}"]
+        rows.append([kind, ranks, batch, *speeds, f"{alone / exchanged:.3f}"])
+    heads = ["scaling", "ranks", "images a rank", "images/s, no exchange", "images/s", "kept"]
+    return table(heads, rows), seconds
+
+
+def on_links(args, depth: int) -> tuple[str, CostModel, dict[str, float], dict]:
+    """Two ranks on limited links: the measured steps beside those of the model."""
+    links = [*args.fit, *args.held_out]
+    command = [WORKER, str(depth), str(args.batch), args.precision]
+    with hosts(2) as pair, start(f"scaling-{depth}", command, 2, on=pair) as ours:
+        turns = {
+            f"{link} {name}": (ours, {**request, "steps": args.steps})
+            for link in links
+            for name, request in EXCHANGES.items()
+        }
+        seconds = interleave(turns, rounds=args.rounds, before=lambda turn: pair.limit(turn.split()[0]))
+        size = {name: ours.ask(**request, steps=1)[0]["bytes"] for name, request in EXCHANGES.items()}
+    medians = {turn: median_and_spread(values)[0] for turn, values in seconds.items()}
+    compute = float(np.median([medians[f"{link} none"] for link in links]))
+    sent = [name for name in EXCHANGES if name != "none"]
+    model = CostModel.fit(
+        compute,
+        [
+            (name.split()[0], size[name], bits_per_second(link), medians[f"{link} {name}"])
+            for link in args.fit
+            for name in sent
+        ],
+    )
+    rows = []
+    for link in links:
+        for name in sent:
+            found = medians[f"{link} {name}"]
+            said = model.seconds(name.split()[0], size[name], bits_per_second(link))
+            use = "fitted" if link in args.fit else "held out"
+            rows.append([link, name, f"{1e3 * found:.0f}", f"{1e3 * said:.0f}", f"{said / found - 1:+.1%}", use])
+    return table(["link", "exchange", "ms measured", "ms of the model", "error", ""], rows), model, size, seconds
+
+
+def extrapolation(args, model: CostModel, size: dict[str, float]) -> tuple[str, dict[str, list[float]]]:
+    """Share of the speed without exchange that is left, to 1,024 ranks."""
+    counts = [2**i for i in range(1, 11)]
+    curves = {
+        f"{name}, {link}": [
+            model.compute
+            / model.seconds(name.split()[0], size[name], bits_per_second(link), ranks=n, hop=args.hop * 1e-6)
+            for n in counts
+        ]
+        for link in args.predict
+        for name in EXCHANGES
+        if name != "none"
+    }
+    rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in curves.items()]
+    return table(["exchange, link of each rank", *(f"{n:,}" for n in counts)], rows), curves
+
+
+def draw(path: Path, title: str, curves: dict[str, list[float]]) -> None:
+    """The extrapolation as a figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for i, (name, values) in enumerate(curves.items()):
+        style = {"dense": "-", "sparse 60%": "--", "sparse 90%": ":"}[name.split(",")[0]]
+        axes.plot([2**n for n in range(1, 11)], values, style, color=f"C{i // 3}", label=name)
+    axes.set(xscale="log", xlabel="ranks", ylabel="share of the speed without exchange", ylim=(0, 1.02), title=title)
+    axes.set_xticks([2**n for n in range(1, 11)], [str(2**n) for n in range(1, 11)])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, fit, compare, extrapolate; print the tables, write every figure."""
+    parser = arguments(__doc__)
+    parser.add_argument("--fit", nargs="+", default=["10gbit", "1gbit"], help="links that the model is fitted to")
+    parser.add_argument("--held-out", nargs="+", default=["300mbit", "100mbit"], help="links that it must predict")
+    parser.add_argument("--predict", nargs="+", default=["10gbit", "1gbit"], help="links of the table to 1,024 ranks")
+    parser.add_argument("--hop", type=float, default=50, help="assumed microseconds of one message of the ring")
+    args = parser.parse_args()
+    parts, content = [], {}
+    for depth in args.depth:
+        local, local_seconds = on_this_machine(args, depth)
+        linked, model, size, link_seconds = on_links(args, depth)
+        beyond, curves = extrapolation(args, model, size)
+        fitted = f"compute {1e3 * model.compute:.1f} ms, " + ", ".join(
+            f"{kind} {1e3 * value:+.1f} ms" for kind, value in model.fixed.items()
+        )
+        parts += [
+            f"ResNet-{depth}, batch {args.batch}, {args.steps} steps x {args.rounds} rounds\n\n{local}",
+            f"Two hosts; fitted: {fitted}, {1e9 * model.a_byte:+.2f} ns a byte\n\n{linked}",
+            f"Of the model, with {args.hop:g} us a message (assumed, not measured)\n\n{beyond}",
+        ]
+        content[str(depth)] = {"local": local_seconds, "links": link_seconds, "bytes": size, "model": vars(model)}
+        if args.out is not None:
+            draw(args.out.with_suffix(".png"), f"ResNet-{depth}, batch {args.batch} a rank: model", curves)
+    report(args.out, "\n\n".join(parts), {"batch": args.batch, "hop_microseconds": args.hop, "runs": content})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
