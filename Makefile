@@ -9,7 +9,7 @@ BIN := .venv/bin
 # horovodrun starts its workers with whatever `python` is first on PATH.
 train test-single test-parallel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env train test test-single test-parallel test-cluster lint format lock clean
+.PHONY: help env train test test-single test-parallel test-cluster bench lint format lock clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -33,6 +33,10 @@ test-parallel: env  ## the tests that start horovodrun -np 2
 
 test-cluster: env  ## the tests that start a cluster on this machine; they skip where its packages are missing
 	$(BIN)/python -m pytest tests/cluster $(ARGS)
+
+# PyTorch is in an environment of its own, where it is at all (docs/benchmarks.md).
+bench: env  ## this trainer beside its peers: about half an hour; the other comparisons are in docs/benchmarks.md
+	$(BIN)/python benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check

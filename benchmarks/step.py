@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""Where the time of a step goes, in one process: against the rate of matrix products, and what each part costs.
+
+The whole step takes turns with the same step without pruning and with one resident batch in place of the input
+pipeline; the stages' convolutions and normalisations take turns by themselves, forward and backward. Saving and
+recording are timed as the training thread sees them.
+
+    .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --out docs/benchmarks/step.json
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from side_by_side import arguments, median_and_spread, report, table
+
+from cnnopt import distributed
+
+distributed.prepare(distributed.World(), deterministic=False, verbose=False)
+WORLD = distributed.start(verbose=False)
+
+import tensorflow as tf  # noqa: E402
+import tf_keras as keras  # noqa: E402
+
+from cnnopt import callbacks, checkpoint, data, precision, training  # noqa: E402
+from cnnopt.config import TrainConfig  # noqa: E402
+from cnnopt.record import RunFolder  # noqa: E402
+from cnnopt.schedules import Timeline  # noqa: E402
+
+GEMM = 1536
+
+
+def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after two that are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 2):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if number > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def floating_point_operations(model: training.SynchronousModel) -> float:
+    """Of all convolutions and the classifier, for one image: forward, and twice that backward, but for the stem."""
+    total = 0.0
+    for layer in model.layers:
+        kernel = getattr(layer, "kernel", None)
+        if kernel is not None:
+            places = np.prod(layer.output_shape[1:3]) if len(kernel.shape) == 4 else 1
+            total += (2 if layer.name == "stem" else 3) * 2 * float(np.prod(kernel.shape)) * places
+    return total
+
+
+def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
+    """A matrix product, and the two layers that most of a network is made of, forward and backward, by stage."""
+    square = tf.random.normal([GEMM, GEMM], dtype=compute)
+    found = {"GEMM": tf.function(lambda: tf.matmul(square, square))}
+    for stage, (side, filters) in enumerate(((32, 16), (16, 32), (8, 64)), start=1):
+        images = tf.random.normal([batch, side, side, filters], dtype=compute)
+        convolution = type(model.get_layer("stem"))(
+            filters, 3, padding="same", use_bias=False, widen=model.get_layer("stem").widen
+        )
+        norm = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.ReLU()])
+        for name, layer in (("convolution", convolution), ("BatchNorm, ReLU", norm)):
+            layer(images)
+
+            def both(layer=layer, images=images):
+                with tf.GradientTape() as tape:
+                    tape.watch(images)
+                    output = layer(images, training=True)
+                return tape.gradient(output, [images, *layer.trainable_weights])
+
+            found[f"stage {stage} {name}"] = tf.function(both)
+    return found
+
+
+def build(
+    depth: int, batch: int, sparsity: float, images: data.Dataset, compute: precision.Precision
+) -> tuple[training.SynchronousModel, Iterator]:
+    """A model that is as sparse as it will be, and its stream."""
+    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=40, base_lr=1e-3,
+                         sparsity=sparsity, prune_begin="0s", prune_end="1s", name="step")  # fmt: skip
+    timeline = Timeline(len(images.train_images), batch, config.epochs)
+    model = training.build(config, images, timeline, compute, ranks=1)
+    model.make_train_function()
+    if sparsity:
+        model.prune(1)
+    else:
+        model.run.mask_of = [None] * len(model.run.mask_of)
+    stream = training.training_stream(config, images, WORLD, first_step=0, last_step=timeline.total_steps)
+    return model, iter(stream)
+
+
+def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[str, list[float]]:
+    """A checkpoint and the records of an epoch, as the training thread waits for them."""
+    logs = {name: 0.0 for names in callbacks.TRAIN_CURVES.values() for name in names}
+    logs |= {"step": 1, "val_accuracy": 0.0, "val_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        recorder = callbacks.Record(folder, TrainConfig(name="step"), 0)
+        recorder.set_model(model)
+
+        def save() -> None:
+            arrays = {name: variable.numpy() for name, variable in model.named_state().items()}
+            checkpoint.save(folder.checkpoints, 1, arrays, {}, keep=3)
+
+        return turns({"save": save, "record": lambda: recorder.on_epoch_end(0, dict(logs))}, rounds)
+
+
+def profile(depth: int, batch: int, rounds: int, images: data.Dataset, asked: str) -> tuple[str, dict]:
+    """The table of one network, and every figure."""
+    compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
+    dense, dense_stream = build(depth, batch, 0.0, images, compute)
+    pruned, stream = build(depth, batch, 0.6, images, compute)
+    resident = iter(tf.data.Dataset.from_tensors(next(stream)).repeat())
+    whole = {
+        "the step": lambda: pruned.train_function(stream),
+        "without pruning": lambda: dense.train_function(dense_stream),
+        "without the input pipeline": lambda: pruned.train_function(resident),
+    }
+    seconds = turns(whole, rounds) | turns(parts(pruned, batch, compute.compute), rounds)
+    seconds |= saving_and_recording(pruned, max(3, rounds // 10))
+    medians = {name: median_and_spread(values) for name, values in seconds.items()}
+    step, gemm = medians["the step"][0], 2 * GEMM**3 / medians["GEMM"][0]
+    rate = floating_point_operations(pruned) * batch / step
+    rows = [[name, f"{1e3 * m:.2f}", f"{spread:.0%}", f"{m / step:.1%}"] for name, (m, spread) in medians.items()]
+    text = (
+        f"ResNet-{depth}, {compute.compute}, batch {batch}: {batch / step:.0f} images/s. Convolutions and classifier "
+        f"run at {rate / 1e9:.0f} GFLOP/s, {rate / gemm:.2f} of the {gemm / 1e9:.0f} GFLOP/s of a matrix product of "
+        f"{GEMM} x {GEMM}\n\n" + table(["part", "ms", "spread", "of a step"], rows)
+    )
+    return text, {"compute": compute.compute, "gemm": gemm, "rate": rate, "seconds": seconds}
+
+
+def main() -> None:
+    """Measure, print the tables, write every figure."""
+    args = arguments(__doc__).parse_args()
+    images = data.load("synthetic", synthetic_sizes=(50000, 64))
+    found = {
+        str(depth): profile(depth, args.batch, args.rounds * args.steps, images, args.precision) for depth in args.depth
+    }
+    runs = {depth: content for depth, (_, content) in found.items()}
+    report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
