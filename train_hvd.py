@@ -13,17 +13,19 @@ goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 s
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from typing import NoReturn
 
 from cnnopt import distributed
 from cnnopt.config import TrainConfig, parse_args
-from cnnopt.errors import CnnoptError
+from cnnopt.errors import CnnoptError, RunError
+from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
+from cnnopt.signals import STOPPED, StopRequest
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     """One run, from its configuration to its result line; returns the exit status."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet -------------------------------------------
     launched, _ = distributed.launched()
@@ -31,7 +33,8 @@ def train(config: TrainConfig) -> int:
     folder = RunFolder.of(config)
     folder.check(config)
     if (done := folder.result()) is not None:
-        print_once(launched, f"{folder.path} is complete: {done['line']}")
+        if launched.first:
+            print(f"{folder.path} is complete: {done['line']}", flush=True)
         return quantize(config, folder) if config.quantize and launched.first else 0
     from cnnopt import data
 
@@ -41,6 +44,8 @@ def train(config: TrainConfig) -> int:
     settings = distributed.prepare(launched, deterministic=config.deterministic, verbose=config.verbose)
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
+    if world.size > 1:
+        presence.places = distributed.gather_objects(presence.open())
     from cnnopt import callbacks, precision, record, resume, training
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
     from cnnopt.schedules import Timeline, parse_duration
@@ -60,7 +65,7 @@ def train(config: TrainConfig) -> int:
     start_table(console, config, folder, world, settings, compute, model, timeline)
 
     # ---- Train ---------------------------------------------------------------------------------------------------
-    stop = callbacks.StopWhenTold()
+    stop = callbacks.StopWhenTold(request)
     hooks = [
         *distributed.callbacks(),
         stop,
@@ -83,7 +88,7 @@ def train(config: TrainConfig) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         distributed.gather_objects(None)
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
-        return 75
+        return STOPPED
     model.pruner.verify_final()
     if world.first:
         result = record.summarize(folder.metrics(), model.pruner.sparsities())
@@ -95,34 +100,48 @@ def train(config: TrainConfig) -> int:
     return quantize(config, folder) if config.quantize and world.first else 0
 
 
-def quantize(config: TrainConfig, folder: RunFolder) -> int:
-    """Export and measure a complete run, in a process that knows neither Horovod nor this run's precision."""
+def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
+    """Export and measure a complete run, in a program that knows neither Horovod nor this run's precision.
+
+    It takes this process' place, so that a signal which ends the one ends the other.
+    """
     data_dir = ["--data-dir", config.data_dir] if config.data_dir else []
     command = [sys.executable, "-m", "cnnopt.quantize", str(folder.path.resolve()), *data_dir]
-    return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
-    ).returncode
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))})
 
 
-def print_once(world: distributed.World, text: str, *, error: bool = False) -> None:
-    """Print on the first rank. The others give it time: a launcher ends all ranks when one has ended."""
-    if world.first:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
-    elif error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def fail(why: str, presence: Presence, *, of_one_rank: bool = False) -> None:
+    """Say, on one rank, why the job ends; ``why`` is empty where another rank has left the exchange."""
+    world = distributed.launched()[0]
+    # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    words: str | None = why
+    if presence.places:
+        words = presence.last_words(world.rank, why)
+    elif not (world.first or of_one_rank):
         time.sleep(2)
+        words = None
+    if words:
+        print(f"train_hvd.py: {words}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     """Parse the command line and train; every expected failure is one line and an exit status."""
+    request, presence = StopRequest(), Presence()
+    request.listen()
     try:
-        return train(parse_args())
+        return train(parse_args(), request, presence)
     except KeyboardInterrupt:
         return 130
     except CnnoptError as error:
-        world = distributed.World() if error.of_one_rank else distributed.launched()[0]
-        print_once(world, f"train_hvd.py: {error}", error=True)
+        fail(str(error), presence, of_one_rank=error.of_one_rank)
         return error.exit_status
+    except Exception as error:
+        if not distributed.is_exchange_failure(error):
+            raise
+        fail("", presence)
+        return RunError.exit_status
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ those that only write (``Record``, ``Show``) are on rank 0 and hold none.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import tensorflow as tf
@@ -21,13 +18,14 @@ from tensorboard.plugins.hparams import api as hparams
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tf_keras.callbacks import Callback
 
-from cnnopt import checkpoint
+from cnnopt import checkpoint, distributed
 from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset
 from cnnopt.distributed import World
 from cnnopt.errors import RunError
 from cnnopt.record import RunFolder
 from cnnopt.schedules import Duration, Timeline
+from cnnopt.signals import StopRequest
 from cnnopt.training import SynchronousModel, evaluate
 
 
@@ -93,29 +91,22 @@ class StopIfDiverged(Callback):
 class StopWhenTold(Callback):
     """SIGTERM or SIGUSR1 on any rank stops all ranks after one and the same step; a later second one exits at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    #: Seconds in which a scheduler's one request may come again: to the rank, and through its launcher.
-    ONE_REQUEST = 10.0
-
-    def __init__(self) -> None:
+    def __init__(self, request: StopRequest) -> None:
         super().__init__()
-        self.told_at: float | None = None
+        self.request = request
         self.stopped = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Take over the signals."""
-        for number in self.SIGNALS:
-            signal.signal(number, self._handle)
+        """From here on there is something to save."""
+        self.request.training = True
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.told_at is None:
-            self.told_at = time.monotonic()
-        elif time.monotonic() - self.told_at > self.ONE_REQUEST:
-            os._exit(128 + number)
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """What was to be saved has been saved."""
+        self.request.training = False
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Put the request into this step's exchange."""
-        if self.told_at is not None:
+        if self.request.told:
             self.model.run.requests.assign(np.eye(2, dtype=np.float32)[SynchronousModel.STOP])
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -138,7 +129,7 @@ class Save(Callback):
         self.every, self.timeline, self.config = every, timeline, config
         self.folder, self.world, self.console = folder, world, console
         self.saved_at = time.monotonic()
-        self.saved_step = -1
+        self.due = False
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Rank 0 asks when the minutes are over."""
@@ -151,24 +142,24 @@ class Save(Callback):
         asked = self.every.unit == "m" and self.model.run.granted.numpy()[SynchronousModel.SAVE] > 0
         if asked:
             self.model.run.requests.assign(tf.zeros([2]))
-        if (
-            asked
-            or self.model.stop_training
-            or (self.every.unit == "s" and (batch + 1) % max(1, round(self.every.value)) == 0)
-        ):
-            self._save(batch + 1, None)
+        step = batch + 1
+        by_steps = self.every.unit == "s" and step % max(1, round(self.every.value)) == 0
+        self.due = asked or by_steps or self.model.stop_training
+        # After an epoch's last step the epoch is evaluated and recorded first: a resumed run would not do it again.
+        if self.due and step != self.timeline.epoch_end(self.timeline.epoch_of(batch)):
+            self._save(step, None)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Save with the accuracy of the epoch, by which the best checkpoint is known."""
         assert logs is not None
         last = epoch + 1 == self.timeline.epochs
-        if last or (self.every.unit == "e" and (epoch + 1) % max(1, round(self.every.value)) == 0):
+        by_epochs = self.every.unit == "e" and (epoch + 1) % max(1, round(self.every.value)) == 0
+        if self.due or last or by_epochs:
             self._save(int(self.model.run.global_step.numpy()), logs["val_accuracy"])
 
     def _save(self, step: int, metric: float | None) -> None:
-        if step == self.saved_step:
-            return
-        self.saved_step = step
+        # Of the part of an epoch that is done, so that a resumed run records the whole of it.
+        epoch_sums = None if metric is not None else distributed.mean([float(v) for v in self.model.epoch_sums])
         digest = self.model.agree()
         if not self.world.first:
             return
@@ -177,7 +168,7 @@ class Save(Callback):
             "epoch": self.timeline.epoch_of(step),
             "identity": self.config.identity(),
             "weights_digest": digest,
-            **({} if metric is None else {"metric": metric}),
+            **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }
         arrays = {name: variable.numpy() for name, variable in self.model.named_state().items()}
         try:
@@ -215,7 +206,7 @@ class Measure(Callback):
         self.compiled = True
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Speed, exchange share, schedules, sparsity."""
+        """Speed, exchange share, schedules."""
         assert logs is not None
         model = self.model
         step = int(model.run.global_step.numpy())
@@ -233,7 +224,6 @@ class Measure(Callback):
             loss_scale=float(model.loss_scale.value.numpy()),
             skipped_steps=int(model.loss_scale.skipped.numpy()),
             target_sparsity=model.pruner.target(step),
-            sparsity=model.pruner.sparsities()["total"],
         )
 
 
@@ -246,7 +236,7 @@ TRAIN_CURVES = {
 
 
 class Record(Callback):
-    """Rank 0: metrics.jsonl and TensorBoard."""
+    """Rank 0: metrics.jsonl and TensorBoard, and the measured ``sparsity`` in the logs."""
 
     def __init__(self, folder: RunFolder, config: TrainConfig, first_step: int) -> None:
         super().__init__()
@@ -263,6 +253,8 @@ class Record(Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """One line, and one point of every curve."""
         assert logs is not None
+        sparsities = self.model.pruner.sparsities()
+        logs["sparsity"] = sparsities["total"]
         self.folder.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
         step = logs["step"]
         points = {
@@ -272,7 +264,7 @@ class Record(Callback):
             "pruning": {
                 "sparsity/target": logs["target_sparsity"],
                 "sparsity/total": logs["sparsity"],
-                **{f"sparsity_by_kernel/{name}": value for name, value in self.model.pruner.sparsities().items()},
+                **{f"sparsity_by_kernel/{name}": value for name, value in sparsities.items()},
             },
         }
         for writer, values in points.items():

@@ -170,15 +170,9 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     return flat if hvd.size() == 1 else hvd.allreduce(flat, op=hvd.Sum, name=name)
 
 
-class ExchangeError(RunError):
-    """The ranks can no longer reach each other."""
-
-
-def exchange_error(step: int, error: Exception) -> Exception:
-    """What to raise for an error of TensorFlow in step ``step``: an ExchangeError if Horovod's part has failed."""
-    if "Horovod" not in str(error) and "horovod" not in str(error):
-        return error
-    return ExchangeError(f"step {step}: the exchange failed, as another rank has ended or cannot be reached: see above")
+def is_exchange_failure(error: Exception) -> bool:
+    """True for TensorFlow's error about an exchange in which Horovod has lost another rank."""
+    return type(error).__module__.startswith("tensorflow") and "horovod" in str(error).lower()
 
 
 def broadcast(variables: Sequence[tf.Variable]) -> None:
@@ -201,6 +195,11 @@ def gather_objects(value: Any) -> list[Any]:
     import horovod.tensorflow as hvd
 
     return [value] if hvd.size() == 1 else hvd.allgather_object(value)
+
+
+def mean(values: Sequence[float]) -> list[float]:
+    """The mean of each value over all ranks."""
+    return [float(value) for value in np.mean(gather_objects(list(values)), axis=0)]
 
 
 class DisagreementError(RunError):

@@ -33,17 +33,20 @@ def restore(
     if isinstance(outcome, str):
         raise checkpoint.CheckpointError(outcome)
     # Horovod: all ranks start from rank 0's weights, masks and counters.
-    distributed.broadcast(list(model.named_state().values()))
+    distributed.broadcast([*model.named_state().values(), *model.epoch_sums])
     return outcome
 
 
 def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolder, say: Callable[[str], None]) -> int:
     def unfit(found: checkpoint.Checkpoint) -> str | None:
-        difference = config.difference(found.state.get("identity", {}))
+        identity = found.state.get("identity")
+        difference = config.difference(identity) if isinstance(identity, dict) else "it names none"
         if difference:
             return f"of another configuration: {difference}"
-        missing = model.named_state().keys() ^ found.arrays.keys()
-        return f"of another model: {sorted(missing)[0]}" if missing else None
+        here = {name: tuple(variable.shape) for name, variable in model.named_state().items()}
+        there = {name: array.shape for name, array in found.arrays.items()}
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        return f"of another model: {differing[0]}" if differing else None
 
     if config.resume == "never":
         folder.rewind(0)
@@ -62,6 +65,8 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
             raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
     for name, variable in model.named_state().items():
         variable.assign(found.arrays[name])
+    for variable, value in zip(model.epoch_sums, found.state.get("epoch_sums", []), strict=False):
+        variable.assign(value)
     folder.rewind(found.step)
     say(f"resumed after step {found.step} from {found.path}")
     return found.step

@@ -74,6 +74,11 @@ class SynchronousModel(keras.Model):
         """Averages over this rank's shard since the epoch began."""
         return [self.run.loss, self.run.accuracy]
 
+    @property
+    def epoch_sums(self) -> list[tf.Variable]:
+        """What the metrics hold of this rank's part of the epoch so far."""
+        return [variable for metric in self.metrics for variable in metric.variables]
+
     def losses_of(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         """Cross-entropy of each image, float32 [batch]; labels int64 [batch], logits [batch, classes]."""
         classes = logits.shape[-1]
@@ -236,10 +241,16 @@ def build(
         window=PruningWindow.aligned(begin, end, frequency),
         scope=config.sparsity_scope,
     )
+    warmup_steps = timeline.steps(parse_duration(config.warmup))
+    if warmup_steps > timeline.total_steps:
+        raise ConfigError(
+            f"--warmup {config.warmup}: {warmup_steps} steps, but the run has {timeline.total_steps}; "
+            "give a shorter one, or a share of the run such as 5%"
+        )
     assert config.base_lr is not None
     rate = LearningRate(
         peak=config.base_lr * config.batch_size / 128,
-        warmup_steps=timeline.steps(parse_duration(config.warmup)),
+        warmup_steps=warmup_steps,
         total_steps=timeline.total_steps,
         schedule=config.lr_schedule,
         drops=tuple((timeline.steps(when), factor) for when, factor in parse_drops(config.lr_drops)),
@@ -304,19 +315,16 @@ def fit(
     hooks.on_train_begin()
     while step < timeline.total_steps and not model.stop_training:
         epoch = timeline.epoch_of(step)
-        model.reset_metrics()
         hooks.on_epoch_begin(epoch)
         end = min(timeline.epoch_end(epoch), timeline.total_steps)
         while step < end and not model.stop_training:
             hooks.on_train_batch_begin(step)
-            try:
-                logs = train_function(iterator)
-            except tf.errors.UnknownError as error:
-                raise distributed.exchange_error(step + 1, error) from error
+            logs = train_function(iterator)
             hooks.on_train_batch_end(step, logs)
             step += 1
         if step == end:
             hooks.on_epoch_end(epoch, {m.name: float(m.result()) for m in model.metrics})
+            model.reset_metrics()
     hooks.on_train_end()
 
 

@@ -1,0 +1,53 @@
+"""SIGTERM and SIGUSR1: during training they ask for a save and a stop, before and after it they end the process.
+
+Standard library only, so that they are heard before TensorFlow is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOPPED = os.EX_TEMPFAIL
+
+
+class StopRequest:
+    """Whether this process was told to stop.
+
+    A thread hears the signals. A handler in Python would wait for the main thread, which is in C++ most of the
+    time: for seconds while a step is compiled, for minutes in an exchange with a rank that hangs.
+    """
+
+    #: Seconds in which a scheduler's one request may come again: to the rank, and through its launcher.
+    ONE_REQUEST = 10.0
+
+    def __init__(self) -> None:
+        self.told = False
+        self.training = False
+
+    def listen(self) -> None:
+        """Take over the signals; from the main thread."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._hear, args=(reader, writer), name="signals", daemon=True).start()
+
+    def _hear(self, reader: socket.socket, writer: socket.socket) -> None:
+        told_at = 0.0
+        while True:
+            number = reader.recv(1)[0]
+            if number not in SIGNALS:
+                continue
+            if not self.told:
+                self.told, told_at = True, time.monotonic()
+                if not self.training:
+                    # What is done is saved, and what is not saved is begun anew by the same command.
+                    os._exit(STOPPED)
+            elif time.monotonic() - told_at > self.ONE_REQUEST:
+                os._exit(128 + number)
