@@ -46,7 +46,12 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         here = {name: tuple(variable.shape) for name, variable in model.named_state().items()}
         there = {name: array.shape for name, array in found.arrays.items()}
         differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        return f"of another model: {differing[0]}" if differing else None
+        if differing:
+            return f"of another model: {differing[0]}"
+        # Absent where the save was at the end of an epoch.
+        sums = found.state.get("epoch_sums", [0.0] * len(model.epoch_sums))
+        fits = isinstance(sums, list) and list(map(type, sums)) == [float] * len(model.epoch_sums)
+        return None if fits else "of another model: epoch_sums"
 
     if config.resume == "never":
         folder.rewind(0)

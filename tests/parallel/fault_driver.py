@@ -111,7 +111,7 @@ class Jobs:
         job = {"argv": [*FLAGS, "--run-dir", str(run_dir)], "environment": variables, "log": str(log),
                "events": str(events), "fault": asdict(fault) if fault else {}}  # fmt: skip
         try:
-            stopped = fault.rank if fault and fault.kind == "stop" else None
+            stopped = fault.rank if fault and fault.kind in ("stop", "hang") else None
             statuses, killed, seconds = self._wait(self._ask(json.dumps(job)), stopped)
         finally:
             server.stop()
@@ -161,12 +161,11 @@ def lost(found: dict, wanted: dict) -> list[str]:
     if len(found["lines"]) != len(wanted["lines"]):
         return [*names, f"{len(found['lines'])} lines of {len(wanted['lines'])}"]
     for one, other in zip(found["lines"], wanted["lines"], strict=True):
-        # The training loss of an epoch is a sum over its steps, which a resume takes in another order.
-        same = {
-            n: np.isclose(v, other[n], rtol=1e-5) if n in ("loss", "accuracy") else v == other[n]
-            for n, v in one.items()
-        }
-        names += [f"epoch {other['epoch']}: {name}" for name, equal in same.items() if not equal]
+        for name, value in one.items():
+            # Training loss and accuracy are sums over the steps of an epoch, which a resume adds in another order.
+            tolerance = 1e-5 if name in ("loss", "accuracy") else 0
+            if not np.isclose(value, other[name], rtol=tolerance, atol=0):
+                names.append(f"epoch {other['epoch']}: {name}")
     return names
 
 

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-os.environ.update(
-    TF_USE_LEGACY_KERAS="1", TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3", OPENBLAS_NUM_THREADS="1"
-)
+os.environ.update(TF_USE_LEGACY_KERAS="1", TF_ENABLE_ONEDNN_OPTS="1", TF_CPP_MIN_LOG_LEVEL="3")
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import tensorflow as tf  # noqa: E402
-import tf_keras  # noqa: E402
+import tensorflow as tf
+import tf_keras
 
 sys.modules["keras"] = tf_keras
 import horovod.tensorflow.keras  # noqa: E402, F401

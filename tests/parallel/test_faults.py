@@ -20,7 +20,7 @@ def test_every_job_ends_as_promised_and_the_next_start_resumes(tally):
 
 def test_no_more_steps_are_repeated_than_since_the_last_save(tally):
     assert tally.resumes >= SEEDS // 2
-    assert 0 < sum(tally.repeated)
+    assert sum(tally.repeated) > 0
     assert max(tally.repeated) <= fault_driver.SAVE_EVERY
 
 

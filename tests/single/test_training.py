@@ -251,6 +251,13 @@ def test_a_pruning_window_that_would_never_end_is_refused(begin, end, steps, sch
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [("25s", 25), ("4e", 32)])
+def test_a_warm_up_that_is_longer_than_the_run_is_refused(warmup, steps):
+    with pytest.raises(ConfigError, match=rf"^--warmup {warmup}: {steps} steps, but the run has 24; "):
+        small_runs.build(small_runs.settings(warmup=warmup))
+    small_runs.build(small_runs.settings(warmup="24s"))
+
+
 def test_a_dense_run_takes_any_window():
     small_runs.build(small_runs.settings(prune_begin="2e", prune_end="99e", sparsity=0.0))
 

@@ -1,0 +1,97 @@
+"""Which rank says what when the exchange fails. Ranks are objects here, and processes where one is killed."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cnnopt.presence import Place, Presence
+
+ROOT = Path(__file__).parents[2]
+
+
+def ranks(number: int, *others: Place) -> list[Presence]:
+    """That many ranks that know each other, and the places of ``others`` as the last ranks."""
+    presences = [Presence() for _ in range(number)]
+    places = [*(presence.open({}) for presence in presences), *others]
+    for presence in presences:
+        presence.places = places
+    return presences
+
+
+def last_words(presences: list[Presence], *why: str) -> list[str | None]:
+    """What each rank says, all failing at the same time."""
+    words: dict[int, str | None] = {}
+
+    def fail(rank: int) -> None:
+        words[rank] = presences[rank].last_words(rank, why[rank], patience=1)
+
+    threads = [threading.Thread(target=fail, args=[rank]) for rank in range(len(why))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [words[rank] for rank in range(len(why))]
+
+
+@pytest.fixture
+def process() -> Iterator[tuple[subprocess.Popen, Place]]:
+    """A rank in a process of its own, and its place."""
+    code = "from cnnopt.presence import Presence; print(Presence().open({}).address[1], flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        yield started, Place("b", started.pid, ("127.0.0.1", int(started.stdout.readline())))
+        started.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_stopped_is_named_by_the_first_that_is_left(process, number):
+    started, place = process
+    presences = ranks(2, place)
+    assert presences[0].ask(2) == "running"
+    started.send_signal(number)
+    if number == signal.SIGKILL:
+        started.wait(30)
+    name = f"rank 2 (host b, pid {started.pid})"
+    assert last_words(presences, "", "") == [f"{name}: killed, stopped, or cut off from the network", None]
+
+
+def test_the_first_rank_may_be_the_one_that_is_gone(process):
+    started, place = process
+    started.kill()
+    started.wait(30)
+    (presence,) = ranks(1)
+    presence.places = [place, *presence.places]
+    assert presence.last_words(1, "").startswith(f"rank 0 (host b, pid {started.pid}): killed")
+
+
+def test_a_rank_that_hangs_is_alive_and_named():
+    presences = ranks(3)
+    first, second = last_words(presences, "", "")
+    assert first.startswith("rank 2 (host ")
+    assert first.endswith("): alive, but takes no part in the exchange")
+    assert second is None
+    # It is told, and has nothing to add if its exchange fails after all.
+    assert presences[2].last_words(2, "") is None
+
+
+def test_an_error_of_one_rank_is_said_by_it_alone():
+    first, second, third = last_words(ranks(3), "", "cannot read", "")
+    assert (first, third) == (None, None)
+    assert second.startswith("rank 1 (host ")
+    assert second.endswith("): cannot read")
+    assert last_words(ranks(3), "cannot save", "", "") == ["cannot save", None, None]
+
+
+def test_an_error_of_all_ranks_is_said_by_the_first():
+    assert last_words(ranks(3), "diverged", "diverged", "diverged") == ["diverged", None, None]
+
+
+def test_where_all_ranks_answer_it_is_the_network():
+    first, second = last_words(ranks(2), "", "")
+    assert first == "the exchange failed with all ranks alive: look at the network between their hosts"
+    assert second is None

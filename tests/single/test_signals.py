@@ -1,0 +1,58 @@
+"""Signals before, during and after training, in a process whose main thread does not come back to Python."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A thread that locks a mutex twice waits in C for ever, as one does in an exchange with a rank that hangs.
+STUCK = """
+import ctypes
+from cnnopt.signals import StopRequest
+request = StopRequest()
+request.listen()
+request.training = {training}
+mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+libc.pthread_mutex_lock(mutex)
+print("ready", flush=True)
+libc.pthread_mutex_lock(mutex)
+"""
+
+
+def stuck(*, training: bool) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK.format(training=training)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_training_a_signal_ends_the_process_with_75(number):
+    with stuck(training=False) as process:
+        process.send_signal(number)
+        assert process.wait(30) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_during_training_the_second_signal_ends_it_at_once(number):
+    with stuck(training=True) as process:
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_a_child_takes_the_signals_as_any_program_does():
+    code = (
+        "from cnnopt.signals import StopRequest; import os; StopRequest().listen(); os.execvp('sleep', ['sleep', '60'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
