@@ -29,7 +29,7 @@ from cnnopt import checkpoint  # noqa: E402
 RANKS = 2
 SAVE_EVERY = 7
 FLAGS = [
-    *("--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--epochs", "6", "--precision", "float32"),
+    *("--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--epochs", "4", "--precision", "float32"),
     *("--save-every", f"{SAVE_EVERY}s", "--deterministic", "--name", "run"),
 ]
 # As horovodrun does: SIGTERM to the other ranks when one has failed, and SIGKILL to those still there after a time.
@@ -133,7 +133,7 @@ class Jobs:
                 for pid in alive:
                     os.kill(pid, signal.SIGTERM)
             only_stopped = failed_at and stopped is not None and alive == [pids[stopped]]
-            if alive and (only_stopped or (failed_at and now - failed_at > GRACE) or now - started > 300):
+            if alive and (only_stopped or (failed_at and now - failed_at > GRACE) or now - started > 900):
                 killed = [pids.index(pid) for pid in alive]
                 for pid in alive:
                     os.kill(pid, signal.SIGKILL)
