@@ -12,14 +12,11 @@ goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 s
 """
 
 import os
-import signal
 import sys
-import time
 from typing import NoReturn
 
-from cnnopt import distributed
+from cnnopt import distributed, program
 from cnnopt.config import TrainConfig, parse_args
-from cnnopt.errors import CnnoptError, RunError
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.signals import STOPPED, StopRequest
@@ -44,8 +41,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     settings = distributed.prepare(launched, deterministic=config.deterministic, verbose=config.verbose)
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
-    if world.size > 1:
-        presence.places = distributed.gather_objects(presence.open())
+    distributed.meet(presence)
     from cnnopt import callbacks, precision, record, resume, training
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
     from cnnopt.schedules import Timeline, parse_duration
@@ -111,37 +107,9 @@ def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))})
 
 
-def fail(why: str, presence: Presence, *, of_one_rank: bool = False) -> None:
-    """Say, on one rank, why the job ends; ``why`` is empty where another rank has left the exchange."""
-    world = distributed.launched()[0]
-    # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    words: str | None = why
-    if presence.places:
-        words = presence.last_words(world.rank, why)
-    elif not (world.first or of_one_rank):
-        time.sleep(2)
-        words = None
-    if words:
-        print(f"train_hvd.py: {words}", file=sys.stderr, flush=True)
-
-
 def main() -> int:
-    """Parse the command line and train; every expected failure is one line and an exit status."""
-    request, presence = StopRequest(), Presence()
-    request.listen()
-    try:
-        return train(parse_args(), request, presence)
-    except KeyboardInterrupt:
-        return 130
-    except CnnoptError as error:
-        fail(str(error), presence, of_one_rank=error.of_one_rank)
-        return error.exit_status
-    except Exception as error:
-        if not distributed.is_exchange_failure(error):
-            raise
-        fail("", presence)
-        return RunError.exit_status
+    """Parse the command line and train."""
+    return program.run("train_hvd.py", lambda request, presence: train(parse_args(), request, presence))
 
 
 if __name__ == "__main__":

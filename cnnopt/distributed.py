@@ -15,6 +15,7 @@ import numpy as np
 
 from cnnopt import environment, rendezvous, slurm
 from cnnopt.errors import RunError, UserError
+from cnnopt.presence import Presence
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -168,6 +169,14 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
 
     # Horovod: the one exchange of a step.
     return flat if hvd.size() == 1 else hvd.allreduce(flat, op=hvd.Sum, name=name)
+
+
+def meet(presence: Presence) -> None:
+    """Let the ranks know where each other answers."""
+    import horovod.tensorflow as hvd
+
+    if hvd.size() > 1:
+        presence.places = gather_objects(presence.open())
 
 
 def is_exchange_failure(error: Exception) -> bool:

@@ -12,11 +12,13 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cnnopt import data, distributed
+from cnnopt import data, distributed, program
 from cnnopt.config import TrainConfig
-from cnnopt.errors import CnnoptError, UserError
+from cnnopt.errors import UserError
 from cnnopt.export import trained
+from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
+from cnnopt.signals import STOPPED, StopRequest
 
 #: Peak learning rate as a share of the run's: Wu et al. 2020 (arXiv:2004.09602), section 5, who anneal it by a cosine.
 RATE = 0.01
@@ -48,12 +50,13 @@ def settings_of(run: trained.TrainedRun, epochs: int) -> TrainConfig:
     )
 
 
-def fine_tune(path: Path, epochs: int, data_dir: str | None) -> int:
+def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopRequest, presence: Presence) -> int:
     """Fine-tune the run in ``path``; returns the exit status."""
     # ---- Start the ranks; the first one reads the run, which the others need not have on their disks -------------
     launched, _ = distributed.launched()
     settings = distributed.prepare(launched, deterministic=False, verbose=False)
     world = distributed.start(verbose=False)
+    distributed.meet(presence)
     outcome: trained.TrainedRun | str | None = None
     if world.first:
         try:
@@ -99,7 +102,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None) -> int:
     console.print(f"fine-tuning for {epochs} epochs on {world.size} ranks: {folder.path}", markup=False)
 
     # ---- Train, without a callback that would renew the masks ----------------------------------------------------
-    stop = callbacks.StopWhenTold()
+    stop = callbacks.StopWhenTold(request)
     hooks = [
         *distributed.callbacks(),
         stop,
@@ -115,7 +118,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None) -> int:
     training.fit(model, stream, timeline, hooks)
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
-        return 75
+        return STOPPED
     model.pruner.verify_final()
     if world.first:
         folder.finish(record.summarize(folder.metrics(), model.pruner.sparsities()))
@@ -130,14 +133,10 @@ def main() -> int:
     parser.add_argument("epochs", type=int)
     parser.add_argument("--data-dir", help="folder that holds the data set")
     given = parser.parse_args()
-    try:
-        return fine_tune(given.run, given.epochs, given.data_dir)
-    except KeyboardInterrupt:
-        return 130
-    except CnnoptError as error:
-        if distributed.launched()[0].first:
-            print(f"cnnopt.finetune: {error}", file=sys.stderr)
-        return error.exit_status
+    return program.run(
+        "cnnopt.finetune",
+        lambda request, presence: fine_tune(given.run, given.epochs, given.data_dir, request, presence),
+    )
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def check(fault: Fault, end: End, before: int, after: int) -> str | None:
         return "it left a traceback"
     if fault.kind in ("kill", "stop") and end.steps and f"rank {fault.rank} (host" not in end.output:
         return "the rank is not named"
-    if fault.kind in ("SIGTERM", "SIGUSR1"):
+    if fault.kind in ("SIGTERM", "SIGUSR1", "twice"):
         # Python takes no more signals once it ends, so the launcher's may end a rank that is done.
         if 75 not in end.statuses or not set(end.statuses) <= {75, -signal.SIGTERM}:
             return "it did not end with 75"

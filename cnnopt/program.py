@@ -1,0 +1,41 @@
+"""From the command line to the exit status: signals are heard, and each expected failure is one line of one rank."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from cnnopt import distributed
+from cnnopt.errors import CnnoptError, RunError
+from cnnopt.presence import Presence
+from cnnopt.signals import StopRequest
+
+
+def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
+    """Run ``body`` on this rank; returns the exit status. ``name`` begins the line of an error."""
+    request, presence = StopRequest(), Presence()
+    request.listen()
+    try:
+        return body(request, presence)
+    except KeyboardInterrupt:
+        return 130
+    except CnnoptError as error:
+        why, of_one_rank, status = str(error), error.of_one_rank, error.exit_status
+    except Exception as error:
+        if not distributed.is_exchange_failure(error):
+            raise
+        why, of_one_rank, status = "", False, RunError.exit_status
+    # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    world = distributed.launched()[0]
+    words: str | None = why
+    if presence.places:
+        words = presence.last_words(world.rank, why)
+    elif not (world.first or of_one_rank):
+        time.sleep(2)
+        words = None
+    if words:
+        print(f"{name}: {words}", file=sys.stderr, flush=True)
+    return status
