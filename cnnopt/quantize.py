@@ -5,8 +5,8 @@
     python -m cnnopt.quantize pack FILE.tflite...
     python -m cnnopt.quantize unpack FILE.packed.zip...
 
-Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png (docs/quantize.md). Exit status: 0
-done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
+Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png, and to TensorBoard
+(docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
 """
 
 from __future__ import annotations
@@ -176,8 +176,9 @@ def fine_tune(options: Options) -> None:
 def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Export and measure the variants of a run; returns the content of report.json."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
-    from cnnopt import data, environment
+    from cnnopt import data, distributed, environment
     from cnnopt.export import trained
+    from cnnopt.record import RunFolder
 
     run = trained.read(options.run)
     variants = choose(options, run.sparsity)
@@ -200,7 +201,10 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
     tuned = None
     if options.qat:
-        fine_tune(options)
+        result = RunFolder(run.fine_tuned(options.qat)).result()
+        # Other ranks cannot know that it is done, and wait to be told.
+        if result is None or distributed.launched()[0].size > 1:
+            fine_tune(options)
         tuned = trained.read(run.fine_tuned(options.qat))
 
     # ---- Convert -------------------------------------------------------------------------------------------------
@@ -338,9 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fine_tune(options)
             return 0
         content = quantize(options)
-        from cnnopt.export import report
+        from cnnopt.export import report, tensorboard
 
         report.save(content, options.run)
+        tensorboard.save(content, options.run)
         report.show(content)
     except KeyboardInterrupt:
         return 130

@@ -25,6 +25,9 @@ from cnnopt.export.trained import TrainedRun
 #: Raised when a key changes its meaning or goes; a new key does not raise it.
 SCHEMA = 1
 
+#: Flags of /proc/cpuinfo (the last two: ARM) for which XNNPACK has kernels that sum int8 products as they are.
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
 
 @dataclass(frozen=True, eq=False)
 class Export:
@@ -141,10 +144,12 @@ def machine(threads: int) -> dict[str, Any]:
     """What the latencies were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
     return {
         "host": platform.node(),
         "cpu": names[0] if names else platform.machine(),
         "cores": threads,
+        "int8_instructions": [name for name in INT8_INSTRUCTIONS if name in flags] if flags else None,
         "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -12,6 +12,8 @@ def notes(content: dict[str, Any]) -> list[str]:
         *_reference(content),
         *_raw_size(content, files),
         *_speed(content, files),
+        *_int8_speed(content, files),
+        *_fine_tuning(content, files),
         *_ledgers(files),
         *_delegates(files),
         *_load(content),
@@ -52,6 +54,37 @@ def _speed(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
         dense, sparse = (files[name]["latency"][0]["median_ms"] for name in ("float32", "sparse-float32"))
         sentence += f" Measured at one thread: float32 {dense:.2f} ms, sparse-float32 {sparse:.2f} ms."
     return [sentence]
+
+
+def _int8_speed(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
+    if not {"int8", "float32"} <= files.keys():
+        return []
+    exact, int8 = (files[name]["latency"][0]["median_ms"] for name in ("float32", "int8"))
+    # Where int8 is about as slow as float32, a reader wonders; a small gain needs no excuse.
+    if int8 < 0.8 * exact:
+        return []
+    sentence = (
+        f"int8 is hardly faster than float32, or slower, at one thread ({int8:.2f} and {exact:.2f} ms): it is fast by "
+        "instructions that multiply four pairs of int8 numbers and add them up at once (VNNI; dot product on ARM)."
+    )
+    if (has := content["machine"]["int8_instructions"]) is None:
+        return [sentence]
+    if has:
+        return [f"{sentence} This CPU has {', '.join(has)}, so measure again on an idle machine."]
+    return [
+        f"{sentence} This CPU has none: with AVX2 alone XNNPACK widens int8 to int16 first, and then needs two "
+        "instructions for 16 products, as float32 does (FMA)."
+    ]
+
+
+def _fine_tuning(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
+    if "int8-qat" not in files:
+        return []
+    epochs = content["run"]["fine_tuned"]["epochs"]
+    return [
+        f"int8-qat has been trained for {epochs} more epoch(s) than the other files: what it gains over int8 may be "
+        "theirs as well as that of knowing how int8 rounds."
+    ]
 
 
 def _ledgers(files: dict[str, Any]) -> list[str]:

@@ -12,12 +12,12 @@ from exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
 from cnnopt import checkpoint, data, environment
 from cnnopt.export import report, tflite_file
 from cnnopt.export.trained import layer_names, read, weight_shapes
-from cnnopt.quantize import VARIANTS, OptionError, choose, main, parse_args
+from cnnopt.quantize import NEEDS, VARIANTS, OptionError, choose, main, parse_args
 
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
 pytestmark = pytest.mark.timeout(1200)
 
-MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clustered-int8")
+MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clustered-int8", "int8-qat")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,17 @@ def trained(tmp_path_factory):
     command = [sys.executable, "train_hvd.py", *flags.split(), "--run-dir", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=ENVIRONMENT)
     dense = make_run(folder / "dense", sparsity=0.0)
-    flags = f"--variants {','.join(MADE)} --clusters 16 --calibration 64 --pack --baseline {dense}"
-    done = quantize(folder / "t", *flags.split())
+    # The same weights are fine-tuned first, and measured where Horovod cannot be imported.
+    tuned = subprocess.run(
+        [sys.executable, "-m", "cnnopt.finetune", str(folder / "t"), "1"],
+        cwd=ROOT,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    (folder / "horovod.py").write_text("raise ImportError('no Horovod here')")
+    flags = f"--variants {','.join(MADE)} --clusters 16 --qat 1 --calibration 64 --pack --baseline {dense}"
+    done = quantize(folder / "t", *flags.split(), PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
     return folder / "t", json.loads((folder / "t" / "report.json").read_text()), done.stdout
 
@@ -72,7 +81,7 @@ def test_the_report_is_of_the_files_that_are_there(trained):
 def test_each_variant_is_what_its_name_says(trained):
     made = entries(trained[1])
     layers = {name: made[name]["weights"]["layers"] for name in MADE}
-    assert {layer["stored_as"] for layer in layers["int8"].values()} == {"int8"}
+    assert {layer["stored_as"] for name in ("int8", "int8-qat") for layer in layers[name].values()} == {"int8"}
     assert {layer["stored_as"] for layer in layers["float32"].values()} == {"float32"}
     assert all(layer["sparse_encoded"] for layer in layers["sparse-float32"].values())
     assert layers["sparse-dynamic"]["stage3_block1_conv2"]["stored_as"] == "int8"
@@ -85,6 +94,8 @@ def test_each_variant_is_what_its_name_says(trained):
     assert sizes["clustered-int8"]["gzip"] < 0.9 * sizes["int8"]["gzip"]
     errors = {name: layers[name]["stage3_block1_conv1"]["error"] for name in MADE}
     assert errors["float32"] == errors["sparse-float32"] == 0 < errors["int8"] < 0.02 < errors["clustered-int8"] < 0.2
+    # Of the weights that fine-tuning ended with, which differ from those of the float32 file by more.
+    assert 0 < errors["int8-qat"] < 0.02
 
 
 def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
@@ -97,12 +108,74 @@ def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
     assert stages["int8"] == ["trained", "loaded", "converted", "quantized"]
     assert stages["clustered-int8"] == ["trained", "loaded", "clustered", "quantized"]
     assert stages["sparse-float32"][-1] == "encoded"
+    assert stages["int8-qat"] == ["trained", "fine-tuned", "loaded", "quantized"]
     for name in MADE:
         assert made[name]["ledger"]["pruned"] == pruned
         assert made[name]["ledger"]["first_loss"] is None
         assert all(line["zeros"] >= pruned for line in made[name]["ledger"]["stages"])
         assert made[name]["weights"]["weights"] - made[name]["weights"]["nonzero"] >= pruned
     assert made["dense-float32"]["ledger"] is None
+
+
+def test_fine_tuning_goes_on_from_the_run_and_computes_as_the_file_does(trained):
+    path, content, printed = trained
+    run = read(path)
+    tuned = read(run.fine_tuned(1))
+    for layer, kernel in run.kernels().items():
+        np.testing.assert_array_equal(tuned.masks[layer], run.masks[layer])
+        assert np.all(tuned.kernels()[layer][~run.masks[layer]] == 0)
+        moved = np.linalg.norm(tuned.kernels()[layer] - kernel) / np.linalg.norm(kernel)
+        assert 0 < moved < 0.2, layer
+    assert content["run"]["fine_tuned"]["epochs"] == 1
+    # What training measured of the fake-quantized network is what the interpreter measures of the file.
+    found = entries(content)["int8-qat"]["test"]
+    assert found["accuracy"] == pytest.approx(tuned.result["accuracy"], abs=0.01)
+    assert found["loss"] == pytest.approx(tuned.result["loss"], rel=0.05)
+    assert "int8-qat has been trained for 1 more epoch" in printed
+
+
+def test_the_codes_of_a_kernel_are_those_of_the_kernel_with_batchnorm_folded_in(trained):
+    """So fake quantization may round the unfolded kernel, and BatchNorm may go on learning from its batches."""
+    path, *_ = trained
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    from cnnopt.export import qat
+
+    tuned = read(read(path).fine_tuned(1))
+    stored = tflite_file.kernels((path / "export/int8-qat.tflite").read_bytes(), path)
+    for (layer, kernel), found in zip(tuned.kernels().items(), stored, strict=True):
+        rounded = qat.fake_quantized(kernel, per_channel=layer != "classifier").numpy()
+        limit = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)) if layer != "classifier" else None)
+        codes = np.rint(rounded / np.where(limit > 0, limit, 1) * 127)
+        norm = tuned.weights.get(f"{layer}_bn/gamma:0", np.ones(kernel.shape[-1]))
+        expected = np.moveaxis(codes * np.sign(norm), -1, 0)
+        # A weight half-way between two codes may fall to either.
+        assert np.mean(expected != found.dense) < 1e-3, layer
+        assert np.abs(expected - found.dense).max() <= 1, layer
+
+
+def test_tensorboard_holds_the_card(trained):
+    path, content, _ = trained
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    import tensorflow as tf
+
+    from cnnopt.export import tensorboard
+
+    tensorboard.save(content, path)  # a second time: it must replace the first
+    (file,) = (path / "tb/quantize").glob("events.out.tfevents.*")
+    found = {}
+    for event in tf.compat.v1.train.summary_iterator(str(file)):
+        for value in event.summary.value:
+            assert event.step == content["run"]["step"]
+            found[value.tag] = tf.make_ndarray(value.tensor)
+    for name, entry in entries(content).items():
+        assert found[f"accuracy/{name}"] == pytest.approx(entry["test"]["accuracy"])
+        assert found[f"bytes_gzip/{name}"] == entry["size"]["gzip"]
+        assert found[f"latency_ms_1_thread/{name}"] == pytest.approx(entry["latency"][0]["median_ms"])
+    width, height, png = (
+        found["report"] if found["report"].ndim and len(found["report"]) == 3 else found["report/image"]
+    )
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int(width), int(height)) == (1430, 990)
 
 
 def test_batches_threads_and_sparse_encoding_change_no_result(trained):
@@ -138,7 +211,7 @@ def test_ratios_are_against_the_dense_baseline(trained):
 
 def test_packed_files_come_back_bit_for_bit_near_the_entropy(trained, tmp_path):
     path, content, _ = trained
-    for name in ("int8", "clustered-int8"):
+    for name in ("int8", "clustered-int8", "int8-qat"):
         entry = entries(content)[name]
         packed = entry["packed"]
         assert packed["bytes"] == (path / packed["file"]).stat().st_size <= 1.1 * entry["size"]["entropy_bound"]
@@ -230,7 +303,9 @@ def refused(capsys, *arguments):
         (["--seed", "-1"], ["--seed -1"]),
         (["--data-dir", "/nowhere"], ["--data-dir /nowhere"]),
         (["--baseline", "/nowhere"], ["/nowhere", "no such run"]),
-        (["--qat", "3"], ["--qat"]),
+        (["--qat", "0"], ["--qat 0", "1 epoch"]),
+        (["--qat", "2", "--variants", "int8"], ["--qat", "both or neither"]),
+        (["--variants", "int8-qat"], ["--qat N", "both or neither"]),
     ],
     ids=str,
 )
@@ -317,10 +392,18 @@ def test_sparse_variants_of_a_dense_run(no_tensorflow, tmp_path, capsys):
     assert "0% of the weights" in refused(capsys, run, "--variants", "sparse-float32")
     options = parse_args([str(run)])
     assert choose(options, 0.0) == ("float32", "float16", "dynamic", "int8")
-    assert choose(options, 0.6) == tuple(name for name in VARIANTS if name != "clustered-int8")
-    assert choose(parse_args([str(run), "--clusters", "16"]), 0.6) == tuple(VARIANTS)
+    assert choose(options, 0.6) == tuple(name for name in VARIANTS if name not in NEEDS)
+    assert choose(parse_args([str(run), "--clusters", "16", "--qat", "2"]), 0.6) == tuple(VARIANTS)
     with pytest.raises(OptionError):
         choose(parse_args([str(run), "--variants", "sparse-int8"]), 0.1)
+
+
+def test_only_the_first_rank_quantizes(no_tensorflow, tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "r")
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    assert main([str(run)]) == 0
+    assert not (run / "export").exists()
 
 
 def test_pack_and_unpack_refuse_other_files(tmp_path, capsys):

@@ -1,0 +1,232 @@
+"""Our .tflite files against ONNX Runtime and OpenVINO: one run, one machine, the same weights, batch 1, 1 thread.
+
+    python -m cnnopt.quantize runs/NAME --variants float32,int8
+    uv venv .venv-peers && uv pip install -p .venv-peers --group inference-peers
+    python benchmarks/inference.py runs/NAME --peers .venv-peers/bin/python
+
+The peers have an environment of their own, as they need another numpy than TensorFlow 2.18. They get the network that
+the run ended with (BatchNorm folded in, float32) and the calibration images of our int8 file, quantize it by their own
+means (quantize_static; NNCF), and measure it as we measure ours: accuracy over the test images, then latency in rounds,
+each file for a second a round, one after the other, so that what else the machine does meets all of them. Reported are
+medians over all calls. Writes inference.json and inference.md with --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from cnnopt import data, environment
+from cnnopt.errors import CnnoptError, UserError
+from cnnopt.export import measure, trained
+
+WORKER = Path(__file__).with_name("workers") / "onnx_openvino.py"
+
+
+def folded(run: trained.TrainedRun) -> dict[str, np.ndarray]:
+    """Weights by layer, BatchNorm folded in, as ONNX has them: ``<layer>/weight`` [out, in, h, w], ``<layer>/bias``."""
+    weights = run.weights
+    arrays = {"mean": weights["mean:0"], "std": weights["std:0"], "depth": np.array(run.depth)}
+    for layer, kernel in run.kernels().items():
+        if layer == "classifier":
+            arrays |= {f"{layer}/weight": kernel, f"{layer}/bias": weights[f"{layer}/bias:0"]}
+            continue
+        gamma, beta, mean, variance = (
+            weights[f"{layer}_bn/{name}:0"] for name in ("gamma", "beta", "moving_mean", "moving_variance")
+        )
+        gain = gamma / np.sqrt(variance + 1e-5)
+        arrays[f"{layer}/weight"] = (kernel * gain).transpose(3, 2, 0, 1)
+        arrays[f"{layer}/bias"] = beta - mean * gain
+    return arrays
+
+
+class Ours:
+    """The .tflite files of a run, in this process; ``Peers`` answers the same questions."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        from cnnopt.export import interpret
+
+        self.interpret, self.files, self.calls = interpret, files, {}
+        self.versions = {"tensorflow": interpret.tf.__version__}
+        for name, path in files.items():
+            interpreter = interpret.start(path.read_bytes(), path, threads=1).interpreter
+            source = interpreter.get_input_details()[0]
+            pixels = np.random.default_rng(0).integers(0, 256, source["shape"], dtype=np.uint8)
+            interpreter.set_tensor(source["index"], interpret.quantized(pixels, source))
+            self.calls[name] = interpreter.invoke
+
+    def size(self, name: str) -> dict[str, int]:
+        """Bytes of the file, raw and by gzip -9."""
+        content = self.files[name].read_bytes()
+        return {"raw": len(content), "gzip": len(gzip.compress(content, 9, mtime=0))}
+
+    def logits(self, name: str, images: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, classes] of the test images uint8 [n, 32, 32, 3]."""
+        return self.interpret.logits(self.files[name].read_bytes(), self.files[name], images, threads=1)
+
+    def latency(self, name: str, seconds: float) -> list[float]:
+        """Milliseconds of each call over ``seconds``."""
+        times, call, end = [], self.calls[name], time.perf_counter() + seconds
+        for _ in range(5):
+            call()
+        while time.perf_counter() < end or len(times) < 5:
+            begin = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - begin))
+        return times
+
+
+class Peers:
+    """The other runtimes, in a process of another environment that is asked line by line."""
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        self.folder = folder
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [str(python), str(WORKER), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+        )
+        ready = self.read()
+        self.names, self.versions, self.sizes = ready["names"], ready["versions"], ready["sizes"]
+
+    def read(self) -> Any:
+        """The next answer. Raises UserError where the process has ended."""
+        assert self.process.stdout is not None
+        if not (line := self.process.stdout.readline()):
+            raise UserError(f"the peers' process ended with status {self.process.wait()}; see above")
+        return json.loads(line)
+
+    def ask(self, **request: Any) -> Any:
+        """The answer to a request."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def size(self, name: str) -> dict[str, int]:
+        """Bytes of the file, raw and by gzip -9."""
+        return self.sizes[name]
+
+    def logits(self, name: str, images: np.ndarray) -> np.ndarray:
+        """Logits float32 [n, classes] of the test images uint8 [n, 32, 32, 3]."""
+        return np.load(self.ask(do="logits", name=name))
+
+    def latency(self, name: str, seconds: float) -> list[float]:
+        """Milliseconds of each call over ``seconds``."""
+        return self.ask(do="latency", name=name, seconds=seconds)
+
+    def end(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of the comparison."""
+    run = trained.read(given.run)
+    files = {name: given.run / "export" / f"{name}.tflite" for name in ("float32", "int8")}
+    card = given.run / "report.json"
+    if not all(path.exists() for path in (*files.values(), card)):
+        raise UserError(f"{given.run}: not quantized yet; run python -m cnnopt.quantize {given.run} first")
+    images = data.load(run.identity["dataset"], given.data_dir, seed=run.identity["seed"])
+    test, labels = images.test_images[: given.images], images.test_labels[: given.images]
+    chosen = json.loads(card.read_text())["calibration"]["indices"]
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "network.npz", **folded(run))
+        np.savez(Path(folder) / "images.npz", test=test, calibration=images.train_images[chosen])
+        peers = Peers(given.peers, Path(folder))
+        ours = Ours(files)
+        makers = {f"TFLite {name}": (ours, name) for name in files} | {name: (peers, name) for name in peers.names}
+        results: dict[str, dict[str, Any]] = {}
+        reference = ours.logits("float32", test)
+        for label, (maker, name) in makers.items():
+            logits = maker.logits(name, test)
+            scores = measure.accuracy(logits, labels, reference)
+            results[label] = {"size": maker.size(name), **{k: scores[k] for k in ("accuracy", "loss", "agreement")}}
+            # The same weights, or the comparison is of nothing.
+            if "float32" in label and scores["agreement"] < 0.99:
+                raise UserError(f"{label} and TFLite float32 name the same class on {scores['agreement']:.1%} only")
+        times: dict[str, list[float]] = {label: [] for label in makers}
+        for _ in range(given.rounds):
+            for label, (maker, name) in makers.items():
+                times[label] += maker.latency(name, given.seconds)
+        peers.end()
+    for label, entry in results.items():
+        median, p90, p99 = np.percentile(times[label], [50, 90, 99])
+        entry |= {"median_ms": median, "p90_ms": p90, "p99_ms": p99, "calls": len(times[label])}
+    from cnnopt.export import card as machine_of
+
+    machine = machine_of.machine(len(os.sched_getaffinity(0)))
+    machine["packages"] |= peers.versions
+    settings = {"rounds": given.rounds, "seconds": given.seconds, "images": len(test)}
+    created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"run": str(given.run), "created": created, "machine": machine, **settings, "results": results}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table, and under it what it was measured on."""
+    lines = ["| | raw KiB | gzip KiB | top-1 % | agrees % | ms, median | p90 | p99 |", "|---|" + "---|" * 7]
+    for label, entry in found["results"].items():
+        sizes = [f"{entry['size'][kind] / 1024:.1f}" for kind in ("raw", "gzip")]
+        shares = [f"{100 * entry[kind]:.2f}" for kind in ("accuracy", "agreement")]
+        lines.append("| " + " | ".join([label, *sizes, *shares, *(f"{entry[k]:.3f}" for k in MS)]) + " |")
+    machine = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines += [
+        "",
+        f"{found['run']}, {found['images']:,} test images; batch 1, 1 thread, {found['rounds']} rounds of "
+        f"{found['seconds']:g} s each; `agrees`: with TFLite float32. {machine['cpu']}, {machine['cores']} cores, int8 "
+        f"instructions: {', '.join(machine['int8_instructions'] or []) or 'none'}, load {machine['load']:.1f} at the "
+        f"end; {packages}; {found['created']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+MS = ("median_ms", "p90_ms", "p99_ms")
+
+
+def main() -> int:
+    """Compare, print, and write where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run that cnnopt.quantize has exported")
+    parser.add_argument("--peers", type=Path, default=Path(".venv-peers/bin/python"), help="python that has the peers")
+    parser.add_argument("--data-dir", help="folder that holds the data set")
+    parser.add_argument("--images", type=int, default=10_000, help="test images for the accuracy [10000]")
+    parser.add_argument("--rounds", type=int, default=10, help="of latency [10]")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each file in each round [1]")
+    parser.add_argument("--output", type=Path, help="folder for inference.json and inference.md")
+    given = parser.parse_args()
+    try:
+        if not given.peers.exists():
+            raise UserError(f"--peers {given.peers}: no such python; see the first lines of {Path(__file__).name}")
+        environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+        found = compare(given)
+    except CnnoptError as error:
+        print(f"inference.py: {error}", file=sys.stderr)
+        return error.exit_status
+    print(markdown(found))
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
+        (given.output / "inference.json").write_text(json.dumps(found, indent=1) + "\n")
+        (given.output / "inference.md").write_text(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

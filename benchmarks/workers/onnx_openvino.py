@@ -1,0 +1,173 @@
+"""ONNX Runtime and OpenVINO for benchmarks/inference.py: builds the network, quantizes it, answers requests.
+
+    python onnx_openvino.py FOLDER      (network.npz and images.npz in FOLDER; one JSON line for each request line)
+
+The ONNX graph is written node by node: it is the network of cnnopt.models.resnet with BatchNorm folded in, and no
+converter that would have to be trusted is between it and the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import nncf
+import numpy as np
+import onnx
+import onnxruntime as ort
+import openvino as ov
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quant_pre_process, quantize_static
+
+
+def graph(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """Pixels float32 [n, 32, 32, 3] to logits [n, classes]."""
+    nodes, initializers = [], []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(operator: str, inputs: list[str], output: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def convolution(x: str, layer: str, stride: int) -> str:
+        weights = [constant(f"{layer}/{part}", arrays[f"{layer}/{part}"]) for part in ("weight", "bias")]
+        # TensorFlow's "same" pads the end only where the stride is 2 and the size is even.
+        pads = [1, 1, 1, 1] if stride == 1 else [0, 0, 1, 1]
+        return add("Conv", [x, *weights], layer, kernel_shape=[3, 3], strides=[stride] * 2, pads=pads)
+
+    def shortcut(x: str, name: str, channels: int) -> str:
+        slices = [constant(f"{name}/{part}", np.array(v, np.int64)) for part, v in
+                  (("starts", [0, 0]), ("ends", [32, 32]), ("axes", [2, 3]), ("steps", [2, 2]))]  # fmt: skip
+        half = channels // 2
+        pads = constant(f"{name}/pads", np.array([0, half, 0, 0, 0, half, 0, 0], np.int64))
+        return add("Pad", [add("Slice", [x, *slices], f"{name}/half"), pads], name)
+
+    mean, std = (np.broadcast_to(arrays[name], (*([1, 1, 3]),) if arrays[name].ndim < 3 else (32, 32, 3))
+                 .transpose(2, 0, 1)[np.newaxis] for name in ("mean", "std"))  # fmt: skip
+    x = add("Transpose", ["pixels"], "nchw", perm=[0, 3, 1, 2])
+    x = add("Div", [add("Sub", [x, constant("mean", mean)], "centred"), constant("std", std)], "standardized")
+    x = add("Relu", [convolution(x, "stem", 1)], "stem_relu")
+    for stage in (1, 2, 3):
+        for block in range(1, (int(arrays["depth"]) - 2) // 6 + 1):
+            name, down = f"stage{stage}_block{block}", stage > 1 and block == 1
+            y = add("Relu", [convolution(x, f"{name}_conv1", 2 if down else 1)], f"{name}_relu1")
+            y = convolution(y, f"{name}_conv2", 1)
+            x = shortcut(x, f"{name}_shortcut", 8 << (stage - 1)) if down else x
+            x = add("Relu", [add("Add", [x, y], f"{name}_add")], f"{name}_relu2")
+    x = add("Flatten", [add("GlobalAveragePool", [x], "pool")], "features")
+    weights = [constant(f"classifier/{part}", arrays[f"classifier/{part}"]) for part in ("weight", "bias")]
+    add("Gemm", [x, *weights], "logits")
+    ends = [
+        helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 32, 32, 3]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(arrays["classifier/bias"])]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "resnet", ends[:1], ends[1:], initializers),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class Images(CalibrationDataReader):
+    """One calibration image after the other, for quantize_static."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = iter(images.astype(np.float32)[:, np.newaxis])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next one, or None."""
+        image = next(self.images, None)
+        return None if image is None else {"pixels": image}
+
+
+def sizes(*files: Path) -> dict[str, int]:
+    """Bytes of a model's files together, raw and by gzip -9."""
+    content = b"".join(path.read_bytes() for path in files)
+    return {"raw": len(content), "gzip": len(gzip.compress(content, 9, mtime=0))}
+
+
+def build(folder: Path, calibration: np.ndarray) -> tuple[dict[str, Callable], dict[str, dict[str, int]]]:
+    """For each runtime and type a function from float32 pixels [n, 32, 32, 3] to logits; and the sizes of the files."""
+    calls: dict[str, Callable] = {}
+    found: dict[str, dict[str, int]] = {}
+    exact, prepared, int8 = (folder / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
+    onnx.save(graph(dict(np.load(folder / "network.npz"))), exact)
+    quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared), str(int8), Images(calibration), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    for kind, path in (("float32", exact), ("int8", int8)):
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        calls[f"ONNX Runtime {kind}"] = lambda pixels, s=session: s.run(None, {"pixels": pixels})[0]
+        found[f"ONNX Runtime {kind}"] = sizes(path)
+
+    core = ov.Core()
+    dense = ov.convert_model(str(exact))
+    dense.reshape([1, 32, 32, 3])
+    quantized = nncf.quantize(dense, nncf.Dataset(list(calibration.astype(np.float32)[:, np.newaxis])),
+                              subset_size=len(calibration))  # fmt: skip
+    # float32 throughout: where a CPU has bfloat16, OpenVINO would compute in it unasked.
+    settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    for kind, model in (("float32", dense), ("int8", quantized)):
+        path = folder / f"openvino-{kind}.xml"
+        ov.save_model(model, path, compress_to_fp16=False)
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        calls[f"OpenVINO {kind}"] = lambda pixels, r=request: r.infer([pixels])[0]
+        found[f"OpenVINO {kind}"] = sizes(path, path.with_suffix(".bin"))
+    return calls, found
+
+
+def logits(call: Callable, images: np.ndarray) -> np.ndarray:
+    """Of all images, one after the other, as OpenVINO's network is for batch 1."""
+    pixels = images.astype(np.float32)[:, np.newaxis]
+    return np.concatenate([np.array(call(image)) for image in pixels])
+
+
+def latency(call: Callable, seconds: float) -> list[float]:
+    """Milliseconds of each call over ``seconds``, after 5 that do not count."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.float32)
+    for _ in range(5):
+        call(pixels)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        begin = time.perf_counter()
+        call(pixels)
+        times.append(1000 * (time.perf_counter() - begin))
+    return times
+
+
+def main(folder: Path) -> None:
+    """Build, say so, answer until the requests end."""
+    images = np.load(folder / "images.npz")
+    # Libraries print on standard output, which belongs to the answers.
+    with contextlib.redirect_stdout(sys.stderr):
+        calls, found = build(folder, images["calibration"])
+    versions = {name: version(name) for name in ("onnxruntime", "openvino", "nncf")}
+    print(json.dumps({"names": list(calls), "versions": versions, "sizes": found}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        call = calls[request["name"]]
+        if request["do"] == "latency":
+            answer: object = latency(call, request["seconds"])
+        else:
+            np.save(folder / "logits.npy", logits(call, images["test"]))
+            answer = str(folder / "logits.npy")
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

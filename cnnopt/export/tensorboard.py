@@ -1,0 +1,48 @@
+"""The card of a run in TensorBoard, in tb/quantize: a point for each file, the figure, and the text of report.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from cnnopt.export import report
+
+
+def save(content: dict[str, Any], folder: Path) -> None:
+    """Write the content of a report.json, whose report.png lies in ``folder``, to ``folder``/tb/quantize.
+
+    The files of an earlier card are deleted, so that there is one point for each file. Raises ReportError.
+    """
+    place, step = folder / "tb" / "quantize", content["run"]["step"]
+    try:
+        for old in place.glob("events.out.tfevents.*"):
+            old.unlink()
+        writer = tf.summary.create_file_writer(str(place))
+        with writer.as_default(step):
+            for entry in content["files"]:
+                for name, value in scalars(entry).items():
+                    tf.summary.scalar(name, value)
+            pixels = tf.io.decode_png((folder / "report.png").read_bytes(), channels=3)
+            tf.summary.image("report", pixels[tf.newaxis])
+            tf.summary.text("report", report.markdown(content))
+        writer.close()
+    except (OSError, tf.errors.OpError) as error:
+        raise report.ReportError(f"{place}: cannot be written ({error}); free some space there") from None
+
+
+def scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """What is drawn of one file of a report.json, by tag: a group for each quantity, a curve's name for each file."""
+    size, test, timing = entry["size"], entry["test"], entry["latency"][0]
+    values = {
+        "accuracy": test["accuracy"],
+        "loss": test["loss"],
+        "agreement": test["agreement"],
+        "bytes_raw": size["raw"],
+        "bytes_gzip": size["gzip"],
+        "bytes_entropy_bound": size["entropy_bound"],
+        "sparsity": entry["weights"]["sparsity"],
+        "latency_ms_1_thread": timing["median_ms"],
+    }
+    return {f"{quantity}/{entry['name']}": float(value) for quantity, value in values.items()}

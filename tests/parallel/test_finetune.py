@@ -1,0 +1,35 @@
+"""Quantization-aware fine-tuning under horovodrun: zeros held, ranks compared, one record of it."""
+
+import json
+
+import numpy as np
+import pytest
+from exported_run import make_run
+
+from cnnopt.export import trained
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
+    path = make_run(tmp_path / "run")
+    run = trained.read(path)
+    job = start(2, "-m", "cnnopt.finetune", str(path), "1")
+    assert job.wait() == 0, job.output()
+    assert "on 2 ranks" in job.output()
+    tuned = trained.read(run.fine_tuned(1))
+    environment = json.loads((tuned.path / "env.json").read_text())
+    assert environment["ranks"] == 2
+    (line,) = [json.loads(text) for text in (tuned.path / "metrics.jsonl").read_text().splitlines()]
+    assert line["step"] == tuned.step == 2048 // 128
+    assert line["exchange_share"] > 0
+    state = json.loads((tuned.checkpoint / "state.json").read_text())["state"]
+    # The digest on which both ranks agreed when they saved.
+    assert len(state["weights_digest"]) == 64
+    for layer, kernel in run.kernels().items():
+        np.testing.assert_array_equal(tuned.masks[layer], run.masks[layer])
+        assert np.all(tuned.kernels()[layer][~run.masks[layer]] == 0)
+        assert not np.array_equal(tuned.kernels()[layer], kernel)
+    ranges = {name: value for name, value in tuned.weights.items() if name.endswith(trained.RANGE)}
+    assert all(low <= 0 for name, low in ranges.items() if "relu" in name and name.endswith("moving_min:0"))
+    assert all(high > 0 for name, high in ranges.items() if name.endswith("moving_max:0"))
