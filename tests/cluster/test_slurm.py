@@ -123,7 +123,10 @@ def test_horovodrun_as_launcher(slurm):
 
 
 def test_pmix_without_mpi_in_horovod_is_one_line(slurm):
-    job = super_model(slurm, "pmix", LAUNCHER="pmix")
+    if "pmix" not in "".join(slurm.run("srun", "--mpi=list").stdout.split()):
+        pytest.skip("SLURM finds no PMIx here: sudo apt-get install libpmix-dev")
+    # One node, as PMIx takes /tmp for its own, and these two nodes share it.
+    job = super_model(slurm, "pmix", sbatch=("--nodes=1", "--ntasks-per-node=2"), LAUNCHER="pmix")
     assert job.wait() == "FAILED"
     lines = [line for line in job.log().splitlines() if line.startswith("train_hvd.py: ")]
     assert len(lines) == 1, job.log()
