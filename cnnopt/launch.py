@@ -89,6 +89,8 @@ def launch(options: argparse.Namespace) -> int:
         raise UserError("-np is missing: outside a SLURM job, say how many ranks to start")
     if options.np is not None and options.np < 1:
         raise UserError(f"-np {options.np}: must be at least 1")
+    if not 0 <= options.port < 65536:
+        raise UserError(f"--port {options.port}: must be below 65536")
     address = "127.0.0.1" if options.np and not options.interface else address_of(options.interface)
     if options.np is None and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
         check_own_name(address)
@@ -105,8 +107,8 @@ def launch(options: argparse.Namespace) -> int:
             }
         try:
             return supervise(commands)
-        except FileNotFoundError:
-            raise UserError(f"{options.command[0]}: command not found") from None
+        except OSError as error:
+            raise UserError(f"{options.command[0]}: cannot be started: {error.strerror}") from None
         finally:
             server.shutdown()
 

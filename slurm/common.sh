@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # What the job scripts share; sourced in the repository. Variables of the user's, before sbatch or with --export:
 #
-#   LAUNCHER       srun (default), horovodrun (needs ssh between the nodes), pmix (needs a Horovod built with MPI)
-#   INTERFACE      network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
-#   PORT           port of the rendezvous  [any free one]
-#   CONTAINER      image.sif: run in Apptainer; anything else: an image for pyxis
-#   MAX_RESTARTS   how often a job that was stopped or broken is queued again  [20]
+#   LAUNCHER          srun (default), horovodrun (needs ssh between the nodes), pmix (needs a Horovod built with MPI)
+#   CNNOPT_INTERFACE  network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
+#   CNNOPT_PORT       port of the rendezvous  [any free one]
+#   CONTAINER         image.sif: run in Apptainer; anything else: an image for pyxis
+#   MAX_RESTARTS      how often a job that was stopped or broken is queued again  [20]
 
 refuse() {  # one line, and the status of wrong input
     echo "$SLURM_JOB_NAME: $*" >&2
@@ -55,8 +55,8 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
     case $LAUNCHER in
         srun)
             # Standard library only: it runs on the host, whatever image the ranks are in.
-            command=(python3 -m cnnopt.launch ${INTERFACE:+--interface "$INTERFACE"} ${PORT:+--port "$PORT"} --
-                "${step[@]}" "${program[@]}") ;;
+            command=(python3 -m cnnopt.launch ${CNNOPT_INTERFACE:+--interface "$CNNOPT_INTERFACE"}
+                ${CNNOPT_PORT:+--port "$CNNOPT_PORT"} -- "${step[@]}" "${program[@]}") ;;
         pmix) command=("${step[@]}" --mpi=pmix "${program[@]}") ;;
         horovodrun)
             local hosts

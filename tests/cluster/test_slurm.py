@@ -163,7 +163,7 @@ def test_apptainer_gets_the_command_of_a_rank(slurm):
         ),
         ([], [], {"LAUNCHER": "ssh"}, "super: LAUNCHER=ssh: choose srun, horovodrun or pmix"),
         ([], [], {"CONTAINER": "some#image"}, "srun: unrecognized option '--container-image=some#image'"),
-        ([], [], {"INTERFACE": "ib9"}, "cnnopt.launch: --interface ib9: has no IPv4 address here"),
+        ([], [], {"CNNOPT_INTERFACE": "ib9"}, "cnnopt.launch: --interface ib9: has no IPv4 address here"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_is_not_tried_again(slurm, sbatch, flags, variables, line):

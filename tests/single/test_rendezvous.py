@@ -197,7 +197,8 @@ def test_a_signal_reaches_the_ranks_and_their_status_comes_back():
     [
         (["--", "ls"], "-np is missing: outside a SLURM job, say how many ranks to start"),
         (["-np", "0", "--", "ls"], "-np 0: must be at least 1"),
-        (["-np", "1", "--", "no-such-program"], "no-such-program: command not found"),
+        (["-np", "1", "--", "no-such-program"], "no-such-program: cannot be started: No such file or directory"),
+        (["-np", "1", "--port", "70000", "--", "ls"], "--port 70000: must be below 65536"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
