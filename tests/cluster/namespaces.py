@@ -5,6 +5,7 @@ Dockerfile), a read-only root, the volumes of the manifest, a uid without privil
 name. What is not: seccomp, memory and CPU limits. Names come from one hosts file in place of a DNS.
 """
 
+import functools
 import json
 import os
 import re
@@ -42,6 +43,7 @@ exec chroot /mnt/root "$@"
 USER = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--"]
 
 
+@functools.cache
 def missing() -> str | None:
     """Why this machine cannot act as a cluster; None if it can."""
     if os.geteuid() != 0:
@@ -193,7 +195,7 @@ class Cluster:
         ip("netns", "add", self.switch)
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
-        self.key = self._key("job")
+        self.key = self.make_key("job")
         self.launcher = self.add(f"{self.job}-launcher")
         self.workers = [self.add(f"{self.job}-worker-{i}") for i in range(manifests.workers)]
 
@@ -223,7 +225,7 @@ class Cluster:
                 (layer / str(parent)[1:]).mkdir(parents=True, exist_ok=True)
         return layer
 
-    def _key(self, name: str) -> Path:
+    def make_key(self, name: str) -> Path:
         """A key pair as the operator's controller makes it, in a folder as the kubelet mounts it: root's, mode 644."""
         folder = self.folder / f"key-{name}"
         folder.mkdir()

@@ -48,8 +48,8 @@ def stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
 class Stage:
     """A root of its own over that of the stage it starts from, and the variables that hold in it."""
 
-    def __init__(self, folder: Path, name: str, lower: list[Path], variables: dict[str, str]) -> None:
-        self.name, self.variables, self.folder = name, dict(variables), "/"
+    def __init__(self, folder: Path, name: str, lower: list[Path], variables: dict[str, str], workdir: str) -> None:
+        self.name, self.variables, self.folder = name, dict(variables), workdir
         upper, work, self.root = (folder / name / part for part in ("upper", "work", "root"))
         for path in (upper, work, self.root):
             path.mkdir(parents=True)
@@ -93,10 +93,10 @@ class Build:
         parent, instructions = stages()[name]
         if parent in stages():
             above = self.stage(parent)
-            lower, variables = above.layers, above.variables
+            lower, variables, workdir = above.layers, above.variables, above.folder
         else:
-            lower, variables = [self.base], {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-        made = self.stages[name] = Stage(self.folder, name, lower, variables)
+            lower, variables, workdir = [self.base], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, "/"
+        made = self.stages[name] = Stage(self.folder, name, lower, variables, workdir)
         for word, rest in instructions:
             if word == "RUN":
                 made.run(rest)

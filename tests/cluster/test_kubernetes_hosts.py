@@ -114,7 +114,7 @@ def test_failures_and_stops_are_retried_and_go_on(cluster):
 def test_strangers_are_refused(cluster):
     worker, _ = cluster.workers
     cluster.start_worker(worker)
-    stranger = cluster.add("stranger", key=cluster._key("stranger"))
+    stranger = cluster.add("stranger", key=cluster.make_key("stranger"))
     (ssh,) = cluster.manifests.container("Worker")["ports"]
     template = cluster.manifests.replica("Launcher")["template"]["spec"]
 
