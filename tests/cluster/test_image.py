@@ -3,16 +3,18 @@
 Takes many minutes and gigabytes of downloads, so it is asked for by name, as root:
 
     CNNOPT_TEST_IMAGE=cpu python -m pytest tests/cluster/test_image.py
-    CNNOPT_TEST_IMAGE=gpu CNNOPT_TEST_CUDA=/usr/local/cuda python -m pytest tests/cluster/test_image.py
+    CNNOPT_TEST_IMAGE=gpu CNNOPT_TEST_CUDA=/usr/local/cuda CUDA_ARCHITECTURES=80,90 \\
+        python -m pytest tests/cluster/test_image.py
 
 There is no registry of images here: debootstrap makes the root that FROM would fetch, and the CUDA toolkit, which the
-Dockerfile copies from NVIDIA's image, is that of CNNOPT_TEST_CUDA.
+Dockerfile copies from NVIDIA's image, is that of CNNOPT_TEST_CUDA; from CUDA 13 on it knows no architecture 70.
 """
 
 import os
 import re
 import shlex
 import shutil
+import string
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +105,10 @@ class Build:
                 self.executed.append(rest)
             elif word == "ENV":
                 for key, value in (part.split("=", 1) for part in shlex.split(rest)):
-                    made.variables[key] = value
+                    made.variables[key] = string.Template(value).substitute(made.variables)
+            elif word == "ARG":
+                key, value = rest.split("=", 1)
+                made.variables[key] = os.environ.get(key, value)
             elif word == "WORKDIR":
                 made.folder = rest
                 made.inside(".").mkdir(parents=True, exist_ok=True)
