@@ -60,7 +60,10 @@ def sbatch(plan: Plan) -> str:
     ]
     if plan.gpus_per_node:
         size.append(f"--gpus-per-node={plan.gpus_per_node}")
-    return shlex.join(["sbatch", *size, "slurm/super.sbatch", *plan.flags])
+    # The script begins with a preset of its own; where the run is another, that is said.
+    preset = parse_args(["--preset", "super", *plan.flags]).identity()
+    said = [f"--{k.replace('_', '-')}={v}" for k, v in plan.config.identity().items() if preset[k] != v]
+    return shlex.join(["sbatch", *size, "slurm/super.sbatch", *plan.flags, *said])
 
 
 def kustomization(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from cnnopt.config import parse_args
 from tests.manifests import ROOT, Manifests, render
 
 GPUS = ["--nodes", "2", "--gpus-per-node", "4", "--", "--depth", "44", "--sparsity", "0.6"]
+OTHER = ["--", "--dataset", "cifar100", "--epochs=2"]
 CORES = ["--nodes", "4", "--ranks-per-node", "2", "--cpus-per-rank", "8", "--", "--preset", "super", "--seed=7"]
 
 
@@ -20,7 +21,7 @@ def values(words: list[str]) -> dict[str, str]:
     return dict(word.removeprefix("--").split("=") for word in words if "=" in word and word.startswith("--n"))
 
 
-@pytest.mark.parametrize(("argv", "nodes", "ranks"), [(GPUS, 2, 8), (CORES, 4, 8), ([], 1, 1)])
+@pytest.mark.parametrize(("argv", "nodes", "ranks"), [(GPUS, 2, 8), (CORES, 4, 8), (OTHER, 1, 1), ([], 1, 1)])
 def test_all_three_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, tmp_path, monkeypatch):
     plan, _ = launch_plan.parse_plan(argv)
     assert (plan.nodes, plan.ranks) == (nodes, ranks)
@@ -38,7 +39,9 @@ def test_all_three_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, 
     script = batch.index("slurm/super.sbatch")
     sizes = values(batch[:script])
     assert int(sizes["nodes"]) * int(sizes["ntasks-per-node"]) == ranks
-    assert parse_args(batch[script + 1 :]).identity() == trained.identity() == plan.config.identity()
+    (own,) = re.findall(r'^train (.*) "\$@"$', (ROOT / "slurm/super.sbatch").read_text(), re.MULTILINE)
+    queued = parse_args([*shlex.split(own), *batch[script + 1 :]])
+    assert queued.identity() == trained.identity() == plan.config.identity()
 
     rendered = overlay(tmp_path, plan)
     assert rendered.workers * rendered.slots == ranks
