@@ -48,6 +48,8 @@ def read(path: Path) -> Run:
         metrics = folder.metrics() if folder.metrics_file.exists() else []
         card_file = path / "report.json"
         card = json.loads(card_file.read_text()) if card_file.exists() else None
+        if card is not None and card["schema"] != 1:
+            raise ComparisonError(f"{card_file} is of another version of cnnopt: quantize the run again")
     except OSError as error:
         raise ComparisonError(f"{error.filename}: {error.strerror}; name folders that train_hvd.py made") from None
     except (ValueError, KeyError, TypeError):
@@ -161,7 +163,7 @@ def show(runs: Sequence[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for columns, rows in ((COLUMNS, training_rows(runs)), (FILE_COLUMNS, file_rows(runs))):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in columns:

@@ -135,6 +135,9 @@ def test_more_clusters_err_less():
 # ------------------------------------------------------------------------------------------------ notes
 
 
+MACHINE = {"load": 0.5, "cores": 2, "int8_instructions": []}
+
+
 def card(**changes):
     timing = {"median_ms": 1.0, "delegate": "XNNPACK"}
     entry = {
@@ -143,7 +146,7 @@ def card(**changes):
         "ledger": {"pruned": 540, "first_loss": None, "stages": [{"stage": "quantized", "zeros": 540, "lost": 0}]},
     }  # fmt: skip
     content = {
-        "run": {"sparsity": 0.6}, "reference": {"kind": "self"}, "machine": {"load": 0.5, "cores": 2},
+        "run": {"sparsity": 0.6}, "reference": {"kind": "self"}, "machine": MACHINE,
         "files": [entry, {**entry, "name": "float32"}],
     }  # fmt: skip
     return {**content, **changes}
@@ -158,7 +161,24 @@ def test_notes_say_what_the_figures_show_and_nothing_else():
     dense = "\n".join(notes(card(run={"sparsity": 0.0}, reference={"kind": "baseline"})))
     assert "sparsity" not in dense
     assert "baseline" not in dense
-    assert "busy" in "\n".join(notes(card(machine={"load": 9.0, "cores": 2})))
+    assert "busy" in "\n".join(notes(card(machine={**MACHINE, "load": 9.0})))
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "instructions", "said", "unsaid"),
+    [
+        (1.0, [], "This CPU has none", "This CPU has avx"),
+        (1.3, ["avx_vnni"], "This CPU has avx_vnni", "This CPU has none"),
+        (1.0, None, "hardly faster than float32", "This CPU has"),
+        (0.3, [], "buy no speed", "hardly faster"),
+    ],
+)
+def test_notes_say_why_int8_is_not_faster_only_where_it_is_not(int8_ms, instructions, said, unsaid):
+    content = card(machine={**MACHINE, "int8_instructions": instructions})
+    content["files"][0]["latency"] = [{"median_ms": int8_ms, "delegate": "XNNPACK"}]
+    text = "\n".join(notes(content))
+    assert said in text
+    assert unsaid not in text
 
 
 def test_notes_name_the_stage_that_lost_zeros():
