@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -132,11 +133,16 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("epochs", type=int)
     parser.add_argument("--data-dir", help="folder that holds the data set")
+    parser.add_argument("--then", nargs=argparse.REMAINDER, help="what the first rank calls cnnopt.quantize with")
     given = parser.parse_args()
-    return program.run(
+    status = program.run(
         "cnnopt.finetune",
         lambda request, presence: fine_tune(given.run, given.epochs, given.data_dir, request, presence),
     )
+    if status == 0 and given.then and distributed.launched()[0].first:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "cnnopt.quantize", *given.then])
+    return status
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cnnopt.errors import CnnoptError, RunError, UserError
+from cnnopt.errors import CnnoptError, UserError
 
 #: What can be exported. Names end in the numbers that weights are stored as.
 VARIANTS = {
@@ -56,6 +55,8 @@ class Options:
     seed: int
     data_dir: str | None
     pack: bool
+    tuned: bool
+    argv: tuple[str, ...]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +87,9 @@ def parse_args(argv: Sequence[str]) -> Options:
     parser.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
     parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
     parser.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
-    given = vars(parser.parse_args(argv))
+    # cnnopt.finetune has run already: what ``fine_tune`` adds.
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
+    given = {**vars(parser.parse_args(argv)), "argv": tuple(argv)}
     if given["variants"] is not None:
         given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
         for name in given["variants"]:
@@ -154,23 +157,15 @@ def write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class FineTuningError(RunError):
-    """The ranks that fine-tune have ended before they were done."""
+def fine_tune(options: Options) -> NoReturn:
+    """Become this rank's part of ``cnnopt.finetune``, whose first rank becomes this program again when it is done.
 
-    def __init__(self, status: int) -> None:
-        super().__init__(f"--qat: fine-tuning ended with status {status}; the same command goes on from its checkpoint")
-        self.exit_status = status if status > 0 else 1
-
-
-def fine_tune(options: Options) -> None:
-    """Fine-tune with the other ranks of the launcher, in a process that ends before anything is measured.
-
-    Raises FineTuningError.
+    One process after the other, and not one in the other: what is measured knows no Horovod, and a signal meets the
+    process that it is for.
     """
     data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
     command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *data_dir]
-    if status := subprocess.run(command).returncode:
-        raise FineTuningError(status)
+    os.execv(sys.executable, [*command, "--then", *options.argv, "--tuned"])
 
 
 def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -201,9 +196,9 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
     tuned = None
     if options.qat:
-        result = RunFolder(run.fine_tuned(options.qat)).result()
+        done = RunFolder(run.fine_tuned(options.qat)).result() is not None
         # Other ranks cannot know that it is done, and wait to be told.
-        if result is None or distributed.launched()[0].size > 1:
+        if not options.tuned and (not done or distributed.launched()[0].size > 1):
             fine_tune(options)
         tuned = trained.read(run.fine_tuned(options.qat))
 
