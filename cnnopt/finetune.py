@@ -100,7 +100,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
         folder.path.parent.mkdir(exist_ok=True)
         folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": "float32"})
     first_step = resume.restore(model, config, folder, world, say=console.print)
-    console.print(f"fine-tuning for {epochs} epochs on {world.size} ranks: {folder.path}", markup=False)
+    console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}", markup=False)
 
     # ---- Train, without a callback that would renew the masks ----------------------------------------------------
     stop = callbacks.StopWhenTold(request)

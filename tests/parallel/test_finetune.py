@@ -16,7 +16,7 @@ def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
     run = trained.read(path)
     job = start(2, "-m", "cnnopt.finetune", str(path), "1")
     assert job.wait() == 0, job.output()
-    assert "on 2 ranks" in job.output()
+    assert "ranks: 2" in job.output()
     tuned = trained.read(run.fine_tuned(1))
     environment = json.loads((tuned.path / "env.json").read_text())
     assert environment["ranks"] == 2
