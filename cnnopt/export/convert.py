@@ -61,7 +61,7 @@ def kernels_of(model: keras.Model, depth: int) -> dict[str, np.ndarray]:
 
 
 def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
-    """The .tflite of ``variant`` (a key of ``cnnopt.quantize.VARIANTS``), input [1, 32, 32, 3], output logits.
+    """The .tflite of ``variant`` (a key of ``cnnopt.export.options.VARIANTS``), input [1, 32, 32, 3], output logits.
 
     ``calibration`` uint8 [n, 32, 32, 3] sets the ranges of activations of the int8 variants. int8 files take
     and give int8, all others float32. Raises ConversionError.

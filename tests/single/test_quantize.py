@@ -11,8 +11,9 @@ from exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
 
 from cnnopt import checkpoint, data, environment
 from cnnopt.export import report, tflite_file
+from cnnopt.export.options import NEEDS, VARIANTS, OptionError, choose, parse_args
 from cnnopt.export.trained import layer_names, read, weight_shapes
-from cnnopt.quantize import NEEDS, VARIANTS, OptionError, choose, main, parse_args
+from cnnopt.quantize import main
 
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
 pytestmark = pytest.mark.timeout(1200)

@@ -1,0 +1,124 @@
+"""The command line of ``cnnopt.quantize``. Standard library only, so that a mistake is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from cnnopt.errors import UserError
+
+#: What can be exported. Names end in the numbers that weights are stored as.
+VARIANTS = {
+    "float32": "weights and arithmetic in float32",
+    "float16": "weights stored in float16, arithmetic in float32",
+    "dynamic": "int8 weights, float32 in and out (dynamic range)",
+    "int8": "int8 throughout, in and out",
+    "sparse-float32": "float32 with zeros left out (EXPERIMENTAL_SPARSITY)",
+    "sparse-dynamic": "dynamic with zeros left out",
+    "sparse-int8": "int8 with zeros left out",
+    "clustered-int8": "int8 with at most --clusters distinct values a kernel",
+    "int8-qat": "int8 after --qat epochs of quantization-aware fine-tuning",
+}
+#: The flag without which a variant cannot be made.
+NEEDS = {"clustered-int8": "clusters", "int8-qat": "qat"}
+MIN_CALIBRATION = 32
+
+
+class OptionError(UserError):
+    """A flag that cannot be; the message is one line that names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of a quantization."""
+
+    run: Path
+    variants: tuple[str, ...] | None
+    clusters: int | None
+    qat: int | None
+    baseline: Path | None
+    calibration: int
+    seed: int
+    data_dir: str | None
+    pack: bool
+    tuned: bool
+    argv: tuple[str, ...]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are OptionErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print in several lines."""
+        raise OptionError(message)
+
+
+def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
+    """The options that a command line asks for; ``description`` is what ``--help`` begins with.
+
+    Raises OptionError; SystemExit(0) for ``--help``.
+    """
+    listing = "\n".join(f"  {name:<16}{text}" for name, text in VARIANTS.items())
+    parser = OneLineParser(
+        prog="cnnopt.quantize",
+        description=description,
+        epilog=f"variants:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--variants", metavar="A,B", help="which files to make [all that apply to the run]")
+    parser.add_argument(
+        "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
+    )
+    parser.add_argument(
+        "--qat", type=int, metavar="EPOCHS", help="make int8-qat: fine-tune for int8, zeros held, on all ranks"
+    )
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
+    parser.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
+    parser.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
+    parser.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
+    # cnnopt.finetune has run already: what ``fine_tune`` adds.
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
+    given = {**vars(parser.parse_args(argv)), "argv": tuple(argv)}
+    if given["variants"] is not None:
+        given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
+        for name in given["variants"]:
+            if name not in VARIANTS:
+                raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
+        for name, flag in NEEDS.items():
+            if (name in given["variants"]) != (given[flag] is not None):
+                raise OptionError(f"--variants {name} and --{flag} N go together: give both or neither")
+    if given["clusters"] is not None and not 4 <= given["clusters"] <= 256:
+        raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
+    if given["qat"] is not None and given["qat"] < 1:
+        raise OptionError(f"--qat {given['qat']}: give 1 epoch or more")
+    if given["calibration"] < MIN_CALIBRATION:
+        raise OptionError(
+            f"--calibration {given['calibration']}: too few images to see the range of the activations; "
+            f"give at least {MIN_CALIBRATION}"
+        )
+    if given["seed"] < 0:
+        raise OptionError(f"--seed {given['seed']}: must be 0 or more")
+    return Options(**given)
+
+
+def choose(options: Options, sparsity: float) -> tuple[str, ...]:
+    """The variants to make of a run of this sparsity. Raises OptionError for one that cannot be made of it."""
+    # Below this share of zeros the converter leaves a kernel dense (measured: docs/quantize.md, "Variants").
+    sparse_enough = sparsity >= 0.4
+    if options.variants is None:
+        skipped = {name for name, flag in NEEDS.items() if getattr(options, flag) is None}
+        return tuple(
+            name for name in VARIANTS if name not in skipped and (sparse_enough or not name.startswith("sparse-"))
+        )
+    for name in options.variants:
+        if name.startswith("sparse-") and not sparse_enough:
+            raise OptionError(
+                f"--variants {name}: {sparsity:.0%} of the weights of {options.run} are zero; leave it out"
+            )
+    return options.variants
