@@ -53,6 +53,7 @@ def report(
     baseline: TrainedRun | None,
     reference: Export,
     clusters: int | None,
+    fine_tuned: dict[str, Any] | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The content of report.json but for calibration and archives (docs/quantize.md, "report.json").
@@ -128,6 +129,7 @@ def report(
             "trained_accuracy": run.result.get("accuracy"),
             "float32_accuracy": correct,
             "clusters": clusters,
+            "fine_tuned": fine_tuned,
         },
         "reference": {
             "kind": "baseline" if baseline else "self",
