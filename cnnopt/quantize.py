@@ -141,11 +141,10 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
         exports.insert(0, reference)
 
     # ---- Measure these very files --------------------------------------------------------------------------------
-    fine_tuned = tuned and {
-        "epochs": options.qat,
-        "path": str(tuned.path.relative_to(run.path)),
-        **{key: tuned.result.get(key) for key in ("accuracy", "minutes")},
-    }
+    fine_tuned = None
+    if tuned:
+        known = {key: tuned.result.get(key) for key in ("accuracy", "minutes")}
+        fine_tuned = {"epochs": options.qat, "path": str(tuned.path.relative_to(run.path)), **known}
     content = card.report(
         run, exports, ways, model, images, baseline=baseline, reference=reference, clusters=options.clusters,
         fine_tuned=fine_tuned, say=say,
