@@ -9,7 +9,7 @@ BIN := .venv/bin
 # horovodrun starts its workers with whatever `python` is first on PATH.
 train test-single test-parallel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env train test test-single test-parallel test-cluster bench lint format lock clean
+.PHONY: help env train test test-single test-parallel test-cluster soak bench lint format lock clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -37,6 +37,10 @@ test-cluster: env  ## the tests that start a cluster on this machine; they skip 
 # PyTorch is in an environment of its own, where it is at all (docs/benchmarks.md).
 bench: env  ## this trainer beside its peers: about half an hour; the other comparisons are in docs/benchmarks.md
 	$(BIN)/python benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
+
+FAULTS ?= 100
+soak: env  ## 100 faults, or FAULTS=n, in runs of two ranks; prints the table of docs/reliability.md
+	$(BIN)/python tests/parallel/fault_driver.py $(FAULTS)
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check

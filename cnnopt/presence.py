@@ -37,10 +37,10 @@ class Presence:
 
     def open(self, environ: Mapping[str, str] = os.environ) -> Place:
         """Begin to answer; ``places`` must then be set to what this returns on each rank, by rank."""
-        self._server = socket.create_server(("", 0))
+        self._server = socket.create_server((_address(environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")), 0))
         threading.Thread(target=self._answer, name="presence", daemon=True).start()
-        address = (_address(environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")), self._server.getsockname()[1])
-        return Place(environ.get("HOROVOD_HOSTNAME") or platform.node(), os.getpid(), address)
+        host = environ.get("HOROVOD_HOSTNAME") or platform.node()
+        return Place(host, os.getpid(), self._server.getsockname()[:2])
 
     def _answer(self) -> None:
         while True:
@@ -71,11 +71,11 @@ class Presence:
         end = time.monotonic() + patience
         while True:
             answers = {other: self.ask(other, why) for other in others}
-            lower = [answers[other] for other in range(rank)]
-            errors = self.heard | {answer for answer in answers.values() if answer not in (None, "running", "failed")}
             if why and rank == 0:
                 return why
-            if why in {*errors, *lower} if why else errors or "failed" in lower:
+            lower = [answers[other] for other in range(rank)]
+            errors = self.heard | ({*answers.values()} - {None, "running", "failed"})
+            if (why in {*errors, *lower}) if why else (errors or "failed" in lower):
                 return None
             if "running" not in answers.values() or time.monotonic() > end:
                 break

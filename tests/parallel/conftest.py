@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -41,9 +41,12 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str, timeout: float = 120) -> None:
+        self.wait_until(lambda output: text in output, timeout)
+
+    def wait_until(self, condition: Callable[[str], bool], timeout: float = 240) -> None:
         end = time.monotonic() + timeout
-        while text not in self.output():
-            assert time.monotonic() < end, f"no '{text}' in: {self.output()}"
+        while not condition(self.output()):
+            assert time.monotonic() < end, self.output()
             assert self.process.poll() is None, self.output()
             time.sleep(0.2)
 
@@ -75,7 +78,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """``start(ranks, *command)`` gives a running Job, of horovodrun by default; all end with the module."""
+    """``start(ranks, *command)`` gives a running Job, of horovodrun unless another is given; all end with the module."""
     jobs = []
 
     def begin(ranks: int, *command: str, launcher: tuple[str, ...] = HOROVODRUN) -> Job:

@@ -87,18 +87,34 @@ def test_ctrl_c_ends_all_ranks(start, tmp_path):
     assert "Traceback" not in "".join(line for line in job.output().splitlines(True) if "<stderr>" in line)
 
 
-def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(start, tmp_path):
-    flags = ["--epochs", "5", "--save-every", "10s"]
-    job = train(start, tmp_path, *flags)
-    job.wait_for("epoch   2/5")
+def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
+    job = train(start, tmp_path, "--epochs", "100")
+    job.wait_for("epoch   1/100")
     ranks = job.ranks()
     ranks[1].kill()
     assert job.wait(120) != 0
     assert ended(ranks, within=30)
-    again = train(start, tmp_path, *flags)
-    assert again.wait() == 0, again.output()
-    assert "resumed after step" in again.output()
-    assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert f"pid {ranks[1].pid}): killed, stopped, or cut off from the network" in job.output()
+    assert "train_hvd.py: rank 1 (host localhost, " in job.output()
+
+
+def names(process: psutil.Process) -> list[str]:
+    """What the threads of a process are called."""
+    return [Path(f"/proc/{process.pid}/task/{t.id}/comm").read_text().strip() for t in process.threads()]
+
+
+def test_a_signal_before_the_first_step_ends_all_ranks_at_once(start, tmp_path):
+    job = train(start, tmp_path, "--epochs", "100")
+    deadline = time.monotonic() + 120
+    while len(ranks := job.ranks()) < 2 or not all("signals" in names(rank) for rank in ranks):
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.1)
+    ranks[1].send_signal(signal.SIGUSR1)
+    assert job.wait(60) != 0
+    assert ended(ranks, within=30)
+    assert "Process 1 exit with status code 75" in job.output()
+    assert "Traceback" not in "".join(line for line in job.output().splitlines(True) if "<stderr>" in line)
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_our_own_launcher_hands_a_signal_on_and_the_status_back(start, tmp_path):

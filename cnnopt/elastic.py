@@ -1,0 +1,135 @@
+"""Train on hosts that come and go: the run is started again, from its last checkpoint, on those that are there.
+
+    python -m cnnopt.elastic --min-np 1 --max-np 4 --host-discovery-script ./hosts.sh --depth 44 --batch-size 120
+
+The script prints a line ``host:slots`` for each host, as horovodrun's does. The largest number of ranks that divides
+the global batch is used, so that the batch stays what it is. What follows are flags of train_hvd.py. Exit status:
+that of a complete run, 0; 1 if three starts in a row have saved nothing; 75 if told to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cnnopt import checkpoint
+from cnnopt.config import ConfigError, TrainConfig, parse_args
+from cnnopt.errors import CnnoptError, RunError
+from cnnopt.record import RunFolder
+
+#: Starts in a row that may end without a new checkpoint.
+FRUITLESS = 3
+#: Seconds between two looks at the hosts.
+INTERVAL = 1.0
+HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
+TRAIN = Path(__file__).parents[1] / "train_hvd.py"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def discover(script: str) -> dict[str, int]:
+    """The hosts and their slots, as ``script`` prints them. Raises ConfigError where it cannot be run."""
+    try:
+        done = subprocess.run([script], capture_output=True, text=True, timeout=60)
+        lines = done.stdout.split()
+        found = {host: int(slots or 1) for host, _, slots in (line.partition(":") for line in lines)}
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"--host-discovery-script {script}: {error}; it must print lines host:slots") from None
+    if done.returncode:
+        raise ConfigError(f"--host-discovery-script {script}: ended with {done.returncode}: {done.stderr.strip()}")
+    return found
+
+
+def ranks_on(hosts: dict[str, int], batch_size: int, most: int) -> int:
+    """The largest number of ranks that fits on ``hosts`` and divides the batch; 0 without a slot."""
+    fitting = min(most, sum(hosts.values()))
+    return max((ranks for ranks in range(1, fitting + 1) if batch_size % ranks == 0), default=0)
+
+
+def newest(config: TrainConfig) -> int:
+    """The step of the newest checkpoint, unverified; -1 without one."""
+    paths = checkpoint.list_steps(RunFolder.of(config).checkpoints)
+    return int(paths[-1].name.rpartition("-")[2]) if paths else -1
+
+
+def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]) -> int:
+    """Start the run as often as it takes; returns the exit status."""
+    fruitless = 0
+    while True:
+        hosts = discover(options.host_discovery_script)
+        ranks = ranks_on(hosts, config.batch_size, options.max_np)
+        if ranks < options.min_np:
+            time.sleep(INTERVAL)
+            continue
+        before = newest(config)
+        places = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+        print(f"cnnopt.elastic: {ranks} ranks on {places}, after step {max(before, 0)}", flush=True)
+        command = [HOROVODRUN, "--gloo", "-np", str(ranks), "-H", places, sys.executable, str(TRAIN), *flags]
+        # In a session of its own: a terminal's Ctrl-C comes to this process alone, which hands it on.
+        with subprocess.Popen(command, start_new_session=True) as job:
+            try:
+                moved = watch(job, options, hosts)
+            except BaseException:
+                job.terminate()
+                raise
+        if job.returncode == 0:
+            return 0
+        fruitless = 0 if moved or newest(config) > before else fruitless + 1
+        if fruitless == FRUITLESS:
+            raise RunError(f"{FRUITLESS} starts in a row ended without a new checkpoint: see their messages above")
+
+
+def watch(job: subprocess.Popen, options: argparse.Namespace, hosts: dict[str, int]) -> bool:
+    """Wait for the end of ``job``; end it, which saves, where the hosts are others now, and say so."""
+    while job.poll() is None:
+        time.sleep(INTERVAL)
+        try:
+            found = discover(options.host_discovery_script)
+        except ConfigError:
+            # It may work again the next time; meanwhile the run goes on.
+            continue
+        if found != hosts and job.poll() is None:
+            # horovodrun hands it on to the ranks, and gives them 5 s.
+            job.terminate()
+            job.wait()
+            return True
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; every expected failure is one line and an exit status."""
+    parser = _Parser(
+        prog="cnnopt.elastic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--min-np", type=int, default=1, metavar="N", help="wait until this many ranks fit [1]")
+    parser.add_argument("--max-np", type=int, required=True, metavar="N", help="most ranks")
+    parser.add_argument("--host-discovery-script", required=True, metavar="PROGRAM", help="prints lines host:slots")
+    try:
+        options, flags = parser.parse_known_args(argv)
+        if not 1 <= options.min_np <= options.max_np:
+            raise ConfigError(f"--min-np {options.min_np} --max-np {options.max_np}: must be 1 or more, and in order")
+        config = parse_args(flags)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(os.EX_TEMPFAIL))
+        return train(options, config, flags)
+    except KeyboardInterrupt:
+        return 130
+    except CnnoptError as error:
+        print(f"cnnopt.elastic: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
