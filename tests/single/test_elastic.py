@@ -1,0 +1,60 @@
+"""How many ranks go where, and what cannot be started: no rank is started here (tests/parallel/test_elastic.py)."""
+
+import pytest
+
+from cnnopt import elastic
+from cnnopt.config import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("hosts", "most", "ranks"),
+    [
+        ({"a": 4}, 4, 4),
+        ({"a": 2, "b": 1}, 4, 3),
+        ({"a": 4, "b": 4}, 7, 6),
+        ({"a": 9}, 9, 8),
+        ({"a": 0}, 4, 0),
+        ({}, 4, 0),
+    ],
+)
+def test_as_many_ranks_as_fit_and_divide_the_batch(hosts, most, ranks):
+    assert elastic.ranks_on(hosts, 120, most) == ranks
+
+
+def script(folder, body: str) -> str:
+    path = folder / "hosts.sh"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_hosts_are_lines_of_a_name_and_slots(tmp_path):
+    assert elastic.discover(script(tmp_path, "echo a:4; echo b")) == {"a": 4, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [("echo a:many", "invalid literal"), ("echo no such queue >&2; exit 3", "ended with 3: no such queue")],
+)
+def test_a_script_that_fails_is_one_line(tmp_path, body, reason):
+    path = script(tmp_path, body)
+    with pytest.raises(ConfigError, match=rf"^--host-discovery-script {path}: .*{reason}"):
+        elastic.discover(path)
+    with pytest.raises(ConfigError, match=r"^--host-discovery-script /absent: .*No such file"):
+        elastic.discover("/absent")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --max-np, --host-discovery-script; see --help"),
+        (["--max-np", "2", "--min-np", "3"], "--min-np 3 --max-np 2: must be 1 or more, and in order"),
+        (["--max-np", "2", "--depth", "9"], "--depth 9: the depth of a CIFAR ResNet is 6n+2; the nearest is 8"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(arguments, message, capsys):
+    given = [*arguments, "--host-discovery-script", "/absent"] if arguments else []
+    assert elastic.main(given) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"cnnopt.elastic: {message}")
+    assert said.count("\n") == 1
