@@ -80,10 +80,9 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
 
     # ---- What came out -------------------------------------------------------------------------------------------
     if stop.stopped:
-        # A launcher ends all ranks when one has ended: none may leave before rank 0 has saved, or with another status.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        distributed.gather_objects(None)
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
+        # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
+        distributed.gather_objects(None)
         return STOPPED
     model.pruner.verify_final()
     if world.first:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -119,10 +118,9 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
     stream = training.training_stream(config, images, world, first_step=first_step, last_step=timeline.total_steps)
     training.fit(model, stream, timeline, hooks)
     if stop.stopped:
-        # A launcher ends all ranks when one has ended: none may leave before rank 0 has saved.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        distributed.gather_objects(None)
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
+        # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
+        distributed.gather_objects(None)
         return STOPPED
     model.pruner.verify_final()
     if world.first:

@@ -40,7 +40,7 @@ def shared(place: Path, read: Callable[[], Splits]) -> Splits:
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
-        return (*arrays, tuple(json.loads((folder / "class_names.json").read_text())))  # type: ignore[return-value]
+        return (*arrays, tuple(json.loads((folder / "class_names.json").read_text())))
     # A full or read-only disk, or files that something has cut short: a copy is always possible.
     except (OSError, ValueError):
         return read()

@@ -78,7 +78,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """``start(ranks, *command)`` gives a running Job, of horovodrun unless another is given; all end with the module."""
+    """``start(ranks, *command)`` gives a running Job, of horovodrun unless told; all end with the module."""
     jobs = []
 
     def begin(ranks: int, *command: str, launcher: tuple[str, ...] = HOROVODRUN) -> Job:
