@@ -40,10 +40,10 @@ class Job:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 300) -> None:
         self.wait_until(lambda output: text in output, timeout)
 
-    def wait_until(self, condition: Callable[[str], bool], timeout: float = 240) -> None:
+    def wait_until(self, condition: Callable[[str], bool], timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not condition(self.output()):
             assert time.monotonic() < end, self.output()
@@ -78,7 +78,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """``start(ranks, *command)`` gives a running Job, of horovodrun unless told; all end with the module."""
+    """``start(ranks, *command)`` gives a running Job, of horovodrun unless told otherwise; all end with the module."""
     jobs = []
 
     def begin(ranks: int, *command: str, launcher: tuple[str, ...] = HOROVODRUN) -> Job:
