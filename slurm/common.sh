@@ -79,16 +79,18 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
 }
 
 requeue_or_exit() {  # 75: stopped and saved; from 128 on: a rank was killed. Anything else would only fail again.
-    local status=$1
+    local status=$1 job=$SLURM_JOB_ID
+    # The number of an array's last task is that of the whole array.
+    if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     ((status == 75 || status >= 128)) || exit "$status"
     # Not if the user has cancelled it, or SLURM itself is about to queue it again.
-    [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) == RUNNING ]] || exit "$status"
+    [[ $(squeue --noheader --jobs "$job" --format %T) == RUNNING ]] || exit "$status"
     if ((RESTARTS >= MAX_RESTARTS)); then
         echo "$SLURM_JOB_NAME: status $status, and not queued again: MAX_RESTARTS=$MAX_RESTARTS is reached" >&2
         exit "$status"
     fi
     echo "status $status: back into the queue, restart $((RESTARTS + 1)) of at most $MAX_RESTARTS"
-    scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+    scontrol requeue "$job" || exit "$status"
     # SLURM ends this script.
     trap - USR1 TERM
     sleep 60

@@ -103,14 +103,19 @@ def test_a_failed_node_requeues(slurm):
     assert "resumed after step" in job.log()
 
 
-def test_a_sweep_of_uneven_nodes(slurm):
+def test_a_sweep_of_uneven_nodes_requeues_one_task_alone(slurm):
     sweep = {"SPARSITIES": "0 0.8", "DEPTHS": "8", "DATASETS": "synthetic"}
-    flags = ["--batch-size", "66", "--epochs", "1", "--precision", "float32"]
+    flags = ["--batch-size", "66", "--epochs", "4", "--precision", "float32"]
     shape = ["--array=0-1", "--nodes=2", "--ntasks=3", "--ntasks-per-node=2"]
-    job = slurm.submit(*shape, "slurm/sweep.sbatch", *flags, **sweep)
-    for task in ("0", "1"):
-        assert slurm.job(f"{job.number}_{task}").wait() == "COMPLETED", job.log()
-    assert "(n1: 2 x CPU, n2: 1 x CPU)" in job.log()
+    number = slurm.submit(*shape, "slurm/sweep.sbatch", *flags, **sweep).number
+    tasks = [slurm.job(f"{number}_{task}") for task in (0, 1)]
+    # The last task's own number is that of the array.
+    tasks[1].wait_for("epoch   1/4")
+    slurm.run("scancel", "--signal=USR1", "--full", tasks[1].number)
+    for task in tasks:
+        assert task.wait() == "COMPLETED", task.log()
+        assert "(n1: 2 x CPU, n2: 1 x CPU)" in task.log()
+    assert ["start 2" in task.log() for task in tasks] == [False, True]
     for name, sparsity in (("dense", 0), ("polynomial80", 0.8)):
         result = slurm.home / f"runs/synthetic-resnet8-{name}-float32-seed0/result.json"
         assert json.loads(result.read_text())["sparsity"] == pytest.approx(sparsity, abs=1e-3)
