@@ -40,6 +40,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2,default_queue_depth=50
 MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
+MinJobAge=3600
 KillWait=60
 OverTimeLimit=1
 GresTypes=gpu
@@ -161,9 +162,8 @@ class Job:
         return next(part.partition("=")[2] for part in shown.split() if part.startswith(f"{field}="))
 
     def log(self) -> str:
-        return "".join(
-            p.read_text(errors="replace") for p in sorted((self.cluster.home / "logs").glob(f"*-{self.number}*"))
-        )
+        logs = (self.cluster.home / "logs").glob(f"*-{self.number}.out")
+        return "".join(path.read_text(errors="replace") for path in logs)
 
     def wait_for(self, text: str, timeout: float = 240) -> None:
         until(lambda: text in self.log(), lambda: f"no '{text}' in: {self.log()}", timeout)
