@@ -170,6 +170,7 @@ def test_apptainer_gets_the_command_of_a_rank(slurm):
         ([], [], {"CONTAINER": "some#image"}, "srun: unrecognized option '--container-image=some#image'"),
         ([], [], {"CNNOPT_INTERFACE": "ib9"}, "cnnopt.launch: --interface ib9: has no IPv4 address here"),
     ],
+    ids=["no GPU seen", "more ranks than GPUs", "no data", "no such launcher", "no pyxis", "no such network"],
 )
 def test_what_cannot_work_is_one_line_and_is_not_tried_again(slurm, sbatch, flags, variables, line):
     job = super_model(slurm, "wrong", *flags, sbatch=("--nodes=2", *sbatch), **variables)
