@@ -22,6 +22,8 @@ from cnnopt.rendezvous import Rendezvous, address_of, check_own_name
 
 #: Seconds that the ranks have to end by themselves when one has failed; as many again after SIGTERM.
 GRACE = 10.0
+#: Seconds that a rank waits for another, in place of Gloo's 30: on a cold file system some start minutes after others.
+GLOO_TIMEOUT = "120"
 
 
 def rank_variables(rank: int, size: int) -> dict[str, str]:
@@ -95,7 +97,7 @@ def launch(options: argparse.Namespace) -> int:
     if options.np is None and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
         check_own_name(address)
     with Rendezvous(address, options.port) as server:
-        shared = {**os.environ, **server.variables()}
+        shared = {"HOROVOD_GLOO_TIMEOUT_SECONDS": GLOO_TIMEOUT, **os.environ, **server.variables()}
         if options.interface:
             shared["NCCL_SOCKET_IFNAME"] = options.interface
         if options.np is None:
