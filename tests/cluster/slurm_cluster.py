@@ -165,10 +165,10 @@ class Job:
         logs = (self.cluster.home / "logs").glob(f"*-{self.number}.out")
         return "".join(path.read_text(errors="replace") for path in logs)
 
-    def wait_for(self, text: str, timeout: float = 240) -> None:
+    def wait_for(self, text: str, timeout: float = 480) -> None:
         until(lambda: text in self.log(), lambda: f"no '{text}' in: {self.log()}", timeout)
 
-    def wait(self, timeout: float = 400) -> str:
+    def wait(self, timeout: float = 600) -> str:
         """The state in which the job ended: COMPLETED, FAILED, ..."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         until(lambda: self.show("JobState") in ended, lambda: f"{self.show('JobState')}: {self.log()}", timeout)
