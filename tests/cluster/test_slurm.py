@@ -106,7 +106,7 @@ def test_a_failed_node_requeues(slurm):
 def test_a_sweep_of_uneven_nodes_requeues_one_task_alone(slurm):
     sweep = {"SPARSITIES": "0 0.8", "DEPTHS": "8", "DATASETS": "synthetic"}
     flags = ["--batch-size", "66", "--epochs", "4", "--precision", "float32"]
-    shape = ["--array=0-1", "--nodes=2", "--ntasks=3", "--ntasks-per-node=2"]
+    shape = ["--array=0-1%1", "--nodes=2", "--ntasks=3", "--ntasks-per-node=2"]
     number = slurm.submit(*shape, "slurm/sweep.sbatch", *flags, **sweep).number
     tasks = [slurm.job(f"{number}_{task}") for task in (0, 1)]
     # The last task's own number is that of the array.
