@@ -25,8 +25,8 @@ def save(content: dict[str, Any], folder: Path) -> None:
                 for name, value in scalars(entry).items():
                     tf.summary.scalar(name, value)
             pixels = tf.io.decode_png((folder / "report.png").read_bytes(), channels=3)
-            tf.summary.image("report", pixels[tf.newaxis])
-            tf.summary.text("report", report.markdown(content))
+            tf.summary.image("figure", pixels[tf.newaxis])
+            tf.summary.text("card", report.markdown(content))
         writer.close()
     except (OSError, tf.errors.OpError) as error:
         raise report.ReportError(f"{place}: cannot be written ({error}); free some space there") from None

@@ -172,9 +172,8 @@ def test_tensorboard_holds_the_card(trained):
         assert found[f"accuracy/{name}"] == pytest.approx(entry["test"]["accuracy"])
         assert found[f"bytes_gzip/{name}"] == entry["size"]["gzip"]
         assert found[f"latency_ms_1_thread/{name}"] == pytest.approx(entry["latency"][0]["median_ms"])
-    width, height, png = (
-        found["report"] if found["report"].ndim and len(found["report"]) == 3 else found["report/image"]
-    )
+    assert found["card"].item().decode() == report.markdown(content)
+    width, height, png = found["figure"]
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int(width), int(height)) == (1430, 990)
 
