@@ -56,6 +56,16 @@ def ranks_on(hosts: dict[str, int], batch_size: int, most: int) -> int:
     return max((ranks for ranks in range(1, fitting + 1) if batch_size % ranks == 0), default=0)
 
 
+def places_of(hosts: dict[str, int], ranks: int) -> str:
+    """``host:slots,...`` with as many slots as ranks: horovodrun starts one on every slot, whatever -np says."""
+    places = []
+    for host, slots in hosts.items():
+        taken = min(slots, ranks)
+        ranks -= taken
+        places += [f"{host}:{taken}"] if taken else []
+    return ",".join(places)
+
+
 def newest(config: TrainConfig) -> int:
     """The step of the newest checkpoint, unverified; -1 without one."""
     paths = checkpoint.list_steps(RunFolder.of(config).checkpoints)
@@ -72,7 +82,7 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
             time.sleep(INTERVAL)
             continue
         before = newest(config)
-        places = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+        places = places_of(hosts, ranks)
         print(f"cnnopt.elastic: {ranks} ranks on {places}, after step {max(before, 0)}", flush=True)
         command = [HOROVODRUN, "--gloo", "-np", str(ranks), "-H", places, sys.executable, str(TRAIN), *flags]
         # In a session of its own: a terminal's Ctrl-C comes to this process alone, which hands it on.

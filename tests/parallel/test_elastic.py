@@ -34,7 +34,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
     job.wait_until(lambda output: "/24  loss" in output[resumed:])
     # Of four slots the batch of 66 leaves one unused.
     hosts.write_text("localhost:4\n")
-    job.wait_for("3 ranks on localhost:4, after step ")
+    job.wait_for("3 ranks on localhost:3, after step ")
     assert job.wait() == 0, job.output()
     assert not stopped.is_running()
 

@@ -21,6 +21,11 @@ def test_as_many_ranks_as_fit_and_divide_the_batch(hosts, most, ranks):
     assert elastic.ranks_on(hosts, 120, most) == ranks
 
 
+def test_no_slot_is_given_beyond_the_ranks():
+    assert elastic.places_of({"a": 2, "b": 0, "c": 4, "d": 1}, 5) == "a:2,c:3"
+    assert elastic.places_of({"a": 4}, 3) == "a:3"
+
+
 def script(folder, body: str) -> str:
     path = folder / "hosts.sh"
     path.write_text(f"#!/bin/sh\n{body}\n")
