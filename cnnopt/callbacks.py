@@ -159,7 +159,7 @@ class Save(Callback):
 
     def _save(self, step: int, metric: float | None) -> None:
         # Of the part of an epoch that is done, so that a resumed run records the whole of it.
-        epoch_sums = None if metric is not None else distributed.mean([float(v) for v in self.model.epoch_sums])
+        epoch_sums = None if metric is not None else distributed.mean([float(v.numpy()) for v in self.model.epoch_sums])
         digest = self.model.agree()
         if not self.world.first:
             return
