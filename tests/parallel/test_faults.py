@@ -27,17 +27,3 @@ def test_no_more_steps_are_repeated_than_since_the_last_save(tally):
 def test_no_result_is_lost(tally):
     assert tally.runs >= 1
     assert tally.results_lost == 0
-
-
-def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path):
-    jobs = fault_driver.Jobs(tmp_path)
-    try:
-        hang = fault_driver.Fault("hang", 1, "step", 3)
-        stall = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "5", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "15"}
-        end = jobs.run(tmp_path, hang, stall)
-    finally:
-        jobs.close()
-    assert end.statuses[0] == 1
-    assert "rank 1 (host localhost" in end.output
-    assert "takes no part in the exchange" in end.output
-    assert "Traceback" not in end.output
