@@ -61,7 +61,7 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
         horovodrun)
             local hosts
             hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}')
-            command=(horovodrun -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
+            command=(horovodrun --gloo -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
             stop=TERM ;;
         *) refuse "LAUNCHER=$LAUNCHER: choose srun, horovodrun or pmix" ;;
     esac
