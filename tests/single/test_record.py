@@ -250,7 +250,7 @@ def test_checkpoints_that_do_not_fit_are_passed_over_with_the_reason(tmp_path, f
     assert int(model.run.global_step.numpy()) == 2
     reasons = [
         "arrays.npz is not what was saved",
-        "of another configuration: --dataset was not known, is synthetic",
+        "of another configuration: it names none",
         "of another configuration: --weight-decay was 0.25, is 0.0005",
         "of another model: ",
         f"resumed after step 2 from {good}",
