@@ -92,7 +92,8 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
             except BaseException:
                 job.terminate()
                 raise
-        if job.returncode == 0:
+        # horovodrun may answer 0 where it was told to end the ranks.
+        if job.returncode == 0 and not moved:
             return 0
         fruitless = 0 if moved or newest(config) > before else fruitless + 1
         if fruitless == FRUITLESS:

@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import pytest
 import slurm_cluster
 
+from tests.jobs import start
+
+__all__ = ["start"]
+
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cluster]:

@@ -1,10 +1,13 @@
 """Ranks that are killed, stopped and told to stop at random steps, and what is left of the run (fault_driver.py)."""
 
+import os
+
 import fault_driver
 import pytest
 
 pytestmark = pytest.mark.timeout(1800)
-SEEDS = 20
+# One of each kind before a commit, two of each in CI.
+SEEDS = int(os.environ.get("CNNOPT_TEST_FAULTS", len(fault_driver.KINDS)))
 
 
 @pytest.fixture(scope="module")

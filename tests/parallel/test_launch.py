@@ -98,15 +98,17 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
     assert "train_hvd.py: rank 1 (host localhost, " in job.output()
 
 
-def names(process: psutil.Process) -> list[str]:
-    """What the threads of a process are called."""
-    return [Path(f"/proc/{process.pid}/task/{t.id}/comm").read_text().strip() for t in process.threads()]
+def hears(process: psutil.Process, number: int) -> bool:
+    """True once the process has a handler for a signal, from the mask in /proc/PID/status."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def test_a_signal_before_the_first_step_ends_all_ranks_at_once(start, tmp_path):
     job = train(start, tmp_path, "--epochs", "100")
     deadline = time.monotonic() + 120
-    while len(ranks := job.ranks()) < 2 or not all("signals" in names(rank) for rank in ranks):
+    while len(ranks := job.ranks()) < 2 or not all(hears(rank, signal.SIGUSR1) for rank in ranks):
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.1)
     ranks[1].send_signal(signal.SIGUSR1)

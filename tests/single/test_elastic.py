@@ -1,4 +1,4 @@
-"""How many ranks go where, and what cannot be started: no rank is started here (tests/parallel/test_elastic.py)."""
+"""How many ranks go where, and what cannot be started; tests/cluster/test_elastic_hosts.py starts them."""
 
 import pytest
 

@@ -1,0 +1,92 @@
+"""Starting real ranks, and ending whatever a test started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Without --gloo it imports TensorFlow three times before it starts a rank, to see how Horovod was built.
+HOROVODRUN = (str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "{ranks}")
+
+
+class Job:
+    """One launcher in a process group of its own, with its output in a file."""
+
+    def __init__(self, launcher: list[str], command: list[str], log: Path) -> None:
+        self.log = log
+        # Four ranks on two cores: threads must not spin while they wait for each other.
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*launcher, sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 400) -> int:
+        return self.process.wait(timeout)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str, timeout: float = 300) -> None:
+        self.wait_until(lambda output: text in output, timeout)
+
+    def wait_until(self, condition: Callable[[str], bool], timeout: float = 300) -> None:
+        end = time.monotonic() + timeout
+        while not condition(self.output()):
+            assert time.monotonic() < end, self.output()
+            assert self.process.poll() is None, self.output()
+            time.sleep(0.2)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, by rank."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                # The shells that horovodrun puts around a rank have the same environment.
+                if "python" not in process.name() or "horovodrun" in " ".join(process.cmdline()):
+                    continue
+                if process.environ().get("CNNOPT_TEST_JOB") == str(self.log):
+                    found[int(process.environ().get("HOROVOD_RANK", -1))] = process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return [found[rank] for rank in sorted(found) if rank >= 0]
+
+    def end(self) -> None:
+        processes = self.ranks()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """``start(ranks, *command)`` gives a running Job, of horovodrun unless told otherwise; all end with the module."""
+    jobs = []
+
+    def begin(ranks: int, *command: str, launcher: tuple[str, ...] = HOROVODRUN) -> Job:
+        log = tmp_path_factory.mktemp("job") / "output.txt"
+        os.environ["CNNOPT_TEST_JOB"] = str(log)
+        jobs.append(Job([part.format(ranks=ranks) for part in launcher], list(command), log))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.end()
