@@ -75,8 +75,9 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
-    stream = training.training_stream(config, images, world, first_step=first_step, last_step=timeline.total_steps)
-    training.fit(model, stream, timeline, hooks)
+    steps = {"first_step": first_step, "last_step": timeline.total_steps}
+    with training.training_stream(config, images, world, **steps) as stream:
+        training.fit(model, stream, timeline, hooks)
 
     # ---- What came out -------------------------------------------------------------------------------------------
     if stop.stopped:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,9 @@ def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[st
 
 
 def build(
-    depth: int, batch: int, sparsity: float, images: data.Dataset, compute: precision.Precision
+    depth: int, batch: int, sparsity: float, images: data.Dataset, compute: precision.Precision, streams: ExitStack
 ) -> tuple[training.SynchronousModel, Iterator]:
-    """A model that is as sparse as it will be, and its stream."""
+    """A model that is as sparse as it will be, and its stream, which ``streams`` ends."""
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=40, base_lr=1e-3,
                          sparsity=sparsity, prune_begin="0s", prune_end="1s", name="step")  # fmt: skip
     timeline = Timeline(len(images.train_images), batch, config.epochs)
@@ -93,7 +94,7 @@ def build(
     else:
         model.run.mask_of = [None] * len(model.run.mask_of)
     stream = training.training_stream(config, images, WORLD, first_step=0, last_step=timeline.total_steps)
-    return model, iter(stream)
+    return model, streams.enter_context(stream)
 
 
 def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[str, list[float]]:
@@ -112,11 +113,13 @@ def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[
         return turns({"save": save, "record": lambda: recorder.on_epoch_end(0, dict(logs))}, rounds)
 
 
-def profile(depth: int, batch: int, rounds: int, images: data.Dataset, asked: str) -> tuple[str, dict]:
+def profile(
+    depth: int, batch: int, rounds: int, images: data.Dataset, asked: str, streams: ExitStack
+) -> tuple[str, dict]:
     """The table of one network, and every figure."""
     compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
-    dense, dense_stream = build(depth, batch, 0.0, images, compute)
-    pruned, stream = build(depth, batch, 0.6, images, compute)
+    dense, dense_stream = build(depth, batch, 0.0, images, compute, streams)
+    pruned, stream = build(depth, batch, 0.6, images, compute, streams)
     resident = iter(tf.data.Dataset.from_tensors(next(stream)).repeat())
     whole = {
         "the step": lambda: pruned.train_function(stream),
@@ -141,9 +144,11 @@ def main() -> None:
     """Measure, print the tables, write every figure."""
     args = arguments(__doc__).parse_args()
     images = data.load("synthetic", synthetic_sizes=(50000, 64))
-    found = {
-        str(depth): profile(depth, args.batch, args.rounds * args.steps, images, args.precision) for depth in args.depth
-    }
+    rounds = args.rounds * args.steps
+    with ExitStack() as streams:
+        found = {
+            str(depth): profile(depth, args.batch, rounds, images, args.precision, streams) for depth in args.depth
+        }
     runs = {depth: content for depth, (_, content) in found.items()}
     report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
 

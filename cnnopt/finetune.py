@@ -115,8 +115,9 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
         hooks += [callbacks.Record(folder, config, first_step), callbacks.Show(timeline, console)]
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
-    stream = training.training_stream(config, images, world, first_step=first_step, last_step=timeline.total_steps)
-    training.fit(model, stream, timeline, hooks)
+    steps = {"first_step": first_step, "last_step": timeline.total_steps}
+    with training.training_stream(config, images, world, **steps) as stream:
+        training.fit(model, stream, timeline, hooks)
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
         # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -275,14 +277,19 @@ def build(
     return model
 
 
+@contextlib.contextmanager
 def training_stream(
     config: TrainConfig, data: Dataset, world: distributed.World, *, first_step: int, last_step: int
-) -> tf.data.Dataset:
-    """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step."""
-    shard = config.batch_size // world.size
+) -> Iterator[tf.data.Iterator]:
+    """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
 
-    def generate() -> Any:
-        return batches(
+    The stream is drained on leaving. TensorFlow destroys one that is not at its end from within Python's
+    garbage collection, and waits there for the thread that prepares the next shard in Python.
+    """
+    left = threading.Event()
+
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        shards = batches(
             data.train_images,
             data.train_labels,
             batch_size=config.batch_size,
@@ -293,13 +300,21 @@ def training_stream(
             rank=world.rank,
             size=world.size,
         )
+        return itertools.takewhile(lambda _: not left.is_set(), shards)
 
+    shard = config.batch_size // world.size
     signature = (tf.TensorSpec([shard, 32, 32, 3], tf.uint8), tf.TensorSpec([shard], tf.int64))
-    return tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)
+    stream = iter(tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4))
+    try:
+        yield stream
+    finally:
+        left.set()
+        for _ in stream:
+            pass
 
 
 def fit(
-    model: SynchronousModel, stream: tf.data.Dataset, timeline: Timeline, callbacks: Sequence[keras.callbacks.Callback]
+    model: SynchronousModel, stream: tf.data.Iterator, timeline: Timeline, callbacks: Sequence[keras.callbacks.Callback]
 ) -> None:
     """Keras' ``fit`` over epochs that need not be whole numbers of steps, from ``model.run.global_step`` on.
 
@@ -308,7 +323,6 @@ def fit(
     """
     hooks = keras.callbacks.CallbackList(list(callbacks), model=model, add_history=False, add_progbar=False)
     step = int(model.run.global_step.numpy())
-    iterator = iter(stream)
     train_function = model.make_train_function()
     model.stop_training = False
     model.exchange.follow_masks()
@@ -319,7 +333,7 @@ def fit(
         end = min(timeline.epoch_end(epoch), timeline.total_steps)
         while step < end and not model.stop_training:
             hooks.on_train_batch_begin(step)
-            logs = train_function(iterator)
+            logs = train_function(stream)
             hooks.on_train_batch_end(step, logs)
             step += 1
         if step == end:

@@ -7,7 +7,6 @@ Request: {"steps": 10, "exchange": "none|dense|sparse", "wire": "float32|float16
 import functools
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,13 +33,6 @@ def settings(exchange: str, wire: str) -> tuple[TrainConfig, Timeline]:
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch * world.size, epochs=2000, base_lr=1e-3,
                          exchange=exchange, wire_dtype=wire)  # fmt: skip
     return config, Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
-
-
-@functools.cache
-def stream() -> Iterator:
-    """The augmented shards that the program trains on, one stream for all models."""
-    config, timeline = settings("dense", "float32")
-    return iter(training.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps))
 
 
 @functools.cache
@@ -73,7 +65,7 @@ def block(steps: int, exchange: str = "dense", wire: str = "float32", sparsity: 
     distributed.gather_objects(0)
     start = time.perf_counter()
     for _ in range(steps):
-        mine.train_function(stream())
+        mine.train_function(stream)
     mine.run.global_step.numpy()
     return {
         "seconds": time.perf_counter() - start,
@@ -82,4 +74,6 @@ def block(steps: int, exchange: str = "dense", wire: str = "float32", sparsity: 
     }
 
 
-serve(block)
+CONFIG, TIMELINE = settings("dense", "float32")
+with training.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=TIMELINE.total_steps) as stream:
+    serve(block)

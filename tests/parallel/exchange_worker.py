@@ -58,9 +58,9 @@ def train(kind: str, wire: str) -> tuple[dict[str, np.ndarray], dict]:
     compute = precision.choose("float32", has_gpu=False)
     model = training.build(config, IMAGES, timeline, compute, ranks=world.size)
     distributed.broadcast(list(model.named_state().values()))
-    stream = training.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps)
     count = Count()
-    training.fit(model, stream, timeline, [count, callbacks.Prune()])
+    with training.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
+        training.fit(model, stream, timeline, [count, callbacks.Prune()])
     model.pruner.verify_final()
     model.agree()
     return {name: v.numpy() for name, v in model.named_state().items()}, {

@@ -55,8 +55,8 @@ def train(compute: str) -> tuple[training.SynchronousModel, list[float]]:
     model, timeline = build(compute)
     distributed.broadcast(list(model.named_state().values()))
     losses = Losses()
-    stream = training.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps)
-    training.fit(model, stream, timeline, [*distributed.callbacks(), callbacks.Prune(), losses])
+    with training.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
+        training.fit(model, stream, timeline, [*distributed.callbacks(), callbacks.Prune(), losses])
     return model, losses.losses
 
 
@@ -67,8 +67,8 @@ def images_of_an_epoch() -> list[int]:
     plain = data.Dataset("numbered", numbered, IMAGES.train_labels, numbered, IMAGES.train_labels, IMAGES.class_names)
     config = TrainConfig(dataset="synthetic", depth=8, batch_size=50 * world.size, augment="none", epochs=1)
     steps = Timeline(len(numbered), config.batch_size, 1).total_steps
-    shards = training.training_stream(config, plain, world, first_step=0, last_step=steps).as_numpy_iterator()
-    return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images]
+    with training.training_stream(config, plain, world, first_step=0, last_step=steps) as shards:
+        return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images.numpy()]
 
 
 def wrong_mask_is_named(model: training.SynchronousModel) -> str:

@@ -1,6 +1,7 @@
 """The program's own model, stream and loop, on a ResNet-8 and a few synthetic images."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import tensorflow as tf
@@ -29,18 +30,20 @@ def build(config: TrainConfig) -> training.SynchronousModel:
     return training.build(config, IMAGES, timeline_of(config), compute, ranks=1)
 
 
-def stream(config: TrainConfig, first_step: int = 0) -> tf.data.Dataset:
+def stream(config: TrainConfig, first_step: int = 0) -> AbstractContextManager[tf.data.Iterator]:
     last_step = timeline_of(config).total_steps
     return training.training_stream(config, IMAGES, World(), first_step=first_step, last_step=last_step)
 
 
 def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
-    return next(iter(stream(config)))
+    with stream(config) as batches:
+        return next(batches)
 
 
 def fit(model: training.SynchronousModel, config: TrainConfig, callbacks: Sequence) -> None:
     """From the model's step to the end of the run."""
-    training.fit(model, stream(config, int(model.run.global_step.numpy())), timeline_of(config), callbacks)
+    with stream(config, int(model.run.global_step.numpy())) as batches:
+        training.fit(model, batches, timeline_of(config), callbacks)
 
 
 def state(model: training.SynchronousModel) -> dict[str, np.ndarray]:

@@ -90,7 +90,8 @@ def operations(config: training.TrainConfig) -> int:
     """In the graph of a step and the functions that it calls."""
     model = small_runs.build(config)
     model.make_train_function()
-    graph = model.train_function.get_concrete_function(iter(small_runs.stream(config))).graph.as_graph_def()
+    with small_runs.stream(config) as batches:
+        graph = model.train_function.get_concrete_function(batches).graph.as_graph_def()
     return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
 
