@@ -42,7 +42,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
     distributed.meet(presence)
-    from cnnopt import callbacks, precision, record, resume, training
+    from cnnopt import callbacks, monitoring, precision, record, resume, training
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
     from cnnopt.schedules import Timeline, parse_duration
 
@@ -65,13 +65,14 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     hooks = [
         *distributed.callbacks(),
         stop,
+        callbacks.EndIfStalled(presence, world),
         callbacks.StopIfDiverged(folder.checkpoints),
         callbacks.Prune(),
         callbacks.Evaluate(images, world),
-        callbacks.Measure(timeline),
+        monitoring.Measure(timeline),
     ]
     if world.first:
-        hooks += [callbacks.Record(folder, config, first_step), callbacks.Show(timeline, console)]
+        hooks += [monitoring.Record(folder, config, first_step), monitoring.Show(timeline, console)]
     # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]

@@ -26,7 +26,7 @@ WORLD = distributed.start(verbose=False)
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
-from cnnopt import callbacks, checkpoint, data, precision, training  # noqa: E402
+from cnnopt import checkpoint, data, monitoring, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
 from cnnopt.record import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
@@ -99,11 +99,11 @@ def build(
 
 def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[str, list[float]]:
     """A checkpoint and the records of an epoch, as the training thread waits for them."""
-    logs = {name: 0.0 for names in callbacks.TRAIN_CURVES.values() for name in names}
+    logs = {name: 0.0 for names in monitoring.TRAIN_CURVES.values() for name in names}
     logs |= {"step": 1, "val_accuracy": 0.0, "val_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
-        recorder = callbacks.Record(folder, TrainConfig(name="step"), 0)
+        recorder = monitoring.Record(folder, TrainConfig(name="step"), 0)
         recorder.set_model(model)
 
         def save() -> None:

@@ -1,21 +1,15 @@
-"""What happens around the steps: masks, evaluation, checkpoints, signals, records, the progress on the screen.
-
-Keras hooks. Those with a collective in them (``Prune``, ``Evaluate``, ``Save``, ``StopWhenTold``) are on every rank;
-those that only write (``Record``, ``Show``) are on rank 0 and hold none.
-"""
+"""What decides between two steps: masks, evaluation, checkpoints, signals, failures. Keras hooks, on every rank."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.plugins.hparams import api as hparams
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tf_keras.callbacks import Callback
 
 from cnnopt import checkpoint, distributed
@@ -23,7 +17,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset
 from cnnopt.distributed import World
 from cnnopt.errors import RunError
-from cnnopt.record import RunFolder
+from cnnopt.presence import Presence
 from cnnopt.schedules import Duration, Timeline
 from cnnopt.signals import StopRequest
 from cnnopt.training import SynchronousModel, evaluate
@@ -86,6 +80,42 @@ class StopIfDiverged(Callback):
         saved = checkpoint.list_steps(self.checkpoints)
         last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
         raise DivergedError(f"step {batch + 1}: loss or gradients are not finite; lower --base-lr; {last}")
+
+
+class EndIfStalled(Callback):
+    """Ends this rank where a step does not end: another rank hangs, and what waits for it in C++ hears nothing.
+
+    After ``$HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``; 0 means never. Horovod's own shutdown after that time raises an
+    error on the waiting ranks only if the rank that hangs still lets Horovod's thread take part in it.
+    """
+
+    def __init__(self, presence: Presence, world: World) -> None:
+        super().__init__()
+        self.presence, self.world = presence, world
+        self.limit = float(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"])
+        self.since: float | None = None
+        self.compiled = False
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Start the thread that watches, where there is a rank to wait for."""
+        if self.limit > 0 and self.world.size > 1:
+            threading.Thread(target=self._watch, name="stall", daemon=True).start()
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """The clock runs in a step only: nothing bounds what lies between two, nor the compilation of the first."""
+        if self.compiled:
+            self.since = time.monotonic()
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """This step has ended."""
+        self.since, self.compiled = None, True
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1, self.limit / 4))
+            if (since := self.since) is not None and time.monotonic() - since > self.limit:
+                self.presence.speak(self.world.rank)
+                os._exit(RunError.exit_status)
 
 
 class StopWhenTold(Callback):
@@ -177,159 +207,3 @@ class Save(Callback):
             if self.config.strict_save:
                 raise
             self.console.print(f"{error}; training goes on", markup=False)
-
-
-class Measure(Callback):
-    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Record``.
-
-    The first step of a process traces and compiles, and is no part of the speed of an epoch of several steps.
-    """
-
-    def __init__(self, timeline: Timeline) -> None:
-        super().__init__()
-        self.timeline = timeline
-        self.compiled = False
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Start the clock."""
-        self._restart(int(self.model.run.global_step.numpy()))
-
-    def _restart(self, step: int) -> None:
-        self.first_step = step
-        self.model.exchange.restart()
-        self.started = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Start again once the step is compiled."""
-        if not self.compiled and batch + 1 < self.timeline.epoch_end(self.timeline.epoch_of(batch)):
-            self._restart(batch + 1)
-        self.compiled = True
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Speed, exchange share, schedules."""
-        assert logs is not None
-        model = self.model
-        step = int(model.run.global_step.numpy())
-        steps = step - self.first_step
-        seconds = time.perf_counter() - self.started
-        logs.update(
-            epoch=epoch + 1,
-            step=step,
-            seconds=seconds,
-            images_per_second=steps * self.timeline.batch_size / seconds,
-            step_seconds=seconds / steps,
-            exchange_share=float(model.exchange.seconds.numpy()) / seconds,
-            exchange_bytes=int(model.exchange.bytes.numpy()) / steps,
-            learning_rate=float(model.learning_rates[step - 1]),
-            loss_scale=float(model.loss_scale.value.numpy()),
-            skipped_steps=int(model.loss_scale.skipped.numpy()),
-            target_sparsity=model.pruner.target(step),
-        )
-
-
-# TensorBoard shows the curves of a group side by side.
-TRAIN_CURVES = {
-    "epoch": ("accuracy", "loss"),
-    "schedule": ("learning_rate", "loss_scale", "skipped_steps"),
-    "speed": ("images_per_second", "step_seconds", "exchange_share", "exchange_bytes"),
-}
-
-
-class Record(Callback):
-    """Rank 0: metrics.jsonl and TensorBoard, and the measured ``sparsity`` in the logs."""
-
-    def __init__(self, folder: RunFolder, config: TrainConfig, first_step: int) -> None:
-        super().__init__()
-        self.folder, self.config = folder, config
-        for name in ("train", "validation", "pruning", "hparams"):
-            _continue_at(folder.tensorboard / name, first_step)
-        self.writers = {
-            name: tf.summary.create_file_writer(str(folder.tensorboard / name))
-            for name in ("train", "validation", "pruning", "hparams")
-        }
-        with self.writers["hparams"].as_default():
-            hparams.hparams({k: "" if v is None else v for k, v in config.identity().items()}, trial_id=config.name)
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """One line, and one point of every curve."""
-        assert logs is not None
-        sparsities = self.model.pruner.sparsities()
-        logs["sparsity"] = sparsities["total"]
-        self.folder.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
-        step = logs["step"]
-        points = {
-            "train": {f"{group}/{name}": logs[name] for group, names in TRAIN_CURVES.items() for name in names},
-            "validation": {"epoch/accuracy": logs["val_accuracy"], "epoch/loss": logs["val_loss"]},
-            "hparams": {"result/accuracy": logs["val_accuracy"]},
-            "pruning": {
-                "sparsity/target": logs["target_sparsity"],
-                "sparsity/total": logs["sparsity"],
-                **{f"sparsity_by_kernel/{name}": value for name, value in sparsities.items()},
-            },
-        }
-        for writer, values in points.items():
-            with self.writers[writer].as_default(step):
-                for name, value in values.items():
-                    tf.summary.scalar(name, value)
-        with self.writers["pruning"].as_default(step):
-            for kernel in self.model.pruner.kernels:
-                weights = kernel.numpy()
-                tf.summary.histogram(f"kept/{kernel.name.split('/')[0]}", weights[weights != 0])
-        for writer in self.writers.values():
-            writer.flush()
-
-
-def _continue_at(folder: Path, step: int) -> None:
-    """Tell TensorBoard to forget what an earlier process wrote after ``step``: that is done again."""
-    writer = EventFileWriter(str(folder), filename_suffix=".resume")
-    start = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-    writer.close()
-
-
-class Show(Callback):
-    """Rank 0: a progress bar on a terminal, and one line an epoch everywhere."""
-
-    def __init__(self, timeline: Timeline, console: Console) -> None:
-        super().__init__()
-        self.timeline, self.console = timeline, console
-        self.progress: Progress | None = None
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Start the bar of this epoch."""
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self.progress = Progress(*columns, console=self.console, transient=True)
-            self.progress.start()
-            first = int(self.model.run.global_step.numpy())
-            end = min(self.timeline.epoch_end(epoch), self.timeline.total_steps)
-            self.task = self.progress.add_task("steps", total=end - first, epoch=epoch + 1)
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Advance the bar."""
-        if self.progress is not None:
-            self.progress.advance(self.task)
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """The line of this epoch."""
-        assert logs is not None
-        self._clear()
-        self.console.print(
-            f"epoch {epoch + 1:>3}/{self.timeline.epochs}  loss {logs['loss']:.4f}  train {logs['accuracy']:.2%}  "
-            f"test {logs['val_accuracy']:.2%}  sparsity {logs['sparsity']:.2%}  lr {logs['learning_rate']:.4f}  "
-            f"{logs['images_per_second']:.0f} images/s  exchange {logs['exchange_share']:.0%}"
-        )
-
-    def on_train_end(self, logs: dict | None = None) -> None:
-        """Leave no half-drawn bar."""
-        self._clear()
-
-    def _clear(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None

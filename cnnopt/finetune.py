@@ -77,7 +77,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
 
     import numpy as np
 
-    from cnnopt import callbacks, record, resume, training
+    from cnnopt import callbacks, monitoring, record, resume, training
     from cnnopt.console import Console
     from cnnopt.export import qat
     from cnnopt.precision import Precision
@@ -107,12 +107,13 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
     hooks = [
         *distributed.callbacks(),
         stop,
+        callbacks.EndIfStalled(presence, world),
         callbacks.StopIfDiverged(folder.checkpoints),
         callbacks.Evaluate(images, world),
-        callbacks.Measure(timeline),
+        monitoring.Measure(timeline),
     ]
     if world.first:
-        hooks += [callbacks.Record(folder, config, first_step), callbacks.Show(timeline, console)]
+        hooks += [monitoring.Record(folder, config, first_step), monitoring.Show(timeline, console)]
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}

@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -30,7 +31,8 @@ class Place:
 class Presence:
     """Answers the other ranks with ``running``, ``failed``, or this rank's own error, and hears theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str) -> None:
+        self.program = program
         self.state = "running"
         self.heard: set[str] = set()
         self.places: list[Place] = []
@@ -59,6 +61,11 @@ class Presence:
                 return connection.makefile(encoding="utf-8").read() or None
         except OSError:
             return None
+
+    def speak(self, rank: int, why: str = "") -> None:
+        """Print the line with which rank ``rank`` ends, if it is this rank that says it."""
+        if words := self.last_words(rank, why):
+            print(f"{self.program}: {words}", file=sys.stderr, flush=True)
 
     def last_words(self, rank: int, why: str, *, patience: float = 3) -> str | None:
         """The line with which rank ``rank`` ends, or None where another rank says it.

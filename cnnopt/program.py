@@ -15,7 +15,7 @@ from cnnopt.signals import StopRequest
 
 def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
     """Run ``body`` on this rank; returns the exit status. ``name`` begins the line of an error."""
-    request, presence = StopRequest(), Presence()
+    request, presence = StopRequest(), Presence(name)
     request.listen()
     try:
         return body(request, presence)
@@ -30,12 +30,10 @@ def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
     # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     world = distributed.launched()[0]
-    words: str | None = why
     if presence.places:
-        words = presence.last_words(world.rank, why)
-    elif not (world.first or of_one_rank):
+        presence.speak(world.rank, why)
+    elif world.first or of_one_rank:
+        print(f"{name}: {why}", file=sys.stderr, flush=True)
+    else:
         time.sleep(2)
-        words = None
-    if words:
-        print(f"{name}: {words}", file=sys.stderr, flush=True)
     return status

@@ -35,8 +35,8 @@ FLAGS = [
 # As horovodrun does: SIGTERM to the other ranks when one has failed, and SIGKILL to those still there after a time.
 # It waits 5 s, which a busy machine may need for less.
 GRACE = 30.0
-# Of Gloo, for a message from another rank; 30 by default.
-TIMEOUT = "8"
+# Of Gloo, for a message from another rank, 30 by default; and of a step, 300 by default.
+TIMEOUTS = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "8", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "8"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Fault:
 
 KINDS = (
     ("kill", "step"), ("SIGTERM", "step"), ("kill", "save"), ("stop", "step"), ("SIGUSR1", "step"),
-    ("kill", "start"), ("twice", "step"), ("SIGTERM", "start"), ("kill", "step"), ("SIGTERM", "step"),
+    ("kill", "start"), ("twice", "step"), ("SIGTERM", "start"), ("hang", "step"), ("SIGTERM", "step"),
 )  # fmt: skip
 
 
@@ -60,7 +60,9 @@ def fault_of(seed: int, done: int) -> Fault:
     """The fault that seed ``seed`` brings to a run that goes on after ``done`` steps."""
     draw = random.Random(seed)
     kind, where = KINDS[seed % len(KINDS)]
-    at = {"step": done + draw.randint(0, 15), "save": draw.randint(0, 12), "start": draw.uniform(0, 4)}[where]
+    # No rank is taken for hanging in its first step, which compiles.
+    first = 1 if kind == "hang" else 0
+    at = {"step": done + draw.randint(first, 15), "save": draw.randint(0, 12), "start": draw.uniform(0, 4)}[where]
     return Fault(kind, 0 if where == "save" else draw.randrange(RANKS), where, at, draw.uniform(0, 0.06))
 
 
@@ -103,7 +105,7 @@ class Jobs:
         server = RendezvousServer()
         common = create_run_env_vars("127.0.0.1", ["lo"], server.start())
         server.init(self.slots)
-        given = {"HOROVOD_GLOO_TIMEOUT_SECONDS": TIMEOUT, **(environment or {})}
+        given = {**TIMEOUTS, **(environment or {})}
         variables = [{k: str(v) for k, v in {**common, **create_slot_env_vars(s), **given}.items()} for s in self.slots]
         log, events = self.folder / "output.txt", self.folder / "events.txt"
         for path in (log, events):
@@ -173,11 +175,11 @@ def check(fault: Fault, end: End, before: int, after: int) -> str | None:
     """What is wrong with how a job ended; its newest checkpoints before it started and after it ended."""
     if not any(end.statuses):
         return "it ended with 0"
-    if end.killed != ([fault.rank] if fault.kind == "stop" else []):
+    if end.killed != ([fault.rank] if fault.kind in ("stop", "hang") else []):
         return f"ranks {end.killed} had to be killed"
     if "Traceback" in end.output:
         return "it left a traceback"
-    if fault.kind in ("kill", "stop") and end.steps and f"rank {fault.rank} (host" not in end.output:
+    if fault.kind in ("kill", "stop", "hang") and end.steps and f"rank {fault.rank} (host" not in end.output:
         return "the rank is not named"
     if fault.kind in ("SIGTERM", "SIGUSR1", "twice"):
         # Python takes no more signals once it ends, so the launcher's may end a rank that is done. Before the first

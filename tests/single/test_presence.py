@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def ranks(number: int, *others: Place) -> list[Presence]:
     """That many ranks that know each other, and the places of ``others`` as the last ranks."""
-    presences = [Presence() for _ in range(number)]
+    presences = [Presence("train") for _ in range(number)]
     places = [*(presence.open({}) for presence in presences), *others]
     for presence in presences:
         presence.places = places
@@ -41,7 +41,7 @@ def last_words(presences: list[Presence], *why: str) -> list[str | None]:
 @pytest.fixture
 def process() -> Iterator[tuple[subprocess.Popen, Place]]:
     """A rank in a process of its own, and its place."""
-    code = "from cnnopt.presence import Presence; print(Presence().open({}).address[1], flush=True); input()"
+    code = "from cnnopt.presence import Presence; print(Presence('train').open({}).address[1], flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
         yield started, Place("b", started.pid, ("127.0.0.1", int(started.stdout.readline())))

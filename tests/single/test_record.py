@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorflow.python.framework.config import disable_op_determinism
 
-from cnnopt import callbacks, checkpoint, resume
+from cnnopt import callbacks, checkpoint, monitoring, resume
 from cnnopt.config import ConfigError
 from cnnopt.distributed import World
 from cnnopt.record import RunFolder, environment, summarize
@@ -167,8 +167,8 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
             self.model.stop_training = batch + 1 == stop_after
 
     save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console)
-    hooks = [Stop(), callbacks.Prune(), callbacks.Evaluate(small_runs.IMAGES, World()), callbacks.Measure(timeline),
-             save, callbacks.Record(folder, config, first_step)]  # fmt: skip
+    hooks = [Stop(), callbacks.Prune(), callbacks.Evaluate(small_runs.IMAGES, World()), monitoring.Measure(timeline),
+             save, monitoring.Record(folder, config, first_step)]  # fmt: skip
     small_runs.fit(model, config, hooks)
     return folder, small_runs.state(model), said
 

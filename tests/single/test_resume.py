@@ -6,7 +6,7 @@ import small_runs
 from rich.console import Console
 from tf_keras.callbacks import Callback
 
-from cnnopt import callbacks, checkpoint, resume
+from cnnopt import callbacks, checkpoint, monitoring, resume
 from cnnopt.distributed import World
 from cnnopt.record import RunFolder
 from cnnopt.schedules import parse_duration
@@ -43,8 +43,8 @@ def run(path, *, save_every: str = "100s", stop_in: int | None = None) -> tuple[
             stop,
             callbacks.Prune(),
             callbacks.Evaluate(small_runs.IMAGES, world),
-            callbacks.Measure(timeline),
-            callbacks.Record(folder, config, first_step),
+            monitoring.Measure(timeline),
+            monitoring.Record(folder, config, first_step),
             callbacks.Save(every, timeline, config, folder.checkpoints, world, console),
         ],
     )
