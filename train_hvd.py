@@ -42,7 +42,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
     distributed.meet(presence)
-    from cnnopt import callbacks, monitoring, precision, record, resume, training
+    from cnnopt import callbacks, loop, monitoring, precision, record, resume, training
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
     from cnnopt.schedules import Timeline, parse_duration
 
@@ -77,8 +77,8 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}
-    with training.training_stream(config, images, world, **steps) as stream:
-        training.fit(model, stream, timeline, hooks)
+    with loop.training_stream(config, images, world, **steps) as stream:
+        loop.fit(model, stream, timeline, hooks)
 
     # ---- What came out -------------------------------------------------------------------------------------------
     if stop.stopped:

@@ -26,7 +26,7 @@ WORLD = distributed.start(verbose=False)
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
-from cnnopt import checkpoint, data, monitoring, precision, training  # noqa: E402
+from cnnopt import checkpoint, data, loop, monitoring, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
 from cnnopt.record import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
@@ -93,7 +93,7 @@ def build(
         model.prune(1)
     else:
         model.run.mask_of = [None] * len(model.run.mask_of)
-    stream = training.training_stream(config, images, WORLD, first_step=0, last_step=timeline.total_steps)
+    stream = loop.training_stream(config, images, WORLD, first_step=0, last_step=timeline.total_steps)
     return model, streams.enter_context(stream)
 
 

@@ -17,10 +17,11 @@ from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset
 from cnnopt.distributed import World
 from cnnopt.errors import RunError
+from cnnopt.loop import evaluate
 from cnnopt.presence import Presence
 from cnnopt.schedules import Duration, Timeline
 from cnnopt.signals import StopRequest
-from cnnopt.training import SynchronousModel, evaluate
+from cnnopt.training import SynchronousModel
 
 
 class Prune(Callback):

@@ -77,7 +77,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
 
     import numpy as np
 
-    from cnnopt import callbacks, monitoring, record, resume, training
+    from cnnopt import callbacks, loop, monitoring, record, resume, training
     from cnnopt.console import Console
     from cnnopt.export import qat
     from cnnopt.precision import Precision
@@ -117,8 +117,8 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}
-    with training.training_stream(config, images, world, **steps) as stream:
-        training.fit(model, stream, timeline, hooks)
+    with loop.training_stream(config, images, world, **steps) as stream:
+        loop.fit(model, stream, timeline, hooks)
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
         # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.

@@ -20,7 +20,7 @@ launched, _ = distributed.launched()
 distributed.prepare(launched, deterministic=False, verbose=False)
 world = distributed.start(verbose=False)
 
-from cnnopt import precision, training  # noqa: E402
+from cnnopt import loop, precision, training  # noqa: E402
 from cnnopt.pruning import magnitude_masks  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 
@@ -75,5 +75,5 @@ def block(steps: int, exchange: str = "dense", wire: str = "float32", sparsity: 
 
 
 CONFIG, TIMELINE = settings("dense", "float32")
-with training.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=TIMELINE.total_steps) as stream:
+with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=TIMELINE.total_steps) as stream:
     serve(block)

@@ -19,7 +19,7 @@ world = distributed.start(verbose=False)
 
 import tf_keras as keras  # noqa: E402
 
-from cnnopt import callbacks, data, precision, training  # noqa: E402
+from cnnopt import callbacks, data, loop, precision, training  # noqa: E402
 from cnnopt.exchange import choose  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 
@@ -59,8 +59,8 @@ def train(kind: str, wire: str) -> tuple[dict[str, np.ndarray], dict]:
     model = training.build(config, IMAGES, timeline, compute, ranks=world.size)
     distributed.broadcast(list(model.named_state().values()))
     count = Count()
-    with training.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
-        training.fit(model, stream, timeline, [count, callbacks.Prune()])
+    with loop.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
+        loop.fit(model, stream, timeline, [count, callbacks.Prune()])
     model.pruner.verify_final()
     model.agree()
     return {name: v.numpy() for name, v in model.named_state().items()}, {

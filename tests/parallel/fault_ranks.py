@@ -28,7 +28,7 @@ sys.modules["keras"] = tf_keras
 import horovod.tensorflow.keras  # noqa: E402, F401
 
 import train_hvd  # noqa: E402
-from cnnopt import callbacks, checkpoint, console, data, distributed, resume, training  # noqa: E402, F401
+from cnnopt import callbacks, checkpoint, console, data, distributed, loop, monitoring, resume, training  # noqa: E402, F401
 
 
 def strike(kind: str) -> None:

@@ -18,7 +18,7 @@ world = distributed.start(verbose=False)
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
-from cnnopt import callbacks, data, precision, training  # noqa: E402
+from cnnopt import callbacks, data, loop, precision, training  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 
 CONFIG = TrainConfig(
@@ -55,8 +55,8 @@ def train(compute: str) -> tuple[training.SynchronousModel, list[float]]:
     model, timeline = build(compute)
     distributed.broadcast(list(model.named_state().values()))
     losses = Losses()
-    with training.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
-        training.fit(model, stream, timeline, [*distributed.callbacks(), callbacks.Prune(), losses])
+    with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
+        loop.fit(model, stream, timeline, [*distributed.callbacks(), callbacks.Prune(), losses])
     return model, losses.losses
 
 
@@ -67,7 +67,7 @@ def images_of_an_epoch() -> list[int]:
     plain = data.Dataset("numbered", numbered, IMAGES.train_labels, numbered, IMAGES.train_labels, IMAGES.class_names)
     config = TrainConfig(dataset="synthetic", depth=8, batch_size=50 * world.size, augment="none", epochs=1)
     steps = Timeline(len(numbered), config.batch_size, 1).total_steps
-    with training.training_stream(config, plain, world, first_step=0, last_step=steps) as shards:
+    with loop.training_stream(config, plain, world, first_step=0, last_step=steps) as shards:
         return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images.numpy()]
 
 
@@ -122,7 +122,7 @@ def main(dest: Path, weights: Path | None) -> None:
         with np.load(weights) as stored:
             for name, variable in model.named_state().items():
                 variable.assign(stored[name])
-    found["evaluation"] = training.evaluate(model, IMAGES.test_images, IMAGES.test_labels, world, batch_size=64)
+    found["evaluation"] = loop.evaluate(model, IMAGES.test_images, IMAGES.test_labels, world, batch_size=64)
     np.savez(dest / f"rank{world.rank}.npz", **arrays)
     (dest / f"rank{world.rank}.json").write_text(json.dumps(found))
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import tensorflow as tf
 
-from cnnopt import data, precision, training
+from cnnopt import data, loop, precision, training
 from cnnopt.config import TrainConfig
 from cnnopt.distributed import World
 from cnnopt.schedules import Timeline
@@ -32,7 +32,7 @@ def build(config: TrainConfig) -> training.SynchronousModel:
 
 def stream(config: TrainConfig, first_step: int = 0) -> AbstractContextManager[tf.data.Iterator]:
     last_step = timeline_of(config).total_steps
-    return training.training_stream(config, IMAGES, World(), first_step=first_step, last_step=last_step)
+    return loop.training_stream(config, IMAGES, World(), first_step=first_step, last_step=last_step)
 
 
 def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
@@ -43,7 +43,7 @@ def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
 def fit(model: training.SynchronousModel, config: TrainConfig, callbacks: Sequence) -> None:
     """From the model's step to the end of the run."""
     with stream(config, int(model.run.global_step.numpy())) as batches:
-        training.fit(model, batches, timeline_of(config), callbacks)
+        loop.fit(model, batches, timeline_of(config), callbacks)
 
 
 def state(model: training.SynchronousModel) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import small_runs
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt import training
+from cnnopt import loop
 from cnnopt.callbacks import DivergedError, Prune, StopIfDiverged
 from cnnopt.config import ConfigError
 from cnnopt.distributed import World
@@ -224,14 +224,14 @@ def test_evaluation_counts_every_image_once_with_the_average_where_there_is_one(
     model.set_weights(weights)
 
     for batch_size in (200, 75, 20, 1):
-        found = training.evaluate(model, images, labels, World(), batch_size=batch_size)
+        found = loop.evaluate(model, images, labels, World(), batch_size=batch_size)
         assert found["count"] == len(images) == 75
         assert found["accuracy"] == averaged[0]
         assert found["loss"] == pytest.approx(averaged[1], rel=1e-5)
         for weight, value in zip(model.weights, weights, strict=True):
             np.testing.assert_array_equal(weight.numpy(), value)
     model.run.averaged.clear()
-    found = training.evaluate(model, images, labels, World(), batch_size=20)
+    found = loop.evaluate(model, images, labels, World(), batch_size=20)
     assert (found["accuracy"], found["loss"]) == (plain[0], pytest.approx(plain[1], rel=1e-5))
 
 
