@@ -24,8 +24,8 @@ def training_stream(
 ) -> Iterator[tf.data.Iterator]:
     """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
 
-    The stream is drained on leaving. TensorFlow destroys one that is not at its end from within Python's
-    garbage collection, and waits there for the thread that prepares the next shard in Python.
+    It is drained on leaving, but for an error. TensorFlow destroys a stream that is not at its end from within
+    Python's garbage collection, and waits there for the thread that prepares the next shard in Python.
     """
     left = threading.Event()
 
@@ -46,12 +46,10 @@ def training_stream(
     shard = config.batch_size // world.size
     signature = (tf.TensorSpec([shard, 32, 32, 3], tf.uint8), tf.TensorSpec([shard], tf.int64))
     stream = iter(tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4))
-    try:
-        yield stream
-    finally:
-        left.set()
-        for _ in stream:
-            pass
+    yield stream
+    left.set()
+    for _ in stream:
+        pass
 
 
 def fit(

@@ -21,19 +21,24 @@ def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
         return body(request, presence)
     except KeyboardInterrupt:
         return 130
+    # Each speaks before the error is let go of, and all that its frames hold with it, which takes seconds.
     except CnnoptError as error:
-        why, of_one_rank, status = str(error), error.of_one_rank, error.exit_status
+        _speak(presence, str(error), of_one_rank=error.of_one_rank)
+        return error.exit_status
     except Exception as error:
         if not distributed.is_exchange_failure(error):
             raise
-        why, of_one_rank, status = "", False, RunError.exit_status
+        _speak(presence, "", of_one_rank=False)
+        return RunError.exit_status
+
+
+def _speak(presence: Presence, why: str, *, of_one_rank: bool) -> None:
     # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     world = distributed.launched()[0]
     if presence.places:
         presence.speak(world.rank, why)
     elif world.first or of_one_rank:
-        print(f"{name}: {why}", file=sys.stderr, flush=True)
+        print(f"{presence.program}: {why}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)
-    return status

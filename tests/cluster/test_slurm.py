@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import urllib.request
 
 import numpy as np
@@ -127,11 +128,16 @@ def test_horovodrun_as_launcher(slurm):
     assert "sparsity 60.00%" in job.log()
 
 
-def test_pmix_without_mpi_in_horovod_is_one_line(slurm):
+def test_pmix_trains_with_mpi_in_horovod_and_is_one_line_without(slurm):
     if "pmix" not in "".join(slurm.run("srun", "--mpi=list").stdout.split()):
         pytest.skip("SLURM finds no PMIx here: sudo apt-get install libpmix-dev")
     # One node, as PMIx takes /tmp for its own, and these two nodes share it.
     job = super_model(slurm, "pmix", sbatch=("--nodes=1", "--ntasks-per-node=2"), LAUNCHER="pmix")
+    if "[X] MPI" in subprocess.run(["horovodrun", "--check-build"], capture_output=True, text=True).stdout:
+        assert job.wait() == "COMPLETED", job.log()
+        assert "(n1: 2 x CPU)" in job.log()
+        assert "sparsity 60.00%" in job.log()
+        return
     assert job.wait() == "FAILED"
     lines = [line for line in job.log().splitlines() if line.startswith("train_hvd.py: ")]
     assert len(lines) == 1, job.log()
