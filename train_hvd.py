@@ -84,7 +84,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
         # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
-        distributed.gather_objects(None)
+        presence.stop_after_first(world.rank)
         return STOPPED
     model.pruner.verify_final()
     if world.first:
@@ -114,4 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.leave(main())

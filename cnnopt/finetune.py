@@ -122,7 +122,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
         # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
-        distributed.gather_objects(None)
+        presence.stop_after_first(world.rank)
         return STOPPED
     model.pruner.verify_final()
     if world.first:
@@ -150,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.leave(main())

@@ -17,6 +17,8 @@ from cnnopt.data import Dataset, batches
 from cnnopt.schedules import Timeline
 from cnnopt.training import SynchronousModel
 
+_kept: list[tf.data.Iterator] = []
+
 
 @contextlib.contextmanager
 def training_stream(
@@ -24,8 +26,8 @@ def training_stream(
 ) -> Iterator[tf.data.Iterator]:
     """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
 
-    It is drained on leaving, but for an error. TensorFlow destroys a stream that is not at its end from within
-    Python's garbage collection, and waits there for the thread that prepares the next shard in Python.
+    It is drained on leaving, but for an error, and kept: TensorFlow destroys a stream while it holds Python's lock,
+    and waits for the stream's thread, which may be waiting for the lock.
     """
     left = threading.Event()
 
@@ -46,6 +48,7 @@ def training_stream(
     shard = config.batch_size // world.size
     signature = (tf.TensorSpec([shard, 32, 32, 3], tf.uint8), tf.TensorSpec([shard], tf.int64))
     stream = iter(tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4))
+    _kept.append(stream)
     yield stream
     left.set()
     for _ in stream:

@@ -29,7 +29,7 @@ class Place:
 
 
 class Presence:
-    """Answers the other ranks with ``running``, ``failed``, or this rank's own error, and hears theirs."""
+    """Answers the other ranks with ``running``, ``stopped``, ``failed``, or this rank's own error, and hears theirs."""
 
     def __init__(self, program: str) -> None:
         self.program = program
@@ -54,13 +54,30 @@ class Presence:
                 connection.sendall(self.state.encode())
 
     def ask(self, rank: int, say: str = "") -> str | None:
-        """Tell rank ``rank`` something, and return its state; None if it is killed, stopped or out of reach."""
+        """Tell rank ``rank`` something, and return its state; empty if it has ended, None if it does not answer."""
         try:
             with socket.create_connection(self.places[rank].address, TIMEOUT) as connection:
                 connection.sendall(f"{say}\n".encode())
-                return connection.makefile(encoding="utf-8").read() or None
+                return connection.makefile(encoding="utf-8").read()
+        except ConnectionError:
+            return ""
         except OSError:
             return None
+
+    def stop_after_first(self, rank: int, *, patience: float = 30) -> None:
+        """Return once rank 0 has stopped too, has ended, or has not answered for ``patience`` seconds.
+
+        No collective would do: of the ranks that leave it, the first to end may break it for the others.
+        """
+        self.state = "stopped"
+        heard = time.monotonic()
+        while rank and self.places and time.monotonic() - heard < patience:
+            state = self.ask(0)
+            if state == "running":
+                heard = time.monotonic()
+            elif state is not None:
+                return
+            time.sleep(0.1)
 
     def speak(self, rank: int, why: str = "") -> None:
         """Print the line with which rank ``rank`` ends, if it is this rank that says it."""
@@ -81,7 +98,7 @@ class Presence:
             if why and rank == 0:
                 return why
             lower = [answers[other] for other in range(rank)]
-            errors = self.heard | ({*answers.values()} - {None, "running", "failed"})
+            errors = self.heard | ({*answers.values()} - {None, "", "running", "stopped", "failed"})
             if (why in {*errors, *lower}) if why else (errors or "failed" in lower):
                 return None
             if "running" not in answers.values() or time.monotonic() > end:

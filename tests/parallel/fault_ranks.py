@@ -28,7 +28,7 @@ sys.modules["keras"] = tf_keras
 import horovod.tensorflow.keras  # noqa: E402, F401
 
 import train_hvd  # noqa: E402
-from cnnopt import callbacks, checkpoint, console, data, distributed, loop, monitoring, resume, training  # noqa: E402, F401
+from cnnopt import callbacks, checkpoint, console, data, distributed, loop, monitoring, program, resume, training  # noqa: E402, F401
 
 
 def strike(kind: str) -> None:
@@ -105,7 +105,7 @@ def become_rank(job: dict, rank: int) -> NoReturn:
         hooks += plant(**fault)
     of_horovod = distributed.callbacks
     distributed.callbacks = lambda: [*of_horovod(), *hooks]
-    sys.exit(train_hvd.main())
+    program.leave(train_hvd.main())
 
 
 def main() -> None:
