@@ -85,6 +85,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
         # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
         presence.stop_after_first(world.rank)
+        distributed.shutdown()
         return STOPPED
     model.pruner.verify_final()
     if world.first:

@@ -123,6 +123,7 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
         # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
         presence.stop_after_first(world.rank)
+        distributed.shutdown()
         return STOPPED
     model.pruner.verify_final()
     if world.first:
