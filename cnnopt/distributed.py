@@ -74,32 +74,39 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
     """Set what TensorFlow and Horovod read from the environment when they start. Call before importing either.
 
     A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError where this
-    rank and the others cannot reach each other.
+    rank and the others cannot reach each other, LaunchError where a number is none.
     """
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "HOROVOD_RANK" not in os.environ:
         # cnnopt.launch serves the rendezvous, and srun has started the ranks.
         os.environ.update(slurm.horovod_variables(os.environ))
     rendezvous.check()
     threads = threads_per_rank(world)
-    defaults = {
-        **environment.TENSORFLOW,
+    numbers = {
         "TF_NUM_INTRAOP_THREADS": str(threads),
         "TF_NUM_INTEROP_THREADS": "2",
-        "OMP_NUM_THREADS": str(threads),
-        # One flat tensor a step is exchanged, so a slow cycle costs little, while the default of 1 ms takes
-        # compute time from small hosts.
-        "HOROVOD_CYCLE_TIME": "10" if threads <= 2 else "1",
         # A hung rank must end the job, so that it can be started again.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
     }
+    others = {
+        **environment.TENSORFLOW,
+        "OMP_NUM_THREADS": str(threads),
+        # One flat tensor a step is exchanged, so a slow cycle costs little, while the default of 1 ms takes
+        # compute time from small hosts.
+        "HOROVOD_CYCLE_TIME": "10" if threads <= 2 else "1",
+    }
     if deterministic:
         # Fusion order is the one source of non-determinism that Horovod's maintainers name.
-        defaults["HOROVOD_FUSION_THRESHOLD"] = "0"
-        defaults["TF_DETERMINISTIC_OPS"] = "1"
+        numbers["HOROVOD_FUSION_THRESHOLD"] = "0"
+        others["TF_DETERMINISTIC_OPS"] = "1"
     if not verbose:
-        defaults |= {**environment.QUIET, "HOROVOD_LOG_LEVEL": "error"}
-    return environment.prepare(defaults)
+        others |= {**environment.QUIET, "HOROVOD_LOG_LEVEL": "error"}
+    settings = environment.prepare({**numbers, **others})
+    for name, default in numbers.items():
+        # Horovod reads another word as 0 and says nothing.
+        if not settings[name].isdecimal():
+            raise LaunchError(f"{name}={settings[name]}: must be a whole number; without it {default} is taken")
+    return settings
 
 
 def start(*, verbose: bool) -> World:

@@ -1,5 +1,9 @@
 """SIGTERM and SIGUSR1: during training they ask for a save and a stop, before and after it they end the process.
 
+srun sends SIGTERM itself, to all ranks once one has failed, and reports the highest status of them all. So under srun
+a rank that SIGTERM ends before or after training says 1, and the job's status is that of the rank that failed: 75 would
+hide wrong input, and put a job into the queue that can only fail again. The batch scripts ask for a stop by SIGUSR1.
+
 Standard library only, so that they are heard before TensorFlow is loaded.
 """
 
@@ -13,6 +17,7 @@ import time
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = os.EX_TEMPFAIL
+ENDED_BY_SRUN = 1
 
 
 class StopRequest:
@@ -48,6 +53,7 @@ class StopRequest:
                 self.told, told_at = True, time.monotonic()
                 if not self.training:
                     # What is done is saved, and what is not saved is begun anew by the same command.
-                    os._exit(STOPPED)
+                    by_srun = number == signal.SIGTERM and "SLURM_STEP_ID" in os.environ
+                    os._exit(ENDED_BY_SRUN if by_srun else STOPPED)
             elif time.monotonic() - told_at > self.ONE_REQUEST:
                 os._exit(128 + number)

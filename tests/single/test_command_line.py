@@ -80,6 +80,12 @@ def test_a_batch_that_does_not_divide_over_the_launched_ranks(shell):
     assert "--batch-size 128: does not divide over 3 ranks; use 126 or 129" in message
 
 
+@pytest.mark.parametrize("name", ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "TF_NUM_INTEROP_THREADS"])
+def test_a_setting_of_the_environment_that_is_no_number(name, shell, tmp_path):
+    said = refusal(["--dataset", "synthetic", "--run-dir", str(tmp_path)], {**shell, name: "5 min"})
+    assert f"{name}=5 min: must be a whole number" in said
+
+
 def test_only_the_first_rank_speaks(shell):
     ranks = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "3", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "3"}
     done = program(["--depth", "43"], {**shell, **ranks})

@@ -1,5 +1,6 @@
 """Signals before, during and after training, in a process whose main thread does not come back to Python."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,9 +23,13 @@ libc.pthread_mutex_lock(mutex)
 """
 
 
-def stuck(*, training: bool) -> subprocess.Popen:
+def stuck(*, training: bool, **variables: str) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(training=training)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STUCK.format(training=training)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -35,6 +40,13 @@ def test_before_training_a_signal_ends_the_process_with_75(number):
     with stuck(training=False) as process:
         process.send_signal(number)
         assert process.wait(30) == 75
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 75)])
+def test_a_rank_that_srun_ends_early_hides_no_other_ranks_status(number, status):
+    with stuck(training=False, SLURM_STEP_ID="0") as process:
+        process.send_signal(number)
+        assert process.wait(30) == status
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
