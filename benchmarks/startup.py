@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Seconds from the shell to the first step finished, of one rank and of two, by each launcher.
+
+The first step is finished when its checkpoint is there (--save-every 1s), so the save is in the time too. What a
+launcher adds is the difference to `one process`; `import tensorflow` is what none of them can go below.
+
+    .venv/bin/python benchmarks/startup.py --depth 20 --batch 64 --out startup.json
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from side_by_side import ROOT, arguments, median_and_spread, open_log, report, table
+
+PYTHON = str(ROOT / ".venv/bin/python")
+LAUNCHERS = {
+    "one process": [PYTHON, "train_hvd.py"],
+    "two ranks, cnnopt.launch": [PYTHON, "-m", "cnnopt.launch", "-np", "2", "--", PYTHON, "train_hvd.py"],
+    "two ranks, horovodrun": [str(ROOT / ".venv/bin/horovodrun"), "-np", "2", PYTHON, "train_hvd.py"],
+}
+
+
+def to_first_step(name: str, command: list[str], flags: list[str]) -> float:
+    """Seconds until the checkpoint of the first step is there; all ranks are then ended."""
+    with tempfile.TemporaryDirectory() as folder, open_log(f"startup-{name.replace(' ', '-')}", 0) as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, *flags, "--run-dir", folder], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            while not any(Path(folder).glob("startup/checkpoints/*/manifest.json")):
+                if process.poll() is not None:
+                    sys.exit(f"{name} has ended; see {os.path.relpath(log.name)}")
+                time.sleep(0.01)
+            return time.perf_counter() - started
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+
+
+def main() -> None:
+    """Measure, print the table, write every figure."""
+    args = arguments(__doc__).parse_args()
+    turns = {f"ResNet-{depth}, {name}": (depth, command) for depth in args.depth for name, command in LAUNCHERS.items()}
+    seconds: dict[str, list[float]] = {"import tensorflow": [], **{name: [] for name in turns}}
+    for number in range(args.rounds + 1):
+        found = {}
+        started = time.perf_counter()
+        subprocess.run([PYTHON, "-c", "import tensorflow, tf_keras"], stderr=subprocess.DEVNULL, check=True)
+        found["import tensorflow"] = time.perf_counter() - started
+        for name, (depth, command) in turns.items():
+            flags = [
+                "--dataset",
+                "synthetic",
+                "--depth",
+                str(depth),
+                "--precision",
+                args.precision,
+                "--name",
+                "startup",
+            ]
+            flags += ["--batch-size", str(args.batch * (1 if "one" in name else 2)), "--epochs", "20"]
+            found[name] = to_first_step(name, command, [*flags, "--save-every", "1s"])
+        print(
+            f"  round {number}/{args.rounds}", {name: round(value, 1) for name, value in found.items()}, file=sys.stderr
+        )
+        # The first round reads files that the later ones find in memory.
+        for name, value in found.items() if number else ():
+            seconds[name].append(value)
+    rows = []
+    for name, values in seconds.items():
+        middle, spread = median_and_spread(values)
+        rows.append([name, f"{middle:.1f}", f"{spread:.0%}"])
+    text = f"{args.batch} images a rank, {args.rounds} rounds\n\n" + table(["", "seconds", "spread"], rows)
+    report(args.out, text, {"batch": args.batch, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
