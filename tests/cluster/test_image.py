@@ -59,7 +59,9 @@ class Stage:
         options = f"lowerdir={':'.join(map(str, lower))},upperdir={upper},workdir={work}"
         mount("-t", "overlay", "-o", options, "overlay", str(self.root))
         mount("-t", "proc", "proc", str(self.root / "proc"))
-        mount("--rbind", "--make-rslave", "/dev", str(self.root / "dev"))
+        # Not the machine's own /dev, which whoever removes what a killed test has left would empty: debootstrap has
+        # made the devices.
+        mount("-t", "tmpfs", "tmpfs", str(self.root / "dev/shm"))
 
     def inside(self, path: str) -> Path:
         return self.root / os.path.join(self.folder, path).lstrip("/")
