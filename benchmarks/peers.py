@@ -56,8 +56,10 @@ def main() -> None:
                 "ours": (ours, {**steps, "exchange": args.exchange}),
                 "none": (ours, {**steps, "exchange": "none"}),
             }
-            for peer in args.peers:
-                ports = str(free_ports(2))
+            # At once, as a peer that starts takes its ports seconds later.
+            first_port = free_ports(2 * len(args.peers))
+            for i, peer in enumerate(args.peers):
+                ports = str(first_port + 2 * i)
                 worker = [DDP, *size, compute] if peer == "ddp" else [KERAS, *size, compute, peer]
                 if peer == "ddp" and not args.torch_python:
                     continue
