@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from hosts import bits_per_second, hosts, start
+from scipy.optimize import nnls
 from side_by_side import arguments, interleave, median_and_spread, report, table
 
 WORKER = "benchmarks/workers/ours.py"
@@ -40,12 +41,13 @@ class CostModel:
 
     @classmethod
     def fit(cls, compute: float, samples: list[tuple[str, float, float, float]]) -> "CostModel":
-        """By least squares, from (kind, bytes, bits a second of the link, seconds) of two ranks."""
+        """By non-negative least squares, from (kind, bytes, bits a second of the link, seconds) of two ranks."""
         kinds = sorted({kind for kind, *_ in samples})
-        left = [[*(kind == k for k in kinds), size] for kind, size, _, _ in samples]
+        # In megabytes, so that the columns are of one size.
+        left = [[*(kind == k for k in kinds), size / 1e6] for kind, size, _, _ in samples]
         right = [seconds - compute - 8 * size / link for _, size, link, seconds in samples]
-        *fixed, a_byte = np.linalg.lstsq(np.array(left, float), np.array(right), rcond=None)[0]
-        return cls(compute, dict(zip(kinds, map(float, fixed), strict=True)), float(a_byte))
+        *fixed, a_byte = nnls(np.array(left, float), np.array(right))[0]
+        return cls(compute, dict(zip(kinds, map(float, fixed), strict=True)), float(a_byte) / 1e6)
 
     def seconds(self, kind: str, size: float, link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
         """Of one step of ``ranks`` ranks that exchange ``size`` bytes over links of ``link`` bits a second."""
@@ -78,8 +80,8 @@ def on_this_machine(args, depth: int) -> tuple[str, dict]:
     return table(heads, rows), seconds
 
 
-def on_links(args, depth: int) -> tuple[str, CostModel, dict[str, float], dict]:
-    """Two ranks on limited links: the measured steps beside those of the model."""
+def on_links(args, depth: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Two ranks on limited links: seconds of each turn, and bytes of each exchange."""
     links = [*args.fit, *args.held_out]
     command = [WORKER, str(depth), str(args.batch), args.precision]
     with hosts(2) as pair, start(f"scaling-{depth}", command, 2, on=pair) as ours:
@@ -89,7 +91,12 @@ def on_links(args, depth: int) -> tuple[str, CostModel, dict[str, float], dict]:
             for name, request in EXCHANGES.items()
         }
         seconds = interleave(turns, rounds=args.rounds, before=lambda turn: pair.limit(turn.split()[0]))
-        size = {name: ours.ask(**request, steps=1)[0]["bytes"] for name, request in EXCHANGES.items()}
+        return seconds, {name: ours.ask(**request, steps=1)[0]["bytes"] for name, request in EXCHANGES.items()}
+
+
+def compare(args, seconds: dict[str, list[float]], size: dict[str, float]) -> tuple[str, CostModel]:
+    """The steps that ``on_links`` measured beside those of the model, which is fitted to some of them."""
+    links = [*args.fit, *args.held_out]
     medians = {turn: median_and_spread(values)[0] for turn, values in seconds.items()}
     compute = float(np.median([medians[f"{link} none"] for link in links]))
     sent = [name for name in EXCHANGES if name != "none"]
@@ -108,7 +115,7 @@ def on_links(args, depth: int) -> tuple[str, CostModel, dict[str, float], dict]:
             said = model.seconds(name.split()[0], size[name], bits_per_second(link))
             use = "fitted" if link in args.fit else "held out"
             rows.append([link, name, f"{1e3 * found:.0f}", f"{1e3 * said:.0f}", f"{said / found - 1:+.1%}", use])
-    return table(["link", "exchange", "ms measured", "ms of the model", "error", ""], rows), model, size, seconds
+    return table(["link", "exchange", "ms measured", "ms of the model", "error", ""], rows), model
 
 
 def extrapolation(args, model: CostModel, size: dict[str, float]) -> tuple[str, dict[str, list[float]]]:
@@ -158,7 +165,8 @@ def main() -> None:
     parts, content = [], {}
     for depth in args.depth:
         local, local_seconds = on_this_machine(args, depth)
-        linked, model, size, link_seconds = on_links(args, depth)
+        link_seconds, size = on_links(args, depth)
+        linked, model = compare(args, link_seconds, size)
         beyond, curves = extrapolation(args, model, size)
         fitted = f"compute {1e3 * model.compute:.1f} ms, " + ", ".join(
             f"{kind} {1e3 * value:+.1f} ms" for kind, value in model.fixed.items()

@@ -18,10 +18,12 @@ from pathlib import Path
 from side_by_side import ROOT, arguments, median_and_spread, open_log, report, table
 
 PYTHON = str(ROOT / ".venv/bin/python")
+HOROVODRUN = str(ROOT / ".venv/bin/horovodrun")
 LAUNCHERS = {
     "one process": [PYTHON, "train_hvd.py"],
     "two ranks, cnnopt.launch": [PYTHON, "-m", "cnnopt.launch", "-np", "2", "--", PYTHON, "train_hvd.py"],
-    "two ranks, horovodrun": [str(ROOT / ".venv/bin/horovodrun"), "-np", "2", PYTHON, "train_hvd.py"],
+    "two ranks, horovodrun --gloo": [HOROVODRUN, "--gloo", "-np", "2", PYTHON, "train_hvd.py"],
+    "two ranks, horovodrun": [HOROVODRUN, "-np", "2", PYTHON, "train_hvd.py"],
 }
 
 
