@@ -42,7 +42,7 @@ class TrainConfig:
     )
     depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests")
 
-    sparsity: float = _flag(0.6, "share of the weights of each kernel that is zero in the end; 0 is dense")
+    sparsity: float = _flag(0.6, "share of the weights of all kernels that is zero in the end; 0 is dense")
     sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
         "polynomial", "how the sparsity gets there: at once, or by a cubic ramp (Zhu and Gupta 2017)"
     )
@@ -51,7 +51,7 @@ class TrainConfig:
     prune_end: str = _flag("50%", "last mask update; the masks are fixed from there on")
     prune_frequency: str = _flag("1%", "from one mask update to the next")
     sparsity_scope: Literal["uniform", "global"] = _flag(
-        "uniform", "each kernel reaches the sparsity, or all prunable weights are ranked together"
+        "global", "all prunable weights are ranked together, or each kernel reaches the sparsity"
     )
 
     optimizer: Literal["sgd", "adam"] = _flag("sgd", "sgd has Nesterov momentum 0.9")
@@ -213,6 +213,7 @@ _STUDY: dict[str, Any] = {
     "prune_end": "100%",
     "prune_frequency": "100s",
     "initial_sparsity": 0.5,
+    "sparsity_scope": "uniform",
 }
 _DENSE: dict[str, Any] = {"sparsity": 0.0, "sparsity_schedule": "none"}
 _STUDY_SUPER = {**_STUDY, "augment": "shift", "precision": "float16"}

@@ -28,6 +28,7 @@ CONFIG = TrainConfig(
     epochs=2,
     base_lr=0.1,
     warmup="2e",
+    sparsity_scope="uniform",
     prune_begin="2s",
     prune_end="10s",
     prune_frequency="2s",

@@ -322,7 +322,7 @@ def test_prune_low_magnitude_rounds_the_float32_weights_where_it_runs(float32_po
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 def test_ours_rounds_no_weight_and_takes_a_float32_classifier(compute, float32_policy):
-    model = small_runs.build(small_runs.settings(precision=compute))
+    model = small_runs.build(small_runs.settings(precision=compute, sparsity_scope="uniform"))
     before = [kernel.numpy() for kernel in model.pruner.kernels]
     assert model.get_layer("classifier").compute_dtype == "float32"
     assert model.get_layer("stem").compute_dtype == compute
