@@ -275,7 +275,7 @@ def test_the_identity_is_what_decides_the_result():
 def test_every_other_field_changes_the_digest_and_is_named(name):
     other = {
         "dataset": "digits", "depth": 32, "sparsity": 0.7, "sparsity_schedule": "constant", "initial_sparsity": 0.1,
-        "prune_begin": "11%", "prune_end": "51%", "prune_frequency": "2%", "sparsity_scope": "global",
+        "prune_begin": "11%", "prune_end": "51%", "prune_frequency": "2%", "sparsity_scope": "uniform",
         "optimizer": "adam", "base_lr": 0.1, "lr_schedule": "cosine", "warmup": "1e", "weight_decay": 0.0,
         "label_smoothing": 0.1, "ema": 0.9, "augment": "none", "normalize": "pixel-mean", "batch_size": 64,
         "epochs": 31, "precision": "float32", "seed": 1, "deterministic": True, "wire_dtype": "float16",
