@@ -25,11 +25,9 @@ MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clust
 def trained(tmp_path_factory):
     """A run that train_hvd.py has really trained, with averaged weights, and its report."""
     folder = tmp_path_factory.mktemp("runs")
+    flags = "--dataset synthetic --depth 8 --epochs 2 --warmup 0e --batch-size 64 --ema 0.9 --precision float32"
     # Uniform, as TensorFlow Lite encodes no kernel with few zeros.
-    flags = (
-        "--dataset synthetic --depth 8 --epochs 2 --warmup 0e --batch-size 64 --ema 0.9 --precision float32 --name t"
-    )
-    flags += " --sparsity-scope uniform"
+    flags += " --sparsity-scope uniform --name t"
     command = [sys.executable, "train_hvd.py", *flags.split(), "--run-dir", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=ENVIRONMENT)
     dense = make_run(folder / "dense", sparsity=0.0)
