@@ -137,7 +137,14 @@ def start(*, verbose: bool) -> World:
             f"{launcher} started {said.size} processes but Horovod joined {world.size}: start it with horovodrun or "
             "cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
         )
-    # Horovod: pin one GPU to each rank of a host.
+    _pin(world)
+    return world
+
+
+def _pin(world: World) -> None:
+    """Show TensorFlow one GPU of the host, by local rank, whose memory it takes as it needs it."""
+    import tensorflow as tf
+
     gpus = tf.config.list_physical_devices("GPU")
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if not gpus and given != "0" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
@@ -146,9 +153,9 @@ def start(*, verbose: bool) -> World:
             "for a TensorFlow with CUDA (docs/slurm.md), or train on CPUs with --gpus-per-node=0"
         )
     if gpus:
+        # Horovod: pin one GPU to each rank of a host.
         tf.config.set_visible_devices(gpus[world.local_rank % len(gpus)], "GPU")
         tf.config.experimental.set_memory_growth(gpus[world.local_rank % len(gpus)], True)
-    return world
 
 
 def hostname() -> str:

@@ -1,0 +1,35 @@
+"""What a rank does with the GPUs of its host, as far as that can be told without one."""
+
+import pytest
+import tensorflow as tf
+
+from cnnopt import distributed
+from cnnopt.distributed import World
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "seen", "pinned"),
+    [(0, 4, 0), (3, 4, 3), (2, 1, 0)],
+    ids=["first of four", "last of four", "SLURM shows each rank its own"],
+)
+def test_each_rank_of_a_host_gets_one_gpu_and_takes_its_memory_as_needed(local_rank, seen, pinned, monkeypatch):
+    # TensorFlow's answers are made up here; what it is told is ours.
+    gpus = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in range(seen)]
+    told = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda device, kind: told.append(("visible", device)))
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda device, on: told.append((on, device)))
+    distributed._pin(World(rank=local_rank + 4, size=8, local_rank=local_rank, local_size=4))
+    assert told == [("visible", gpus[pinned]), (True, gpus[pinned])]
+
+
+def test_without_a_gpu_nothing_is_pinned(monkeypatch):
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *_: pytest.fail("there is none"))
+    distributed._pin(World())
+
+
+def test_a_gpu_that_slurm_gave_and_tensorflow_does_not_find_is_one_line(monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(distributed.LaunchError, match="SLURM gave 2 GPU on each node, but TensorFlow finds none"):
+        distributed._pin(World())
