@@ -5,15 +5,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
 # Without --gloo it imports TensorFlow three times before it starts a rank, to see how Horovod was built.
 HOROVODRUN = (str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "{ranks}")
+
+
+def assert_pruned(arrays: Mapping[str, np.ndarray], sparsity: float) -> None:
+    """The eight kernels of a ResNet-8 together hold the zeros that ``--sparsity`` asks for, to the weight."""
+    kernels = [array for name, array in arrays.items() if name.startswith("weights/") and name.endswith("kernel:0")]
+    assert len(kernels) == 8
+    size = sum(kernel.size for kernel in kernels)
+    assert sum(int(np.sum(kernel == 0)) for kernel in kernels) == size - round(size * (1 - sparsity))
 
 
 class Job:
