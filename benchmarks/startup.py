@@ -56,21 +56,11 @@ def main() -> None:
         subprocess.run([PYTHON, "-c", "import tensorflow, tf_keras"], stderr=subprocess.DEVNULL, check=True)
         found["import tensorflow"] = time.perf_counter() - started
         for name, (depth, command) in turns.items():
-            flags = [
-                "--dataset",
-                "synthetic",
-                "--depth",
-                str(depth),
-                "--precision",
-                args.precision,
-                "--name",
-                "startup",
-            ]
-            flags += ["--batch-size", str(args.batch * (1 if "one" in name else 2)), "--epochs", "20"]
-            found[name] = to_first_step(name, command, [*flags, "--save-every", "1s"])
-        print(
-            f"  round {number}/{args.rounds}", {name: round(value, 1) for name, value in found.items()}, file=sys.stderr
-        )
+            batch = args.batch * (1 if name.endswith("one process") else 2)
+            flags = f"--dataset synthetic --depth {depth} --precision {args.precision} --batch-size {batch}"
+            flags += " --epochs 20 --save-every 1s --name startup"
+            found[name] = to_first_step(name, command, flags.split())
+        print(f"  round {number}/{args.rounds}", {k: round(v, 1) for k, v in found.items()}, file=sys.stderr)
         # The first round reads files that the later ones find in memory.
         for name, value in found.items() if number else ():
             seconds[name].append(value)

@@ -154,8 +154,9 @@ def _pin(world: World) -> None:
         )
     if gpus:
         # Horovod: pin one GPU to each rank of a host.
-        tf.config.set_visible_devices(gpus[world.local_rank % len(gpus)], "GPU")
-        tf.config.experimental.set_memory_growth(gpus[world.local_rank % len(gpus)], True)
+        mine = gpus[world.local_rank % len(gpus)]
+        tf.config.set_visible_devices(mine, "GPU")
+        tf.config.experimental.set_memory_growth(mine, True)
 
 
 def hostname() -> str:

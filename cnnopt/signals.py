@@ -15,9 +15,10 @@ import socket
 import threading
 import time
 
+from cnnopt.errors import RunError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = os.EX_TEMPFAIL
-ENDED_BY_SRUN = 1
 
 
 class StopRequest:
@@ -54,6 +55,6 @@ class StopRequest:
                 if not self.training:
                     # What is done is saved, and what is not saved is begun anew by the same command.
                     by_srun = number == signal.SIGTERM and "SLURM_STEP_ID" in os.environ
-                    os._exit(ENDED_BY_SRUN if by_srun else STOPPED)
+                    os._exit(RunError.exit_status if by_srun else STOPPED)
             elif time.monotonic() - told_at > self.ONE_REQUEST:
                 os._exit(128 + number)
