@@ -1,8 +1,9 @@
 """Quantization-aware fine-tuning of a finished run, on all ranks of the launcher: python -m cnnopt.finetune RUN EPOCHS
 
-``python -m cnnopt.quantize RUN --qat EPOCHS`` starts it. The network is that of ``cnnopt.export.qat``; the step, the
-exchange and the comparison of ranks are those of ``cnnopt.training``; the masks are those that the run ended with. It
-has a run folder of its own in RUN/qat/, and goes on where it was stopped. Exit status as of train_hvd.py.
+``python -m cnnopt.quantize RUN --qat EPOCHS`` starts it, once for all variants that are fine-tuned. The network is
+that of ``cnnopt.export.qat``; the step, the exchange and the comparison of ranks are those of ``cnnopt.training``; the
+masks are those that the run ended with. Each fine-tuning has a run folder of its own in RUN/qat/, and goes on where it
+was stopped. Exit status as of train_hvd.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cnnopt import data, distributed, program
 from cnnopt.config import TrainConfig
@@ -21,13 +24,17 @@ from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.signals import STOPPED, StopRequest
 
+if TYPE_CHECKING:
+    from cnnopt.schedules import Timeline
+    from cnnopt.training import SynchronousModel
+
 #: Peak learning rate as a share of the run's, annealed by a cosine: what NVIDIA's pytorch-quantization recommends.
 RATE = 0.01
 
 
-def settings_of(run: trained.TrainedRun, epochs: int) -> TrainConfig:
+def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainConfig:
     """The configuration of ``run``, but for what fine-tuning does otherwise. Raises TrainedError."""
-    folder = run.fine_tuned(epochs)
+    folder = run.fine_tuned(epochs, clusters)
     try:
         config = TrainConfig(**run.identity)
     except TypeError as error:
@@ -51,44 +58,89 @@ def settings_of(run: trained.TrainedRun, epochs: int) -> TrainConfig:
     )
 
 
-def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopRequest, presence: Presence) -> int:
-    """Fine-tune the run in ``path``; returns the exit status."""
+def fine_tune(
+    path: Path, epochs: int, codebooks: Sequence[int], data_dir: str | None, request: StopRequest, presence: Presence
+) -> int:
+    """Fine-tune the run in ``path`` once for each of ``codebooks``, clusters or 0; returns the exit status."""
     # ---- Start the ranks; the first one reads the run, which the others need not have on their disks -------------
     launched, _ = distributed.launched()
     settings = distributed.prepare(launched, deterministic=False, verbose=False)
     world = distributed.start(verbose=False)
     distributed.meet(presence)
-    outcome: trained.TrainedRun | str | None = None
+    outcome: tuple[trained.TrainedRun, list[int]] | str | None = None
     if world.first:
         try:
-            outcome = trained.read(path)
-            if RunFolder(outcome.fine_tuned(epochs)).result() is not None:
-                outcome = None
+            run = trained.read(path)
+            outcome = run, [n for n in codebooks if RunFolder(run.fine_tuned(epochs, n)).result() is None]
         except UserError as error:
             outcome = str(error)
     outcome = distributed.broadcast_object(outcome)
-    if outcome is None:
-        return 0
     if isinstance(outcome, str):
         raise UserError(outcome)
-    run, config = outcome, settings_of(outcome, epochs)
-    config.check_ranks(world.size)
-    folder = RunFolder.of(config)
+    assert outcome is not None
+    run, remaining = outcome
 
-    import numpy as np
-
-    from cnnopt import callbacks, loop, monitoring, record, resume, training
+    from cnnopt import callbacks, loop, monitoring, record, resume
     from cnnopt.console import Console
-    from cnnopt.export import qat
-    from cnnopt.precision import Precision
     from cnnopt.schedules import Timeline, parse_duration
 
-    # ---- The fake-quantized network, with the weights and the masks of the run -----------------------------------
     console = Console(quiet=not world.first, highlight=False, soft_wrap=True)
-    images = data.load(config.dataset, data_dir, seed=config.seed)
-    timeline = Timeline(len(images.train_images), config.batch_size, epochs)
+    for clusters in remaining:
+        config = settings_of(run, epochs, clusters)
+        config.check_ranks(world.size)
+        images = data.load(config.dataset, data_dir, seed=config.seed)
+        timeline = Timeline(len(images.train_images), config.batch_size, epochs)
+        model = _network(run, config, images, timeline, clusters, ranks=world.size)
+        folder = RunFolder.of(config)
+        if world.first:
+            folder.path.parent.mkdir(exist_ok=True)
+            folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": "float32"})
+        first_step = resume.restore(model, config, folder, world, say=console.print)
+        console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}", markup=False)
+
+        # ---- Train, without a callback that would renew the masks ------------------------------------------------
+        stop = callbacks.StopWhenTold(request)
+        hooks = [
+            *distributed.callbacks(),
+            stop,
+            callbacks.EndIfStalled(presence, world),
+            callbacks.StopIfDiverged(folder.checkpoints),
+            callbacks.Evaluate(images, world),
+            monitoring.Measure(timeline),
+        ]
+        if world.first:
+            hooks += [monitoring.Record(folder, config, first_step), monitoring.Show(timeline, console)]
+        every = parse_duration(config.save_every, "esm")
+        hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
+        steps = {"first_step": first_step, "last_step": timeline.total_steps}
+        with loop.training_stream(config, images, world, **steps) as stream:
+            loop.fit(model, stream, timeline, hooks)
+        if stop.stopped:
+            goes_on = f"stopped as told and saved; the same command goes on from {folder.checkpoints}"
+            console.print(goes_on, markup=False)
+            # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
+            presence.stop_after_first(world.rank)
+            distributed.shutdown()
+            return STOPPED
+        model.pruner.verify_final()
+        if world.first:
+            folder.finish(record.summarize(folder.metrics(), model.pruner.sparsities()))
+    distributed.shutdown()
+    return 0
+
+
+def _network(
+    run: trained.TrainedRun, config: TrainConfig, images: data.Dataset, timeline: Timeline, clusters: int, *, ranks: int
+) -> SynchronousModel:
+    """The fake-quantized network, with the weights and the masks of the run, and with centroids of these weights."""
+    import numpy as np
+
+    from cnnopt import training
+    from cnnopt.export import clustering, qat
+    from cnnopt.precision import Precision
+
     compute = Precision("float32", widen=False, reason="fine-tuning")
-    model = training.build(config, images, timeline, compute, ranks=world.size, parts=qat.PARTS)
+    model = training.build(config, images, timeline, compute, ranks=ranks, parts=qat.parts(clusters))
     for variable in model.weights:
         if variable.name in run.weights:
             variable.assign(run.weights[variable.name])
@@ -96,40 +148,11 @@ def fine_tune(path: Path, epochs: int, data_dir: str | None, request: StopReques
         layer = mask.name.removeprefix("mask/").split("/")[0]
         if layer in run.masks:
             mask.assign(run.masks[layer].astype(np.float32))
-    if world.first:
-        folder.path.parent.mkdir(exist_ok=True)
-        folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": "float32"})
-    first_step = resume.restore(model, config, folder, world, say=console.print)
-    console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}", markup=False)
-
-    # ---- Train, without a callback that would renew the masks ----------------------------------------------------
-    stop = callbacks.StopWhenTold(request)
-    hooks = [
-        *distributed.callbacks(),
-        stop,
-        callbacks.EndIfStalled(presence, world),
-        callbacks.StopIfDiverged(folder.checkpoints),
-        callbacks.Evaluate(images, world),
-        monitoring.Measure(timeline),
-    ]
-    if world.first:
-        hooks += [monitoring.Record(folder, config, first_step), monitoring.Show(timeline, console)]
-    every = parse_duration(config.save_every, "esm")
-    hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
-    steps = {"first_step": first_step, "last_step": timeline.total_steps}
-    with loop.training_stream(config, images, world, **steps) as stream:
-        loop.fit(model, stream, timeline, hooks)
-    if stop.stopped:
-        console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}", markup=False)
-        # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
-        presence.stop_after_first(world.rank)
-        distributed.shutdown()
-        return STOPPED
-    model.pruner.verify_final()
-    if world.first:
-        folder.finish(record.summarize(folder.metrics(), model.pruner.sparsities()))
-    distributed.shutdown()
-    return 0
+    for name, kernel in run.kernels().items() if clusters else ():
+        layer = model.get_layer(name)
+        gain = qat.gain(model, name)
+        layer.centroids.assign(clustering.codebook(kernel, clusters, gain, per_channel=layer.per_channel))
+    return model
 
 
 def main() -> int:
@@ -137,12 +160,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="cnnopt.finetune", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("epochs", type=int)
+    parser.add_argument(
+        "--clusters", type=int, nargs="+", default=[0], help="values a kernel of each fine-tuning; 0: any"
+    )
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--then", nargs=argparse.REMAINDER, help="what the first rank calls cnnopt.quantize with")
     given = parser.parse_args()
     status = program.run(
         "cnnopt.finetune",
-        lambda request, presence: fine_tune(given.run, given.epochs, given.data_dir, request, presence),
+        lambda *control: fine_tune(given.run, given.epochs, given.clusters, given.data_dir, *control),
     )
     if status == 0 and given.then and distributed.launched()[0].first:
         sys.stdout.flush()

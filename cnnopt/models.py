@@ -91,9 +91,9 @@ class Parts:
     ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
     """
 
-    standardize: type[Standardize] = Standardize
-    convolution: type[Conv2D] = Conv2D
-    dense: type[layers.Dense] = layers.Dense
+    standardize: Callable[..., layers.Layer] = Standardize
+    convolution: Callable[..., layers.Layer] = Conv2D
+    dense: Callable[..., layers.Layer] = layers.Dense
     rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
 
 

@@ -1,7 +1,7 @@
 """Quantize a finished run and measure every file that comes out: python -m cnnopt.quantize runs/NAME
 
     python -m cnnopt.quantize runs/NAME --variants float32,int8 --clusters 16 --baseline runs/DENSE --pack
-    horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2
+    horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
     python -m cnnopt.quantize pack FILE.tflite...
     python -m cnnopt.quantize unpack FILE.packed.zip...
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cnnopt.errors import CnnoptError
-from cnnopt.export.options import OneLineParser, OptionError, Options, choose, parse_args
+from cnnopt.export.options import PACKED, OneLineParser, OptionError, Options, choose, parse_args
 
 
 def writable(folder: Path) -> Path:
@@ -57,7 +57,8 @@ def fine_tune(options: Options) -> NoReturn:
     process that it is for.
     """
     data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
-    command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *data_dir]
+    clusters = ["--clusters", *map(str, options.fine_tunings().values())]
+    command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *clusters, *data_dir]
     os.execv(sys.executable, [*command, "--then", *options.argv, "--tuned"])
 
 
@@ -87,13 +88,12 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     chosen.sort()
 
     # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
-    tuned = None
-    if options.qat:
-        done = RunFolder(run.fine_tuned(options.qat)).result() is not None
-        # Other ranks cannot know that it is done, and wait to be told.
-        if not options.tuned and (not done or distributed.launched()[0].size > 1):
-            fine_tune(options)
-        tuned = trained.read(run.fine_tuned(options.qat))
+    folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
+    done = all(RunFolder(folder).result() is not None for folder in folders.values())
+    # Other ranks cannot know that it is done, and wait to be told.
+    if folders and not options.tuned and (not done or distributed.launched()[0].size > 1):
+        fine_tune(options)
+    tuned = {variant: trained.read(folder) for variant, folder in folders.items()}
 
     # ---- Convert -------------------------------------------------------------------------------------------------
     say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
@@ -123,14 +123,14 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
             assert options.clusters is not None
             source = convert.clustered_model(run, options.clusters)
             way = {**stages, "clustered": convert.kernels_of(source, run.depth)}
-        if variant == "int8-qat":
-            assert tuned is not None
-            source = convert.fine_tuned_model(tuned)
-            way = {"trained": run.kernels(), "fine-tuned": tuned.kernels()}
-            way["loaded"] = convert.kernels_of(source, run.depth)
+        if variant in tuned:
+            source = convert.fine_tuned_model(tuned[variant])
+            now = "clustered" if options.fine_tunings()[variant] else "loaded"
+            way = {"trained": run.kernels(), "fine-tuned": tuned[variant].kernels()}
+            way[now] = convert.kernels_of(source, run.depth)
         export = make(source, variant, variant)
-        if variant == "int8-qat":
-            folded = {layer: kernel * qat.gain(source, layer) for layer, kernel in way["loaded"].items()}
+        if variant in tuned:
+            folded = {layer: kernel * qat.gain(source, layer) for layer, kernel in way["fine-tuned"].items()}
             export = replace(export, exact=folded)
         last = "encoded" if variant == "sparse-float32" else "quantized"
         ways[variant] = {**way, last: {layer: kernel.weights for layer, kernel in export.kernels.items()}}
@@ -141,13 +141,9 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
         exports.insert(0, reference)
 
     # ---- Measure these very files --------------------------------------------------------------------------------
-    fine_tuned = None
-    if tuned:
-        known = {key: tuned.result.get(key) for key in ("accuracy", "minutes")}
-        fine_tuned = {"epochs": options.qat, "path": str(tuned.path.relative_to(run.path)), **known}
     content = card.report(
         run, exports, ways, model, images, baseline=baseline, reference=reference, clusters=options.clusters,
-        fine_tuned=fine_tuned, say=say,
+        tuned=tuned, say=say,
     )  # fmt: skip
     content["calibration"] = {
         "split": "train",
@@ -157,7 +153,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     }
     if options.pack:
         for entry, export in zip(content["files"], exports, strict=True):
-            if export.name in ("int8", "clustered-int8", "int8-qat", "dynamic"):
+            if export.name in PACKED:
                 entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
     return content
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from cnnopt.errors import CnnoptError, UserError
+from cnnopt.export.report import SCHEMA
 from cnnopt.record import RunFolder
 
 #: The files of a run whose accuracy and size are worth a line in a comparison.
-COMPARED = ("float32", "int8", "clustered-int8", "int8-qat")
+COMPARED = ("float32", "int8", "clustered-int8", "int8-qat", "clustered-int8-qat")
 COLUMNS = ("run", "epochs", "test %", "sparsity %", "images/s", "minutes", "settings of its own")
 FILE_COLUMNS = ("run", "file", "test %", "gzip KiB", "packed KiB", "smaller", "ms, 1 thread")
 
@@ -48,7 +49,7 @@ def read(path: Path) -> Run:
         metrics = folder.metrics() if folder.metrics_file.exists() else []
         card_file = path / "report.json"
         card = json.loads(card_file.read_text()) if card_file.exists() else None
-        if card is not None and card["schema"] != 1:
+        if card is not None and card["schema"] != SCHEMA:
             raise ComparisonError(f"{card_file} is of another version of cnnopt: quantize the run again")
     except OSError as error:
         raise ComparisonError(f"{error.filename}: {error.strerror}; name folders that train_hvd.py made") from None

@@ -20,10 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cnnopt.data import Dataset
 from cnnopt.errors import RunError
 from cnnopt.export import explain, interpret, latency, measure, tflite_file
+from cnnopt.export.report import SCHEMA
 from cnnopt.export.trained import TrainedRun
-
-#: Raised when a key changes its meaning or goes; a new key does not raise it.
-SCHEMA = 1
 
 #: Flags of /proc/cpuinfo (the last two: ARM) for which XNNPACK has kernels that sum int8 products as they are.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
@@ -53,13 +51,14 @@ def report(
     baseline: TrainedRun | None,
     reference: Export,
     clusters: int | None,
-    fine_tuned: dict[str, Any] | None,
+    tuned: Mapping[str, TrainedRun],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The content of report.json but for calibration and archives (docs/quantize.md, "report.json").
 
     ``ways``: for each file of this run the kernels at each stage on the way to it. ``model``: the float32 network
-    of the run. Raises RunError where two variants are the same bytes, TfliteError, LatencyError.
+    of the run. ``tuned``: for each file that was fine-tuned, the run folder of that. Raises RunError where two variants
+    are the same bytes, TfliteError, LatencyError.
     """
     digests: dict[str, str] = {}
     for export in exports:
@@ -101,6 +100,7 @@ def report(
                         export.kernels,
                         (export.exact or own) if mine else {layer: k.weights for layer, k in export.kernels.items()},
                     ),
+                    "fine_tuned": _fine_tuning(tuned[export.name], run) if export.name in tuned else None,
                     "ledger": measure.ledger(ways[export.name], run.masks) if mine else None,
                     "test": {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds},
                     "packed": None,
@@ -129,7 +129,6 @@ def report(
             "trained_accuracy": run.result.get("accuracy"),
             "float32_accuracy": correct,
             "clusters": clusters,
-            "fine_tuned": fine_tuned,
         },
         "reference": {
             "kind": "baseline" if baseline else "self",
@@ -140,6 +139,11 @@ def report(
         "files": files,
     }
     return {**content, "notes": explain.notes(content)}
+
+
+def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
+    known = {key: tuned.result.get(key) for key in ("accuracy", "minutes")}
+    return {"epochs": tuned.identity["epochs"], "path": str(tuned.path.relative_to(run.path)), **known}
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -15,38 +15,50 @@ from __future__ import annotations
 import numpy as np
 
 
-def cluster(kernel: np.ndarray, clusters: int, gain: np.ndarray) -> np.ndarray:
-    """``kernel`` float32 [..., out], each weight replaced by the centroid of its cluster; zeros stay zeros.
+def codebook(kernel: np.ndarray, clusters: int, gain: np.ndarray, *, per_channel: bool = True) -> np.ndarray:
+    """The ``clusters`` - 1 centroids of the weights of ``kernel`` [..., out] that are not zero: float32, ascending.
 
-    At most ``clusters`` distinct values, zero among them, once each output channel is divided by its largest
-    magnitude. ``gain`` float [out]: what BatchNorm multiplies each channel by, so that the squared error is that
-    of the network's output and not that of a weight before its scale.
+    They are for the kernel divided by its largest magnitude, of each output channel or of all. ``gain`` float [out]:
+    what BatchNorm multiplies each channel by, so that the squared error is that of the network's output and not that
+    of a weight before its scale. Raises ValueError below 4 clusters.
     """
     if clusters < 4:
         raise ValueError(f"--clusters {clusters}: at least 4 (zero, one outermost pair, one between)")
-    largest = np.abs(kernel).reshape(-1, kernel.shape[-1]).max(axis=0)
-    scale = np.where(largest > 0, largest, 1).astype(np.float64)
-    unit = kernel / scale
     kept = kernel != 0
-    importance = np.broadcast_to(np.square(scale * gain), kernel.shape)
-    values, weight = unit[kept].astype(np.float64), np.maximum(importance[kept], 1e-30)
-    if not values.size:
-        return kernel
-    centroids = _lloyd(values, weight, clusters - 1)
-    clustered = np.zeros_like(unit, dtype=np.float64)
-    clustered[kept] = centroids[_nearest(values, centroids)]
-    return (clustered * scale).astype(np.float32)
+    scale = _largest(kernel, per_channel)
+    importance = np.broadcast_to(np.square(scale.astype(np.float64) * gain), kernel.shape)
+    values, weight = (kernel / scale)[kept].astype(np.float64), np.maximum(importance[kept], 1e-30)
+    return _lloyd(values, weight, clusters - 1).astype(np.float32)
 
 
-def _nearest(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    return np.searchsorted((centroids[1:] + centroids[:-1]) / 2, values)
+def assign(kernel: np.ndarray, centroids: np.ndarray, *, per_channel: bool = True) -> np.ndarray:
+    """``kernel`` float32 [..., out], each weight replaced by the nearest centroid of ``codebook``; zeros stay zeros."""
+    scale = _largest(kernel, per_channel)
+    nearest = centroids[np.searchsorted(boundaries(centroids), kernel / scale)]
+    return np.where(kernel == 0, np.float32(0), nearest * scale)
+
+
+def cluster(kernel: np.ndarray, clusters: int, gain: np.ndarray) -> np.ndarray:
+    """``kernel`` with at most ``clusters`` distinct values, zero among them, but for the scale of each channel."""
+    return assign(kernel, codebook(kernel, clusters, gain))
+
+
+def boundaries(centroids: np.ndarray) -> np.ndarray:
+    """Half-way from each centroid to the next."""
+    return (centroids[1:] + centroids[:-1]) / 2
+
+
+def _largest(kernel: np.ndarray, per_channel: bool) -> np.ndarray:
+    largest = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)) if per_channel else None)
+    # A channel that is pruned as a whole has none.
+    return np.where(largest > 0, largest, np.float32(1))
 
 
 def _lloyd(values: np.ndarray, weight: np.ndarray, count: int, iterations: int = 100) -> np.ndarray:
     """Weighted k-means in one dimension, ascending; the first and the last centroid are kept opposite numbers."""
     centroids = np.linspace(-1, 1, count)
     for _ in range(iterations):
-        nearest = _nearest(values, centroids)
+        nearest = np.searchsorted(boundaries(centroids), values)
         mass = np.bincount(nearest, weight, count)
         sums = np.bincount(nearest, weight * values, count)
         # An empty cluster stays where it is; another iteration may fill it.

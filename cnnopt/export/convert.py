@@ -11,9 +11,8 @@ import tf_keras as keras
 
 from cnnopt.environment import quiet_stderr
 from cnnopt.errors import RunError
-from cnnopt.export import qat, tflite_file
-from cnnopt.export.clustering import cluster
-from cnnopt.export.trained import TrainedError, TrainedRun, layer_names
+from cnnopt.export import clustering, qat, tflite_file
+from cnnopt.export.trained import CENTROIDS, TrainedError, TrainedRun, layer_names
 from cnnopt.models import FLOAT, Parts, resnet
 
 #: Below this many weights the converter leaves a kernel in float32 in dynamic-range files.
@@ -30,8 +29,14 @@ def float_model(run: TrainedRun) -> keras.Model:
 
 
 def fine_tuned_model(run: TrainedRun) -> keras.Model:
-    """The fake-quantized network of a run of ``cnnopt.finetune``, with its weights and ranges."""
-    return _network(run, qat.PARTS)
+    """The fake-quantized network of a run of ``cnnopt.finetune``, with its ranges and its weights as they were used."""
+    model = _network(run, qat.parts())
+    for layer in layer_names(run.depth):
+        centroids = run.weights.get(f"{layer}/{CENTROIDS}")
+        if centroids is not None:
+            part = model.get_layer(layer)
+            part.kernel.assign(clustering.assign(part.kernel.numpy(), centroids, per_channel=part.per_channel))
+    return model
 
 
 def _network(run: TrainedRun, parts: Parts) -> keras.Model:
@@ -51,7 +56,7 @@ def clustered_model(run: TrainedRun, clusters: int) -> keras.Model:
     model = float_model(run)
     for layer in layer_names(run.depth):
         kernel = model.get_layer(layer).kernel
-        kernel.assign(cluster(kernel.numpy(), clusters, qat.gain(model, layer)))
+        kernel.assign(clustering.cluster(kernel.numpy(), clusters, qat.gain(model, layer)))
     return model
 
 

@@ -13,7 +13,7 @@ def notes(content: dict[str, Any]) -> list[str]:
         *_raw_size(content, files),
         *_speed(content, files),
         *_int8_speed(content, files),
-        *_fine_tuning(content, files),
+        *_fine_tuning(files),
         *_ledgers(files),
         *_delegates(files),
         *_load(content),
@@ -77,13 +77,14 @@ def _int8_speed(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
     ]
 
 
-def _fine_tuning(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
-    if "int8-qat" not in files:
+def _fine_tuning(files: dict[str, Any]) -> list[str]:
+    tuned = [name for name, entry in files.items() if entry["fine_tuned"]]
+    if not tuned:
         return []
-    epochs = content["run"]["fine_tuned"]["epochs"]
+    verb, epochs = "has" if len(tuned) == 1 else "have each", files[tuned[0]]["fine_tuned"]["epochs"]
     return [
-        f"int8-qat has been trained for {epochs} more epoch(s) than the other files: what it gains over int8 may be "
-        "theirs as well as that of knowing how int8 rounds."
+        f"{' and '.join(tuned)} {verb} been trained for {epochs} more epoch(s) than the other files: what is gained "
+        "over them may be due to that as well as to knowing how the file rounds."
     ]
 
 

@@ -21,9 +21,12 @@ VARIANTS = {
     "sparse-int8": "int8 with zeros left out",
     "clustered-int8": "int8 with at most --clusters distinct values a kernel",
     "int8-qat": "int8 after --qat epochs of quantization-aware fine-tuning",
+    "clustered-int8-qat": "clustered-int8 after --qat epochs of fine-tuning as such",
 }
-#: The flag without which a variant cannot be made.
-NEEDS = {"clustered-int8": "clusters", "int8-qat": "qat"}
+#: The flags without which a variant cannot be made.
+NEEDS = {"clustered-int8": ("clusters",), "int8-qat": ("qat",), "clustered-int8-qat": ("clusters", "qat")}
+#: What --pack packs: int8 files that store their zeros.
+PACKED = ("dynamic", "int8", *NEEDS)
 MIN_CALIBRATION = 32
 
 
@@ -46,6 +49,18 @@ class Options:
     pack: bool
     tuned: bool
     argv: tuple[str, ...]
+
+    def asked(self) -> list[str]:
+        """The variants that --variants names, or all whose flags are given."""
+        if self.variants is not None:
+            return list(self.variants)
+        given = {flag for flag in ("clusters", "qat") if getattr(self, flag) is not None}
+        return [name for name in VARIANTS if given.issuperset(NEEDS.get(name, ()))]
+
+    def fine_tunings(self) -> dict[str, int]:
+        """The variants that are fine-tuned, and the clusters of each; 0 is none."""
+        needs = {name: NEEDS.get(name, ()) for name in self.asked()}
+        return {name: (self.clusters or 0) * ("clusters" in flags) for name, flags in needs.items() if "qat" in flags}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -75,7 +90,11 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
         "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
     )
     parser.add_argument(
-        "--qat", type=int, metavar="EPOCHS", help="make int8-qat: fine-tune for int8, zeros held, on all ranks"
+        "--qat",
+        type=int,
+        metavar="EPOCHS",
+        help="make int8-qat: fine-tune for int8, zeros held, on all ranks; "
+        "with --clusters also clustered-int8-qat, by a fine-tuning of its own",
     )
     parser.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
     parser.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
@@ -90,9 +109,12 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
         for name in given["variants"]:
             if name not in VARIANTS:
                 raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
-        for name, flag in NEEDS.items():
-            if (name in given["variants"]) != (given[flag] is not None):
-                raise OptionError(f"--variants {name} and --{flag} N go together: give both or neither")
+        for flag in ("clusters", "qat"):
+            users = [name for name, flags in NEEDS.items() if flag in flags]
+            named = [name for name in users if name in given["variants"]]
+            if bool(named) != (given[flag] is not None):
+                names = " or ".join(named or users)
+                raise OptionError(f"--variants {names} and --{flag} N go together: give both or neither")
     if given["clusters"] is not None and not 4 <= given["clusters"] <= 256:
         raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
     if given["qat"] is not None and given["qat"] < 1:
@@ -112,10 +134,7 @@ def choose(options: Options, sparsity: float) -> tuple[str, ...]:
     # Below this share of zeros the converter leaves a kernel dense (measured: docs/quantize.md, "Variants").
     sparse_enough = sparsity >= 0.4
     if options.variants is None:
-        skipped = {name for name, flag in NEEDS.items() if getattr(options, flag) is None}
-        return tuple(
-            name for name in VARIANTS if name not in skipped and (sparse_enough or not name.startswith("sparse-"))
-        )
+        return tuple(name for name in options.asked() if sparse_enough or not name.startswith("sparse-"))
     for name in options.variants:
         if name.startswith("sparse-") and not sparse_enough:
             raise OptionError(

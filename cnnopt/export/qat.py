@@ -5,11 +5,17 @@ int8 too. Convolutions have a scale for each output channel, so what BatchNorm m
 codes of a kernel are those of the kernel with BatchNorm folded into it, as the file has it. The classifier has one
 scale, as the converter refuses more there ("'tfl.transpose' op has mismatched quantized axes", TensorFlow 2.18.1).
 
+Where it is to be clustered too, each weight is replaced by the nearest of its kernel's centroids
+(``cnnopt.export.clustering``) before it is rounded. The centroids stay as they are and the weights move between them.
+
 tfmot's scheme that holds zeros (``Default8BitPrunePreserveQuantizeScheme``, 0.8.1) takes neither this network's layers
 nor mixed precision: docs/quantize.md, "Fine-tuning".
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,7 +23,8 @@ import tf_keras as keras
 from tf_keras import layers
 
 from cnnopt import models
-from cnnopt.export.trained import RANGE
+from cnnopt.export.clustering import boundaries
+from cnnopt.export.trained import CENTROIDS, RANGE
 
 
 class FakeQuantize(layers.Layer):
@@ -42,14 +49,54 @@ class FakeQuantize(layers.Layer):
         return tf.quantization.fake_quant_with_min_max_vars(inputs, low, high)
 
 
-def fake_quantized(kernel: tf.Tensor, *, per_channel: bool) -> tf.Tensor:
-    """A kernel [..., out] rounded to -127..127 times a scale, one for each output channel or one for all."""
+def _limit(kernel: tf.Tensor, per_channel: bool) -> tf.Tensor:
+    """The largest magnitude of each output channel of a kernel [..., out], or of all."""
     largest = tf.reduce_max(tf.abs(kernel), axis=list(range(len(kernel.shape) - 1)) if per_channel else None)
     # A channel that is pruned as a whole has no range of its own.
-    limit = tf.stop_gradient(tf.maximum(largest, 1e-6))
+    return tf.stop_gradient(tf.maximum(largest, 1e-6))
+
+
+def fake_quantized(kernel: tf.Tensor, *, per_channel: bool) -> tf.Tensor:
+    """A kernel [..., out] rounded to -127..127 times a scale, one for each output channel or one for all."""
+    limit = _limit(kernel, per_channel)
     if per_channel:
         return tf.quantization.fake_quant_with_min_max_vars_per_channel(kernel, -limit, limit, narrow_range=True)
     return tf.quantization.fake_quant_with_min_max_vars(kernel, -limit, limit, narrow_range=True)
+
+
+def clustered(kernel: tf.Tensor, centroids: tf.Tensor, *, per_channel: bool) -> tf.Tensor:
+    """``clustering.assign`` of a kernel [..., out]. Gradients pass as if each weight were what it is replaced by."""
+
+    @tf.grad_pass_through
+    def assign(kernel: tf.Tensor) -> tf.Tensor:
+        limit = _limit(kernel, per_channel)
+        nearest = tf.searchsorted(boundaries(centroids), tf.reshape(kernel / limit, [-1]))
+        return tf.where(kernel == 0, 0.0, tf.reshape(tf.gather(centroids, nearest), kernel.shape) * limit)
+
+    return assign(kernel)
+
+
+class _Rounded(layers.Layer):
+    """A layer whose kernel is fake-quantized, and clustered before that where ``clusters`` is not 0."""
+
+    per_channel: bool
+
+    def __init__(self, *args: Any, clusters: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clusters = clusters
+
+    def build(self, shape: tf.TensorShape) -> None:
+        """Make the kernel and, where it is clustered, its centroids, to be set before a batch is seen."""
+        super().build(shape)
+        if self.clusters:
+            name = CENTROIDS.removesuffix(":0")
+            self.centroids = self.add_weight(name, [self.clusters - 1], initializer="zeros", trainable=False)
+
+    def rounded(self, kernel: tf.Tensor) -> tf.Tensor:
+        """The kernel as the int8 file will have it."""
+        if self.clusters:
+            kernel = clustered(kernel, self.centroids.read_value(), per_channel=self.per_channel)
+        return fake_quantized(kernel, per_channel=self.per_channel)
 
 
 class Standardize(models.Standardize):
@@ -65,26 +112,37 @@ class Standardize(models.Standardize):
         return self.scaled(self.centred(pixels - self.mean, training=training) / self.std, training=training)
 
 
-class Conv2D(models.Conv2D):
-    """A convolution with a fake-quantized kernel."""
+class Conv2D(_Rounded, models.Conv2D):
+    """A convolution with a scale for each output channel."""
+
+    per_channel = True
 
     def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         """As in Keras."""
-        return super().convolution_op(inputs, fake_quantized(kernel, per_channel=True))
+        return super().convolution_op(inputs, self.rounded(kernel))
 
 
-class Dense(layers.Dense):
-    """A dense layer with a fake-quantized kernel."""
+class Dense(_Rounded, layers.Dense):
+    """A dense layer with one scale."""
+
+    per_channel = False
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """As in Keras."""
-        return tf.matmul(inputs, fake_quantized(self.kernel, per_channel=False)) + self.bias
+        return tf.matmul(inputs, self.rounded(self.kernel)) + self.bias
 
 
-#: For ``cnnopt.models.resnet``. BatchNorm and ReLU need no rounding between them: the file has one operator for both.
-PARTS = models.Parts(
-    Standardize, Conv2D, Dense, rounded=lambda tensor, name: FakeQuantize(name=f"{name}_range")(tensor)
-)
+def parts(clusters: int = 0) -> models.Parts:
+    """For ``cnnopt.models.resnet``, with kernels of at most ``clusters`` values; 0: as many as int8 has.
+
+    BatchNorm and ReLU need no rounding between them: the file has one operator for both.
+    """
+    return models.Parts(
+        Standardize,
+        functools.partial(Conv2D, clusters=clusters),
+        functools.partial(Dense, clusters=clusters),
+        rounded=lambda tensor, name: FakeQuantize(name=f"{name}_range")(tensor),
+    )
 
 
 def gain(model: keras.Model, layer: str) -> np.ndarray:

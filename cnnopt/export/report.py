@@ -8,6 +8,8 @@ from typing import Any
 
 from cnnopt.errors import UserError
 
+#: Of report.json. Raised when a key changes its meaning or goes; a new key does not raise it.
+SCHEMA = 2
 COLUMNS = (
     "file", "raw", "gzip", "xz", "bound", "packed", "smaller, gzip", "nonzero", "top-1 %", "loss", "agree %",
     "ms, 1 thread", "ms, all", "peak MiB",

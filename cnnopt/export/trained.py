@@ -17,6 +17,8 @@ from cnnopt.record import RunFolder
 #: What the ranges of activations are called in a fine-tuned run. As BatchNorm's statistics they move, and are averaged
 #: over ranks with them.
 RANGE = ("moving_min:0", "moving_max:0")
+#: What the centroids of a clustered kernel are called there.
+CENTROIDS = "centroids:0"
 
 
 class TrainedError(UserError):
@@ -28,7 +30,7 @@ class TrainedRun:
     """The last state of a finished run.
 
     ``weights``: float32 arrays by variable name ("stem/kernel:0"), averaged ones where the run had ``--ema``. Those of
-    a fine-tuned run hold the ranges of activations too.
+    a fine-tuned run hold the ranges of activations too, and the centroids of its kernels where they are clustered.
     ``masks``: bool arrays by layer name, True where a weight is kept; empty for a dense run.
     """
 
@@ -60,10 +62,11 @@ class TrainedRun:
         kernels = self.kernels().values()
         return sum(int(np.sum(k == 0)) for k in kernels) / sum(k.size for k in kernels)
 
-    def fine_tuned(self, epochs: int) -> Path:
-        """Where ``cnnopt.finetune`` keeps what ``epochs`` epochs make of exactly these weights."""
+    def fine_tuned(self, epochs: int, clusters: int = 0) -> Path:
+        """Where ``cnnopt.finetune`` keeps what ``epochs`` epochs make of exactly these weights, clustered or not."""
         digest = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(self.weights)))
-        return self.path / "qat" / f"{epochs}e-{digest.hexdigest()[:8]}"
+        kind = f"{epochs}e-{clusters}c" if clusters else f"{epochs}e"
+        return self.path / "qat" / f"{kind}-{digest.hexdigest()[:8]}"
 
 
 def layer_names(depth: int) -> list[str]:
@@ -158,8 +161,9 @@ def _select(found: checkpoint.Checkpoint, identity: dict[str, Any]) -> tuple[dic
         if name not in weights or weights[name].shape != shape:
             has = weights[name].shape if name in weights else "missing"
             raise refuse(f"{name} is {has}, a ResNet-{identity['depth']} has {shape}")
-    extra = {name for name in weights.keys() - shapes.keys() - {"mean:0", "std:0"} if not name.endswith(RANGE)}
-    if extra := extra or {"mean:0", "std:0"} - weights.keys():
+    known = {"mean:0", "std:0"}
+    extra = {name for name in weights.keys() - shapes.keys() - known if not name.endswith((*RANGE, CENTROIDS))}
+    if extra := extra or known - weights.keys():
         raise refuse(f"{min(extra)} does not belong, or is missing")
     if identity.get("ema"):
         averages = [value for _, value in group("ema")]

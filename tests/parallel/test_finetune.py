@@ -14,10 +14,14 @@ pytestmark = pytest.mark.timeout(900)
 def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
     path = make_run(tmp_path / "run")
     run = trained.read(path)
-    job = start(2, "-m", "cnnopt.finetune", str(path), "1")
+    job = start(2, "-m", "cnnopt.finetune", str(path), "1", "--clusters", "0", "16")
     assert job.wait() == 0, job.output()
     assert "ranks: 2" in job.output()
-    tuned = trained.read(run.fine_tuned(1))
+    for clusters in (0, 16):
+        check(run, trained.read(run.fine_tuned(1, clusters)), clusters)
+
+
+def check(run, tuned, clusters):
     environment = json.loads((tuned.path / "env.json").read_text())
     assert environment["ranks"] == 2
     (line,) = [json.loads(text) for text in (tuned.path / "metrics.jsonl").read_text().splitlines()]
@@ -32,4 +36,6 @@ def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
         assert not np.array_equal(tuned.kernels()[layer], kernel)
     ranges = {name: value for name, value in tuned.weights.items() if name.endswith(trained.RANGE)}
     assert all(low <= 0 for name, low in ranges.items() if "relu" in name and name.endswith("moving_min:0"))
+    centroids = {name: value for name, value in tuned.weights.items() if name.endswith(trained.CENTROIDS)}
+    assert {value.shape for value in centroids.values()} == ({(clusters - 1,)} if clusters else set())
     assert all(high > 0 for name, high in ranges.items() if name.endswith("moving_max:0"))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnopt import environment
-from cnnopt.export.clustering import cluster
+from cnnopt.export.clustering import assign, cluster, codebook
 from cnnopt.export.explain import notes
 from cnnopt.export.measure import accuracy, entropy, ledger, ratios, sizes
 from cnnopt.export.pack import PackError, pack, unpack
@@ -123,6 +123,30 @@ def test_clustering_keeps_a_kernel_that_has_few_values_already():
     np.testing.assert_allclose(cluster(kernel, 16, np.ones(4)), kernel, rtol=1e-5)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_fine_tuning_computes_with_the_clusters_that_are_exported(per_channel):
+    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    import tensorflow as tf
+
+    from cnnopt.export import qat
+
+    rng = np.random.default_rng(2)
+    kernel = rng.normal(0, 1, (3, 3, 16, 8)).astype(np.float32)
+    kernel[rng.random(kernel.shape) < 0.6] = 0
+    kernel[..., 0] = 0
+    centroids = codebook(kernel, 16, np.ones(8), per_channel=per_channel)
+    variable = tf.Variable(kernel)
+    with tf.GradientTape() as tape:
+        result = qat.clustered(variable, tf.constant(centroids), per_channel=per_channel)
+        loss = tf.reduce_sum(result * 3)
+    np.testing.assert_array_equal(result, assign(kernel, centroids, per_channel=per_channel))
+    assert 0 < np.abs(result - kernel).max() < 0.5
+    np.testing.assert_array_equal(tape.gradient(loss, variable), np.full_like(kernel, 3))
+    rounded = qat.fake_quantized(result, per_channel=per_channel).numpy()
+    limit = np.abs(rounded).max(axis=(0, 1, 2) if per_channel else None)
+    assert 12 < len(np.unique(np.rint(127 * rounded / np.where(limit, limit, 1)))) <= 16
+
+
 def test_more_clusters_err_less():
     kernel = np.random.default_rng(1).normal(0, 1, (3, 3, 16, 16)).astype(np.float32)
     errors = [float(np.linalg.norm(cluster(kernel, n, np.ones(16)) - kernel)) for n in (4, 8, 16, 32)]
@@ -142,7 +166,7 @@ def card(**changes):
     timing = {"median_ms": 1.0, "delegate": "XNNPACK"}
     entry = {
         "name": "int8", "size": {"raw": 1000, "gzip": 500, "entropy_bound": 450}, "weights": {"weights": 900},
-        "latency": [timing],
+        "latency": [timing], "fine_tuned": None,
         "ledger": {"pruned": 540, "first_loss": None, "stages": [{"stage": "quantized", "zeros": 540, "lost": 0}]},
     }  # fmt: skip
     content = {

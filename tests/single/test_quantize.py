@@ -18,7 +18,8 @@ from cnnopt.quantize import main
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
 pytestmark = pytest.mark.timeout(1200)
 
-MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clustered-int8", "int8-qat")
+TUNED = {"int8-qat": 0, "clustered-int8-qat": 16}
+MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clustered-int8", *TUNED)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def trained(tmp_path_factory):
     dense = make_run(folder / "dense", sparsity=0.0)
     # The same weights are fine-tuned first, and measured where Horovod cannot be imported.
     tuned = subprocess.run(
-        [sys.executable, "-m", "cnnopt.finetune", str(folder / "t"), "1"],
+        [sys.executable, "-m", "cnnopt.finetune", str(folder / "t"), "1", "--clusters", "0", "16"],
         cwd=ROOT,
         capture_output=True,
         env=ENVIRONMENT,
@@ -86,7 +87,8 @@ def test_each_variant_is_what_its_name_says(trained):
     assert {layer["stored_as"] for layer in layers["float32"].values()} == {"float32"}
     assert all(layer["sparse_encoded"] for layer in layers["sparse-float32"].values())
     assert layers["sparse-dynamic"]["stage3_block1_conv2"]["stored_as"] == "int8"
-    assert all(2 < layer["distinct"] <= 16 for layer in layers["clustered-int8"].values())
+    for name in ("clustered-int8", "clustered-int8-qat"):
+        assert all(2 < layer["distinct"] <= 16 for layer in layers[name].values())
     assert max(layer["distinct"] for layer in layers["int8"].values()) > 100
     sizes = {name: made[name]["size"] for name in made}
     assert sizes["int8"]["raw"] < sizes["float32"]["raw"] / 3
@@ -96,7 +98,7 @@ def test_each_variant_is_what_its_name_says(trained):
     errors = {name: layers[name]["stage3_block1_conv1"]["error"] for name in MADE}
     assert errors["float32"] == errors["sparse-float32"] == 0 < errors["int8"] < 0.02 < errors["clustered-int8"] < 0.2
     # Of the weights that fine-tuning ended with, which differ from those of the float32 file by more.
-    assert 0 < errors["int8-qat"] < 0.02
+    assert 0 < errors["int8-qat"] < 0.02 < errors["clustered-int8-qat"] < 0.2
 
 
 def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
@@ -110,6 +112,7 @@ def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
     assert stages["clustered-int8"] == ["trained", "loaded", "clustered", "quantized"]
     assert stages["sparse-float32"][-1] == "encoded"
     assert stages["int8-qat"] == ["trained", "fine-tuned", "loaded", "quantized"]
+    assert stages["clustered-int8-qat"] == ["trained", "fine-tuned", "clustered", "quantized"]
     for name in MADE:
         assert made[name]["ledger"]["pruned"] == pruned
         assert made[name]["ledger"]["first_loss"] is None
@@ -118,21 +121,22 @@ def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
     assert made["dense-float32"]["ledger"] is None
 
 
-def test_fine_tuning_goes_on_from_the_run_and_computes_as_the_file_does(trained):
+@pytest.mark.parametrize("variant", TUNED)
+def test_fine_tuning_goes_on_from_the_run_and_computes_as_the_file_does(trained, variant):
     path, content, printed = trained
     run = read(path)
-    tuned = read(run.fine_tuned(1))
+    tuned = read(run.fine_tuned(1, TUNED[variant]))
     for layer, kernel in run.kernels().items():
         np.testing.assert_array_equal(tuned.masks[layer], run.masks[layer])
         assert np.all(tuned.kernels()[layer][~run.masks[layer]] == 0)
         moved = np.linalg.norm(tuned.kernels()[layer] - kernel) / np.linalg.norm(kernel)
         assert 0 < moved < 0.2, layer
-    assert content["run"]["fine_tuned"]["epochs"] == 1
+    assert entries(content)[variant]["fine_tuned"]["path"] == str(tuned.path.relative_to(path))
     # What training measured of the fake-quantized network is what the interpreter measures of the file.
-    found = entries(content)["int8-qat"]["test"]
+    found = entries(content)[variant]["test"]
     assert found["accuracy"] == pytest.approx(tuned.result["accuracy"], abs=0.01)
     assert found["loss"] == pytest.approx(tuned.result["loss"], rel=0.05)
-    assert "int8-qat has been trained for 1 more epoch" in printed
+    assert "int8-qat and clustered-int8-qat have each been trained for 1 more epoch" in printed
 
 
 def test_the_codes_of_a_kernel_are_those_of_the_kernel_with_batchnorm_folded_in(trained):
@@ -211,7 +215,7 @@ def test_ratios_are_against_the_dense_baseline(trained):
 
 def test_packed_files_come_back_bit_for_bit_near_the_entropy(trained, tmp_path):
     path, content, _ = trained
-    for name in ("int8", "clustered-int8", "int8-qat"):
+    for name in ("int8", "clustered-int8", *TUNED):
         entry = entries(content)[name]
         packed = entry["packed"]
         assert packed["bytes"] == (path / packed["file"]).stat().st_size <= 1.1 * entry["size"]["entropy_bound"]
@@ -306,6 +310,7 @@ def refused(capsys, *arguments):
         (["--qat", "0"], ["--qat 0", "1 epoch"]),
         (["--qat", "2", "--variants", "int8"], ["--qat", "both or neither"]),
         (["--variants", "int8-qat"], ["--qat N", "both or neither"]),
+        (["--variants", "clustered-int8-qat", "--qat", "2"], ["--clusters N", "both or neither"]),
     ],
     ids=str,
 )
@@ -393,7 +398,10 @@ def test_sparse_variants_of_a_dense_run(no_tensorflow, tmp_path, capsys):
     options = parse_args([str(run)])
     assert choose(options, 0.0) == ("float32", "float16", "dynamic", "int8")
     assert choose(options, 0.6) == tuple(name for name in VARIANTS if name not in NEEDS)
-    assert choose(parse_args([str(run), "--clusters", "16", "--qat", "2"]), 0.6) == tuple(VARIANTS)
+    both = parse_args([str(run), "--clusters", "16", "--qat", "2"])
+    assert choose(both, 0.6) == tuple(VARIANTS)
+    assert both.fine_tunings() == TUNED
+    assert parse_args([str(run), "--qat", "2"]).fine_tunings() == {"int8-qat": 0}
     with pytest.raises(OptionError):
         choose(parse_args([str(run), "--variants", "sparse-int8"]), 0.1)
 

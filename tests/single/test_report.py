@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cnnopt.export.report import SCHEMA
 from cnnopt.report import main, markdown, read
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -29,7 +30,7 @@ def runs(tmp_path):
         entry("int8", gzip=200_000, packed=160_000),
         entry("int8-qat", gzip=250_000),
     ]
-    card = {"schema": 1, "files": files}
+    card = {"schema": SCHEMA, "files": files}
     (tmp_path / "resnet20-np2-4epochs/report.json").write_text(json.dumps(card))
     return [tmp_path / "resnet20-np2-4epochs", tmp_path / "resnet20-np2-unfinished"]
 
@@ -60,7 +61,7 @@ def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):
         return line
 
     assert "config.json: No such file" in refused(tmp_path / "none")
-    (runs[0] / "report.json").write_text('{"schema": 2}')
+    (runs[0] / "report.json").write_text('{"schema": 1}')
     assert "another version" in refused(*runs)
     (runs[0] / "report.json").write_text("[")
     assert "damaged" in refused(*runs)
