@@ -46,7 +46,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
     from cnnopt.schedules import Timeline, parse_duration
 
-    console = Console(quiet=not world.first, highlight=False, soft_wrap=True)
+    console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
 
     # ---- Data, model, and where the run goes on ------------------------------------------------------------------
     images = data.load(
@@ -54,6 +54,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     )
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     compute = precision.choose(config.precision, has_gpu=distributed.device() == "GPU")
+    distributed.same(f"--precision {config.precision}", compute.compute)
     model = training.build(config, images, timeline, compute, ranks=world.size)
     if world.first:
         folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": compute.compute})
@@ -72,7 +73,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
         monitoring.Measure(timeline),
     ]
     if world.first:
-        hooks += [monitoring.Record(folder, config, first_step), monitoring.Show(timeline, console)]
+        hooks += [monitoring.Record(folder, config, timeline, first_step, console), monitoring.Show(timeline, console)]
     # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]

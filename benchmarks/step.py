@@ -25,6 +25,7 @@ WORLD = distributed.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 from cnnopt import checkpoint, data, loop, monitoring, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
@@ -103,7 +104,7 @@ def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[
     logs |= {"step": 1, "val_accuracy": 0.0, "val_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
-        recorder = monitoring.Record(folder, TrainConfig(name="step"), 0)
+        recorder = monitoring.Record(folder, TrainConfig(name="step"), Timeline(100, 1, 1), 0, Console(quiet=True))
         recorder.set_model(model)
 
         def save() -> None:

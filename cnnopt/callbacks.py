@@ -174,21 +174,23 @@ class Save(Callback):
         if asked:
             self.model.run.requests.assign(tf.zeros([2]))
         step = batch + 1
-        by_steps = self.every.unit == "s" and step % max(1, round(self.every.value)) == 0
+        by_steps = self.every.unit == "s" and step % round(self.every.value) == 0
         self.due = asked or by_steps or self.model.stop_training
         # After an epoch's last step the epoch is evaluated and recorded first: a resumed run would not do it again.
         if self.due and step != self.timeline.epoch_end(self.timeline.epoch_of(batch)):
-            self._save(step, None)
+            self._save(step, None, vital=self.model.stop_training)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Save with the accuracy of the epoch, by which the best checkpoint is known."""
         assert logs is not None
-        last = epoch + 1 == self.timeline.epochs
-        by_epochs = self.every.unit == "e" and (epoch + 1) % max(1, round(self.every.value)) == 0
+        step = int(self.model.run.global_step.numpy())
+        last = step == self.timeline.total_steps
+        by_epochs = self.every.unit == "e" and (epoch + 1) % round(self.every.value) == 0
         if self.due or last or by_epochs:
-            self._save(int(self.model.run.global_step.numpy()), logs["val_accuracy"])
+            self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
 
-    def _save(self, step: int, metric: float | None) -> None:
+    def _save(self, step: int, metric: float | None, *, vital: bool) -> None:
+        """``vital``: nothing comes after it that could make up for it, so a failure is the run's."""
         # Of the part of an epoch that is done, so that a resumed run records the whole of it.
         epoch_sums = None if metric is not None else distributed.mean([float(v.numpy()) for v in self.model.epoch_sums])
         digest = self.model.agree()
@@ -198,6 +200,7 @@ class Save(Callback):
             "images_seen": step * self.config.batch_size,
             "epoch": self.timeline.epoch_of(step),
             "identity": self.config.identity(),
+            "precision": self.model.compute_dtype,
             "weights_digest": digest,
             **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }
@@ -205,6 +208,6 @@ class Save(Callback):
         try:
             checkpoint.save(self.folder, step, arrays, state, keep=self.config.keep)
         except checkpoint.SaveError as error:
-            if self.config.strict_save:
+            if vital or self.config.strict_save:
                 raise
-            self.console.print(f"{error}; training goes on", markup=False)
+            self.console.print(f"{error}; training goes on")

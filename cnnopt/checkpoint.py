@@ -59,22 +59,20 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 3,
-    best: float | None = None,
 ) -> Path:
     """Write `folder/step-<step>` atomically, then delete all but the newest `keep` and the best.
 
-    The best has the largest finite `state["metric"]` on disk, and is the earliest of equals; `best` is stored
-    as that metric if `state` has none. Steps beyond `step` are neither counted nor deleted: a run that went
-    back must not lose what it just saved to an abandoned future. Saving a step again replaces it. `folder` is
-    created if its parent exists, and has one writer at a time. The keys of `state` are strings.
+    The best has the largest finite `state["metric"]` on disk, and is the earliest of equals. Steps beyond `step` are
+    neither counted nor deleted: a run that went back must not lose what it just saved to an abandoned future. Saving
+    a step again replaces it. `folder` is created if its parent exists, and has one writer at a time. The keys of
+    `state` are strings.
     Raises TypeError for arrays not of bools, integers or floats and for a state that is not JSON, ValueError
     for a negative step, `keep` below 1 or an array name that no zip can hold, SaveError for the disk.
     """
     folder, step = Path(folder), int(step)
     if step < 0 or keep < 1:
         raise ValueError(f"step={step}, keep={keep}: step must be at least 0 and keep at least 1")
-    state = dict(state) if best is None else {"metric": best, **state}
-    document = json.dumps({"format": FORMAT, "step": step, "state": state})
+    document = json.dumps({"format": FORMAT, "step": step, "state": dict(state)})
     files = {"arrays.npz": _pack(arrays), "state.json": document.encode()}
     sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     # A dict keeps its order, so the manifest is the last file to be written.

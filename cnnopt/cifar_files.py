@@ -35,10 +35,6 @@ _MAX_MEMBERS = 64
 class DataError(UserError):
     """The data cannot be used. The message is one line that names the file or flag, and the remedy."""
 
-    def __init__(self, message: str) -> None:
-        """Fold the message into one line: paths and network errors may hold line breaks."""
-        super().__init__(" ".join(message.splitlines()))
-
 
 @dataclass(frozen=True)
 class Layout:

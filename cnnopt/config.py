@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+from cnnopt.command_line import Parser
 from cnnopt.errors import UserError
 from cnnopt.schedules import parse_drops, parse_duration
 
@@ -51,7 +52,7 @@ class TrainConfig:
     prune_end: str = _flag("50%", "last mask update; the masks are fixed from there on")
     prune_frequency: str = _flag("1%", "from one mask update to the next")
     sparsity_scope: Literal["uniform", "global"] = _flag(
-        "global", "all prunable weights are ranked together, or each kernel reaches the sparsity"
+        "global", "global ranks all prunable weights together, uniform brings each kernel to the sparsity"
     )
 
     optimizer: Literal["sgd", "adam"] = _flag("sgd", "sgd has Nesterov momentum 0.9")
@@ -91,7 +92,8 @@ class TrainConfig:
     name: str | None = _flag(None, "folder of this run below --run-dir [made from the settings]", identity=False)
     resume: str = _flag(
         "auto",
-        "auto: from the newest good checkpoint of this run; never; or a checkpoint folder",
+        "auto: from the newest good checkpoint of this run; never: refuse a run that has begun; or a checkpoint "
+        "folder, that of another run for the first start only",
         identity=False,
     )
     save_every: str = _flag("1e", "between checkpoints: 1e epochs, 500s steps or 10m minutes", identity=False)
@@ -139,7 +141,8 @@ class TrainConfig:
         """The first field in which a stored ``identity()`` differs, as text; None where all agree."""
         for name, value in self.identity().items():
             if name not in identity or identity[name] != value:
-                return f"--{name.replace('_', '-')} was {identity.get(name, 'not known')}, is {value}"
+                was = identity.get(name, "not known")
+                return f"--{name.replace('_', '-')} was {was}, is {value}"
         return None
 
 
@@ -156,8 +159,10 @@ def _validate(config: TrainConfig) -> None:
         nearest = 6 * max(1, round((config.depth - 2) / 6)) + 2
         refuse("depth", f"the depth of a CIFAR ResNet is 6n+2; the nearest is {nearest}")
     for name in ("sparsity", "initial_sparsity", "label_smoothing", "ema"):
-        if not 0 <= getattr(config, name) < 1:
-            refuse(name, "must be at least 0 and below 1")
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            share = f"; {value:g}% is {value / 100:g}" if 1 < value < 100 else ""
+            refuse(name, f"must be at least 0 and below 1{share}")
     if config.sparsity_schedule == "polynomial" and config.initial_sparsity > config.sparsity:
         refuse("initial_sparsity", f"must not exceed --sparsity {config.sparsity:g}")
     for name in ("batch_size", "epochs", "keep", "expect_ranks"):
@@ -183,9 +188,11 @@ def _validate(config: TrainConfig) -> None:
     if config.sparsity and begin.unit == end.unit and begin.value > end.value:
         refuse("prune_begin", f"must not be after --prune-end {config.prune_end}")
     try:
-        parse_duration(config.save_every, allowed="esm")
+        every = parse_duration(config.save_every, allowed="esm")
     except ValueError as error:
         raise ConfigError(f"--save-every: {error}") from None
+    if every.unit != "m" and (every.value < 1 or every.value % 1):
+        refuse("save_every", "give whole epochs or steps; steps (s) or minutes (m) for parts of an epoch")
     try:
         drops = parse_drops(config.lr_drops)
     except ValueError as error:
@@ -247,18 +254,12 @@ def _choices() -> dict[str, tuple[str, ...]]:
     return {name: typing.get_args(t) for name, t in hints.items() if typing.get_origin(t) is Literal}
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="train_hvd.py",
         description="Train a pruned, mixed-precision CIFAR ResNet synchronously over all ranks of the launcher.",
         epilog="horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags given beside it win")
     hints = typing.get_type_hints(TrainConfig)
@@ -282,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that a command line asks for.
 
-    Raises ConfigError with a one-line message; prints the help text and raises SystemExit(0) for ``--help``.
+    Raises UserError with a one-line message; prints the help text and raises SystemExit(0) for ``--help``.
     """
     given = vars(_parser().parse_args(argv))
     preset = PRESETS[given.pop("preset")] if "preset" in given else {}

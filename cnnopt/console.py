@@ -54,7 +54,7 @@ def start_table(
         "pruning": pruning,
     }
     for name, value in rows.items():
-        console.print(f"  {name:<10}{value}", markup=False)
+        console.print(f"  {name:<10}{value}")
 
 
 def tensorboard_command(folder: RunFolder) -> str:

@@ -23,7 +23,7 @@ from cnnopt import cifar_files, shared_images
 from cnnopt.cifar_files import DataError
 
 __all__ = ["AUGMENTATIONS", "DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download",
-           "batches", "check", "evaluation_shard", "indices", "load"]  # fmt: skip
+           "batches", "check", "indices", "load"]  # fmt: skip
 
 DATASETS = ("cifar10", "cifar100", "digits", "synthetic")
 AUGMENTATIONS = ("none", "standard", "shift")
@@ -106,10 +106,16 @@ def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:
 
 
 def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
-    if data_dir is None:
-        data_dir = os.environ.get("CNNOPT_DATA_DIR") or "~/.keras/datasets"
+    """The folder of the data. Raises DataError where a flag or a variable names one that is not there."""
+    origin, named = "--data-dir", data_dir
+    if named is None:
+        origin, named = "$CNNOPT_DATA_DIR", os.environ.get("CNNOPT_DATA_DIR") or None
     # Unlike Path.expanduser, this leaves the ~ of an unknown user alone.
-    return Path(os.path.expanduser(data_dir))
+    directory = Path(os.path.expanduser(named or "~/.keras/datasets"))
+    if named is not None and not os.path.isdir(directory):
+        fault = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise DataError(f"{origin} {directory}: {fault}; name the directory that holds the data set")
+    return directory
 
 
 def _locate(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[cifar_files.Layout, Path] | None:
@@ -117,9 +123,6 @@ def _locate(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[cifar_f
     if name not in DATASETS:
         raise DataError(f"--dataset {name}: choose one of {', '.join(DATASETS)}")
     directory = _directory(data_dir)
-    if data_dir is not None and not os.path.isdir(directory):
-        fault = "is not a directory" if os.path.exists(directory) else "does not exist"
-        raise DataError(f"--data-dir {directory}: {fault}; name the directory that holds the data set")
     if name not in DOWNLOADS:
         return None
     copy = cifar_files.find(name, directory)
@@ -330,8 +333,3 @@ def _stream(
             mirrored = np.flatnonzero(flipped[part])
             batch[mirrored] = batch[mirrored, :, ::-1]
         yield batch, labels[chosen[part]].astype(np.int64, copy=False)
-
-
-def evaluation_shard(num_images: int, rank: int, size: int) -> slice:
-    """The rank's contiguous part of the test images; the parts differ by one image at most and cover all."""
-    return slice(rank * num_images // size, (rank + 1) * num_images // size)

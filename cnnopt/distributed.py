@@ -67,7 +67,7 @@ def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> i
     for name in ("TF_NUM_INTRAOP_THREADS", "SLURM_CPUS_PER_TASK"):
         if environ.get(name, "").isdigit():
             return max(1, int(environ[name]))
-    return max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    return max(1, environment.cores() // world.local_size)
 
 
 def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
@@ -219,6 +219,14 @@ def gather_objects(value: Any) -> list[Any]:
     import horovod.tensorflow as hvd
 
     return [value] if hvd.size() == 1 else hvd.allgather_object(value)
+
+
+def same(flag: str, value: str) -> None:
+    """Raise LaunchError on every rank unless all ranks have settled ``flag`` alike."""
+    everyone = gather_objects((value, hostname()))
+    if len({settled for settled, _ in everyone}) > 1:
+        found = ", ".join(f"{settled} on {host}" for settled, host in dict.fromkeys(everyone))
+        raise LaunchError(f"{flag}: {found}; name one, or start the ranks on hosts of one kind")
 
 
 def mean(values: Sequence[float]) -> list[float]:

@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from cnnopt import checkpoint
+from cnnopt.command_line import Parser
 from cnnopt.config import ConfigError, TrainConfig, parse_args
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.record import RunFolder
@@ -32,18 +32,15 @@ HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 TRAIN = Path(__file__).parents[1] / "train_hvd.py"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see --help")
-
-
 def discover(script: str) -> dict[str, int]:
     """The hosts and their slots, as ``script`` prints them. Raises ConfigError where it cannot be run."""
     try:
         done = subprocess.run([script], capture_output=True, text=True, timeout=60)
         lines = done.stdout.split()
         found = {host: int(slots or 1) for host, _, slots in (line.partition(":") for line in lines)}
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
+        raise ConfigError(f"--host-discovery-script {script}: {error.strerror}; name a program") from None
+    except (ValueError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"--host-discovery-script {script}: {error}; it must print lines host:slots") from None
     if done.returncode:
         raise ConfigError(f"--host-discovery-script {script}: ended with {done.returncode}: {done.stderr.strip()}")
@@ -74,13 +71,18 @@ def newest(config: TrainConfig) -> int:
 
 def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]) -> int:
     """Start the run as often as it takes; returns the exit status."""
-    fruitless = 0
+    fruitless, waiting = 0, False
     while True:
         hosts = discover(options.host_discovery_script)
         ranks = ranks_on(hosts, config.batch_size, options.max_np)
         if ranks < options.min_np:
+            if not waiting:
+                slots = f"{sum(hosts.values())} slots, of which {ranks} divide --batch-size {config.batch_size}"
+                print(f"cnnopt.elastic: waiting for --min-np {options.min_np}: {slots}", flush=True)
+            waiting = True
             time.sleep(INTERVAL)
             continue
+        waiting = False
         before = newest(config)
         places = places_of(hosts, ranks)
         print(f"cnnopt.elastic: {ranks} ranks on {places}, after step {max(before, 0)}", flush=True)
@@ -119,11 +121,10 @@ def watch(job: subprocess.Popen, options: argparse.Namespace, hosts: dict[str, i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-    parser = _Parser(
+    parser = Parser(
         prog="cnnopt.elastic",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--min-np", type=int, default=1, metavar="N", help="wait until this many ranks fit [1]")
     parser.add_argument("--max-np", type=int, required=True, metavar="N", help="most ranks")

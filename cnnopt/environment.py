@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 #: What TensorFlow reads when it starts.
 TENSORFLOW = {
@@ -16,6 +18,19 @@ TENSORFLOW = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those of its affinity, but no more than its CPU limit pays for.
+
+    A container's limit (cgroup v2, cpu.max) hides no core, and a thread for each would be throttled.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        (own,) = [line[3:] for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::")]
+        quota, period = (cgroup / own.strip("/") / "cpu.max").read_text().split()
+        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+    return allowed
 
 
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:

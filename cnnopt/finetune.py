@@ -84,19 +84,20 @@ def fine_tune(
     from cnnopt.console import Console
     from cnnopt.schedules import Timeline, parse_duration
 
-    console = Console(quiet=not world.first, highlight=False, soft_wrap=True)
+    console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
+    identity = run.identity
+    if identity["batch_size"] % world.size:
+        raise UserError(f"{world.size} ranks cannot share the run's batch of {identity['batch_size']}: start fewer")
+    images = data.load(identity["dataset"], data_dir, seed=identity["seed"], share=world.local_size > 1)
     for clusters in remaining:
         config = settings_of(run, epochs, clusters)
-        config.check_ranks(world.size)
-        images = data.load(config.dataset, data_dir, seed=config.seed)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)
         model = _network(run, config, images, timeline, clusters, ranks=world.size)
         folder = RunFolder.of(config)
         if world.first:
-            folder.path.parent.mkdir(exist_ok=True)
             folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": "float32"})
         first_step = resume.restore(model, config, folder, world, say=console.print)
-        console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}", markup=False)
+        console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}")
 
         # ---- Train, without a callback that would renew the masks ------------------------------------------------
         stop = callbacks.StopWhenTold(request)
@@ -109,15 +110,17 @@ def fine_tune(
             monitoring.Measure(timeline),
         ]
         if world.first:
-            hooks += [monitoring.Record(folder, config, first_step), monitoring.Show(timeline, console)]
+            hooks += [
+                monitoring.Record(folder, config, timeline, first_step, console),
+                monitoring.Show(timeline, console),
+            ]
         every = parse_duration(config.save_every, "esm")
         hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
         steps = {"first_step": first_step, "last_step": timeline.total_steps}
         with loop.training_stream(config, images, world, **steps) as stream:
             loop.fit(model, stream, timeline, hooks)
         if stop.stopped:
-            goes_on = f"stopped as told and saved; the same command goes on from {folder.checkpoints}"
-            console.print(goes_on, markup=False)
+            console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
             # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
             presence.stop_after_first(world.rank)
             distributed.shutdown()

@@ -17,6 +17,7 @@ import sys
 import time
 from types import FrameType
 
+from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError, UserError
 from cnnopt.rendezvous import Rendezvous, address_of, check_own_name
 
@@ -72,14 +73,13 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, serve, start, wait."""
-    parser = argparse.ArgumentParser("python -m cnnopt.launch", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m cnnopt.launch", description=__doc__.split("\n\n")[0])
     parser.add_argument("-np", type=int, metavar="N", help="ranks to start here; without it the command is an srun")
     parser.add_argument("--interface", metavar="IF", help="network of the rendezvous [that of this host's name]")
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous [any free one]")
     parser.add_argument("command", nargs="+", help="after --: srun python train_hvd.py ..., or python train_hvd.py ...")
-    options = parser.parse_args(argv)
     try:
-        return launch(options)
+        return launch(parser.parse_args(argv))
     except CnnoptError as error:
         print(f"cnnopt.launch: {error}", file=sys.stderr)
         return error.exit_status

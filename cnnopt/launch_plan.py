@@ -2,6 +2,7 @@
 
     python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44 --sparsity 0.6
     python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 --cpus-per-rank 8 -- --preset super
+    mkdir -p k8s/overlays/mine
     python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 --only kubernetes -- --preset super \
         > k8s/overlays/mine/kustomization.yaml
 
@@ -11,14 +12,14 @@ train_hvd.py, which are checked first. Standard library only. Exit status: 0 don
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from cnnopt.command_line import Parser
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.errors import CnnoptError, UserError
 
@@ -70,7 +71,8 @@ def kustomization(plan: Plan) -> str:
     """An overlay beside those of k8s/overlays: one worker to each node."""
     run = f"/runs/{plan.config.name}"
     # Last, because the volumes are there whatever the flags say of other machines.
-    arguments = [*plan.flags, f"--name={plan.config.name}", "--data-dir=/data", "--run-dir=/runs"]
+    data = ["--data-dir=/data"] if plan.config.data_dir else []
+    arguments = [*plan.flags, f"--name={plan.config.name}", *data, "--run-dir=/runs"]
     launcher, worker = (f"/spec/mpiReplicaSpecs/{role}/template/spec/containers/0" for role in ("Launcher", "Worker"))
     job: dict[str, Any] = {
         "/spec/slotsPerWorker": plan.ranks_per_node,
@@ -108,23 +110,18 @@ def kustomization(plan: Plan) -> str:
 LAUNCHERS = {"horovodrun": horovodrun, "slurm": sbatch, "kubernetes": kustomization}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise PlanError(f"{message}; see --help")
-
-
 def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     """The plan that ``argv`` asks for, the flags of train_hvd.py after ``--``; and the one launcher to print it for.
 
-    Raises PlanError or ConfigError for what cannot be.
+    Raises UserError for what cannot be.
     """
     at = list(argv).index("--") if "--" in argv else len(argv)
     flags = tuple(argv[at + 1 :])
-    parser = _Parser(
+    parser = Parser(
         prog="python -m cnnopt.launch_plan",
         description="Print one run as a horovodrun line, an sbatch command and a kustomize overlay.",
         usage="%(prog)s [options] -- FLAGS OF train_hvd.py",
-        allow_abbrev=False,
+        stray="flags of train_hvd.py go after --",
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts, or workers of Kubernetes [1]")
     parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one rank to each GPU [0]")

@@ -17,6 +17,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tf_keras.callbacks import Callback
 
 from cnnopt.config import TrainConfig
+from cnnopt.files import WriteError
 from cnnopt.record import RunFolder
 from cnnopt.schedules import Timeline
 
@@ -78,11 +79,18 @@ TRAIN_CURVES = {
 
 
 class Record(Callback):
-    """Rank 0: metrics.jsonl and TensorBoard, and the measured ``sparsity`` in the logs."""
+    """Rank 0: metrics.jsonl and TensorBoard, and the measured ``sparsity`` in the logs.
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, first_step: int) -> None:
+    A full disk costs the points that TensorBoard would have had. Lines of metrics.jsonl wait for the next epoch; that
+    of the last epoch must be written, as the result is made of it.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, timeline: Timeline, first_step: int, console: Console
+    ) -> None:
         super().__init__()
-        self.folder, self.config = folder, config
+        self.folder, self.timeline, self.console = folder, timeline, console
+        self.waiting: list[dict[str, float]] = []
         for name in ("train", "validation", "pruning", "hparams"):
             _continue_at(folder.tensorboard / name, first_step)
         self.writers = {
@@ -93,11 +101,23 @@ class Record(Callback):
             hparams.hparams({k: "" if v is None else v for k, v in config.identity().items()}, trial_id=config.name)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """One line, and one point of every curve."""
+        """One line, and one point of every curve. Raises WriteError after the last epoch."""
         assert logs is not None
         sparsities = self.model.pruner.sparsities()
         logs["sparsity"] = sparsities["total"]
-        self.folder.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
+        self.waiting.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
+        try:
+            while self.waiting:
+                self.folder.append(self.waiting[0])
+                del self.waiting[0]
+            self._draw(logs, sparsities)
+        except (OSError, tf.errors.OpError) as error:
+            why = f"cannot record epoch {epoch + 1} in {self.folder.path}: {error}"
+            if self.waiting and logs["step"] == self.timeline.total_steps:
+                raise WriteError(f"{why}; free some space, and the same command does it again") from None
+            self.console.print(f"{why}; training goes on")
+
+    def _draw(self, logs: dict, sparsities: dict[str, float]) -> None:
         step = logs["step"]
         points = {
             "train": {f"{group}/{name}": logs[name] for group, names in TRAIN_CURVES.items() for name in names},

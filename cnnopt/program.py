@@ -54,4 +54,8 @@ def _speak(presence: Presence, why: str, *, of_one_rank: bool) -> None:
     elif world.first or of_one_rank:
         print(f"{presence.program}: {why}", file=sys.stderr, flush=True)
     else:
+        # All ranks may share the error, and the first one ends the job with it. Where they do not, it is the host's.
         time.sleep(2)
+        if world.local_rank == 0:
+            where = f"rank {world.rank} (host {distributed.hostname()})"
+            print(f"{presence.program}: {where}: {why}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """Quantize a finished run and measure every file that comes out: python -m cnnopt.quantize runs/NAME
 
-    python -m cnnopt.quantize runs/NAME --variants float32,int8 --clusters 16 --baseline runs/DENSE --pack
+    python -m cnnopt.quantize runs/NAME --variants int8,clustered-int8 --clusters 16 --baseline runs/DENSE --pack
     horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
-    python -m cnnopt.quantize pack FILE.tflite...
-    python -m cnnopt.quantize unpack FILE.packed.zip...
+    python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
+    python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
 Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png, and to TensorBoard
 (docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
@@ -18,8 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cnnopt import files
+from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError
-from cnnopt.export.options import PACKED, OneLineParser, OptionError, Options, choose, parse_args
+from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
 
 
 def writable(folder: Path) -> Path:
@@ -34,20 +36,6 @@ def writable(folder: Path) -> Path:
             f"{folder}: cannot write there ({error.strerror}); copy the run to a writable folder"
         ) from None
     return folder
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file whole. Raises OptionError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OptionError(
-            f"{path}: cannot be written ({error.strerror}); free some space or check the folder"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fine_tune(options: Options) -> NoReturn:
@@ -105,7 +93,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
         file = folder / f"{label}.tflite"
         content = convert.convert(model, variant, images.train_images[chosen])
         kernels = convert.file_kernels(content, file, variant, run.kernels())
-        write(file, content)
+        files.replace(file, content)
         say(f"  {file}  {len(content):,} bytes")
         return card.Export(label, file, content, kernels)
 
@@ -164,7 +152,7 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
 
     archive = pack.pack(content, path)
     target = path.with_name(path.name + pack.SUFFIX)
-    write(target, archive)
+    files.replace(target, archive)
     assert pack.unpack(archive, target)[1] == content
     coded = pack.stream_sizes(archive)
     weights = sum(coded[name] for name in ("mask.xz", "palette.xz", "values.xz"))
@@ -183,7 +171,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
     from cnnopt import environment
     from cnnopt.export import pack, tflite_file
 
-    parser = OneLineParser(prog=f"cnnopt.quantize {command}", allow_abbrev=False)
+    parser = Parser(prog=f"cnnopt.quantize {command}")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--output-dir", type=Path, help="where the files go [beside the files named]")
     given = parser.parse_args(argv)
@@ -195,7 +183,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
             with environment.quiet_stderr():
                 archive = pack.pack(content, path)
             target = folder / (path.name + pack.SUFFIX)
-            write(target, archive)
+            files.replace(target, archive)
             print(f"{target}  {len(content):,} -> {len(archive):,} bytes")
         else:
             try:
@@ -206,7 +194,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
             target = folder / name
             if target.exists() and target.read_bytes() != content:
                 raise OptionError(f"{target} exists and differs; move it away, or give --output-dir")
-            write(target, content)
+            files.replace(target, content)
             print(f"{target}  {len(content):,} bytes, SHA-256 {tflite_file.digest(content)}")
 
 

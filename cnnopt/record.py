@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cnnopt import files
 from cnnopt.config import ConfigError, TrainConfig
+from cnnopt.environment import cores
 
 PACKAGES = ("horovod", "tensorflow", "tf-keras", "tensorflow-model-optimization", "numpy", "tensorboard")
 
@@ -44,7 +47,9 @@ class RunFolder:
                 raise ConfigError(f"{self.config_file} is damaged: give another --name, or move it away") from None
             difference = config.difference(stored)
             if difference:
-                raise ConfigError(f"{self.path} holds a run of another configuration ({difference}): give --name")
+                raise ConfigError(
+                    f"{self.path} holds a run of another configuration ({difference}): go on as it was, or give --name"
+                )
             if config.resume == "never" and self.checkpoints.exists() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"--resume never: {self.path} holds this run already; give --name, or delete it")
         place = self.path
@@ -60,21 +65,29 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             content = {"identity": config.identity(), "digest": config.digest(), "name": config.name}
-            _replace(self.config_file, json.dumps(content, indent=2) + "\n")
-            _replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--run-dir {self.path.parent}: {error.strerror or error}; choose another") from None
+            files.replace(self.config_file, json.dumps(content, indent=2) + "\n")
+            files.replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
+        except (OSError, files.WriteError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"--run-dir {self.path.parent}: {why}; choose another") from None
 
     def rewind(self, step: int) -> None:
-        """Forget metrics of steps after ``step``, so that a resumed run draws one curve."""
+        """Forget metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError."""
         if self.metrics_file.exists():
             kept = [line for line in self.metrics() if line["step"] <= step]
-            _replace(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+            files.replace(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, metrics: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(dict(metrics)) + "\n")
+        """Add one line to metrics.jsonl. Raises OSError, and leaves no part of the line."""
+        line = json.dumps(dict(metrics)).encode() + b"\n"
+        with self.metrics_file.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
@@ -87,8 +100,8 @@ class RunFolder:
         return lines
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: its presence says that the run is complete."""
-        _replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
+        """Write result.json: its presence says that the run is complete. Raises WriteError."""
+        files.replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
         """What ``finish`` wrote; None for a run that is not complete."""
@@ -100,18 +113,6 @@ class RunFolder:
             raise ConfigError(
                 f"{self.result_file} is damaged: delete it, and the same command writes it anew"
             ) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def environment(settings: Mapping[str, str]) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "cpu": cpu[0] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "commit": _commit(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "settings": dict(settings),

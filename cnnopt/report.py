@@ -8,6 +8,7 @@ folders alone. Exit status: 0 done, 2 wrong input.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import sys
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnnopt import files
+from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError, UserError
 from cnnopt.export.report import SCHEMA
 from cnnopt.record import RunFolder
@@ -132,7 +135,7 @@ def _table(columns: Sequence[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def png(runs: Sequence[Run]) -> bytes:
     """comparison.png: accuracy by epoch, and, where files were measured, accuracy against compressed size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -155,7 +158,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         sizes.set(xscale="log", xlabel="KiB, packed or gzip -9", ylabel="test accuracy, %")
     for axes in (curves, *others):
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110)
+    return image.getvalue()
 
 
 def show(runs: Sequence[Run]) -> None:
@@ -177,22 +182,20 @@ def show(runs: Sequence[Run]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-    parser = argparse.ArgumentParser(
-        prog="cnnopt.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="cnnopt.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one to compare with first")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md and comparison.png go")
-    given = parser.parse_args(argv)
     try:
+        given = parser.parse_args(argv)
         runs = [read(path) for path in given.runs]
         show(runs)
         if given.output:
             try:
                 given.output.mkdir(parents=True, exist_ok=True)
-                (given.output / "comparison.md").write_text(markdown(runs))
-                draw(runs, given.output / "comparison.png")
             except OSError as error:
                 raise ComparisonError(f"--output {given.output}: {error.strerror}; name another folder") from None
+            files.replace(given.output / "comparison.md", markdown(runs))
+            files.replace(given.output / "comparison.png", png(runs))
     except CnnoptError as error:
         print(f"cnnopt.report: {error}", file=sys.stderr)
         return error.exit_status

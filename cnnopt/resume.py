@@ -56,7 +56,12 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
     if config.resume == "never":
         folder.rewind(0)
         return 0
-    if config.resume == "auto":
+    named = None if config.resume == "auto" else Path(config.resume)
+    if named and named.resolve().parent != folder.checkpoints.resolve() and checkpoint.list_steps(folder.checkpoints):
+        # A job that is queued again has the same flags, and would begin there each time.
+        say(f"--resume {named} was for the first start; this run has checkpoints of its own")
+        named = None
+    if named is None:
         found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
         for path, reason in skipped:
             say(f"skipped {path}: {reason}")
@@ -64,12 +69,17 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
             folder.rewind(0)
             return 0
     else:
-        found = checkpoint.load(Path(config.resume))
+        found = checkpoint.load(named)
         objection = unfit(found)
         if objection:
             raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
+    before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype
     for name, variable in model.named_state().items():
-        variable.assign(found.arrays[name])
+        # The loss scale of another type is none for this one: it begins anew.
+        if before == now or not name.startswith("loss_scale/"):
+            variable.assign(found.arrays[name])
+    if before != now:
+        say(f"--precision {config.precision} was {before} up to here, and is {now} on this machine")
     for variable, value in zip(model.epoch_sums, found.state.get("epoch_sums", []), strict=False):
         variable.assign(value)
     folder.rewind(found.step)

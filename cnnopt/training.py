@@ -88,34 +88,37 @@ class SynchronousModel(keras.Model):
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """One update from this rank's shard of the global batch: uint8 images [shard, 32, 32, 3], int64 labels."""
         images, labels = data
-        scale = self.loss_scale.value.read_value()
+        scaling = self.loss_scale.enabled
+        scale = self.loss_scale.value.read_value() if scaling else 1.0
         moving_before = [m.read_value() for m in self.moving]
         with tf.GradientTape() as tape:
             logits = self(images, training=True)
             loss = tf.reduce_mean(self.losses_of(labels, logits))
-            scaled_loss = loss * scale
+            scaled_loss = loss * scale if scaling else loss
         gradients = tape.gradient(scaled_loss, self.trainable_variables)
 
         changes = [m - before for m, before in zip(self.moving, moving_before, strict=True)]
         shared, finite = self.exchange([*gradients, *changes, self.run.requests.read_value()])
         gradients, changes, granted = shared[: len(gradients)], shared[len(gradients) : -1], shared[-1]
         self.run.granted.assign(granted)
-        if self.loss_scale.enabled:
+        if scaling:
             gradients = [g / scale for g in gradients]
             # The forward pass of a skipped step has overflowed perhaps, and would leave infinities here for good.
             changes = [tf.where(finite, change, 0.0) for change in changes]
         for variable, before, change in zip(self.moving, moving_before, changes, strict=True):
             variable.assign(before + change)
-        if self.loss_scale.enabled:
+        if scaling:
             tf.cond(finite, lambda: self.update(gradients), tf.no_op)
         else:
             self.update(gradients)
         self.loss_scale.update(finite)
         self.run.global_step.assign_add(1)
 
-        correct = tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float32)
-        self.run.loss.update_state(loss)
-        self.run.accuracy.update_state(tf.reduce_mean(correct))
+        correct = tf.reduce_mean(tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float32))
+        # A skipped step is no part of the epoch's averages: its loss may be infinite.
+        counts = tf.cast(finite, tf.float32) if scaling else None
+        self.run.loss.update_state(tf.where(finite, loss, 0.0) if scaling else loss, counts)
+        self.run.accuracy.update_state(correct, counts)
         return {"loss": loss, "finite": finite}
 
     def update(self, gradients: Sequence[tf.Tensor]) -> tf.Operation:

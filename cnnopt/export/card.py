@@ -17,6 +17,7 @@ import tf_keras as keras
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cnnopt import environment
 from cnnopt.data import Dataset
 from cnnopt.errors import RunError
 from cnnopt.export import explain, interpret, latency, measure, tflite_file
@@ -66,7 +67,7 @@ def report(
         twin = digests.setdefault(tflite_file.digest(export.content), export.name)
         if twin != export.name:
             raise RunError(f"{export.path} is to the byte the {twin} file; leave one of them out")
-    threads = len(os.sched_getaffinity(0))
+    threads = environment.cores()
     expected = model.predict(images.test_images.astype(np.float32), batch_size=200, verbose=0)
     own = {layer: kernel.weights for layer, kernel in next(e for e in exports if e.name == "float32").kernels.items()}
     reference_size = measure.sizes(reference.content, list(reference.kernels.values()))

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
+#: Least magnitude that a channel is divided by.
+SMALLEST = 1e-6
+
 
 def codebook(kernel: np.ndarray, clusters: int, gain: np.ndarray, *, per_channel: bool = True) -> np.ndarray:
     """The ``clusters`` - 1 centroids of the weights of ``kernel`` [..., out] that are not zero: float32, ascending.
@@ -51,7 +54,7 @@ def boundaries(centroids: np.ndarray) -> np.ndarray:
 def _largest(kernel: np.ndarray, per_channel: bool) -> np.ndarray:
     largest = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)) if per_channel else None)
     # A channel that is pruned as a whole has none.
-    return np.where(largest > 0, largest, np.float32(1))
+    return np.maximum(largest, np.float32(SMALLEST))
 
 
 def _lloyd(values: np.ndarray, weight: np.ndarray, count: int, iterations: int = 100) -> np.ndarray:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
-    """Draw the figure of a report.json to ``path``. Raises OSError."""
+def png(content: dict[str, Any]) -> bytes:
+    """The figure of a report.json."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     files = content["files"]
     names = [entry["name"] for entry in files]
-    colors = [f"C{i}" for i in range(len(files))]
+    # Twenty colours in pairs of a hue; the strong ones first.
+    palette = matplotlib.colormaps["tab20"](range(20))
+    colors = [*palette[::2], *palette[1::2]][: len(files)]
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(13, 9), layout="constrained")
         # A figure of its own canvas needs no display and leaves pyplot's state alone.
@@ -64,4 +67,6 @@ def draw(content: dict[str, Any], path: Path) -> None:
             axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize="small")
-        figure.savefig(path, dpi=110)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=110)
+        return image.getvalue()

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
@@ -112,9 +111,7 @@ def main() -> int:
     """Measure the files of the command line."""
     parser = argparse.ArgumentParser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument(
-        "--threads", default=f"1,{len(os.sched_getaffinity(0))}", help="numbers of threads, with commas"
-    )
+    parser.add_argument("--threads", default=f"1,{environment.cores()}", help="numbers of threads, with commas")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     given = parser.parse_args()
     environment.prepare({**environment.TENSORFLOW, **environment.QUIET})

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from cnnopt.command_line import Parser
 from cnnopt.errors import UserError
 
 #: What can be exported. Names end in the numbers that weights are stored as.
@@ -63,26 +63,17 @@ class Options:
         return {name: (self.clusters or 0) * ("clusters" in flags) for name, flags in needs.items() if "qat" in flags}
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are OptionErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print in several lines."""
-        raise OptionError(message)
-
-
 def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
     """The options that a command line asks for; ``description`` is what ``--help`` begins with.
 
-    Raises OptionError; SystemExit(0) for ``--help``.
+    Raises UserError; SystemExit(0) for ``--help``.
     """
-    listing = "\n".join(f"  {name:<16}{text}" for name, text in VARIANTS.items())
-    parser = OneLineParser(
+    listing = "\n".join(f"  {name:<20}{text}" for name, text in VARIANTS.items())
+    parser = Parser(
         prog="cnnopt.quantize",
         description=description,
         epilog=f"variants:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--variants", metavar="A,B", help="which files to make [all that apply to the run]")
@@ -112,9 +103,12 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
         for flag in ("clusters", "qat"):
             users = [name for name, flags in NEEDS.items() if flag in flags]
             named = [name for name in users if name in given["variants"]]
-            if bool(named) != (given[flag] is not None):
-                names = " or ".join(named or users)
-                raise OptionError(f"--variants {names} and --{flag} N go together: give both or neither")
+            if named and given[flag] is None:
+                raise OptionError(f"--variants {named[0]}: give --{flag} N too, or leave it out")
+            if not named and given[flag] is not None:
+                raise OptionError(
+                    f"--{flag} {given[flag]} is for {' and '.join(users)}: add one to --variants, or leave --{flag} out"
+                )
     if given["clusters"] is not None and not 4 <= given["clusters"] <= 256:
         raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
     if given["qat"] is not None and given["qat"] < 1:

@@ -23,7 +23,7 @@ import tf_keras as keras
 from tf_keras import layers
 
 from cnnopt import models
-from cnnopt.export.clustering import boundaries
+from cnnopt.export.clustering import SMALLEST, boundaries
 from cnnopt.export.trained import CENTROIDS, RANGE
 
 
@@ -53,7 +53,7 @@ def _limit(kernel: tf.Tensor, per_channel: bool) -> tf.Tensor:
     """The largest magnitude of each output channel of a kernel [..., out], or of all."""
     largest = tf.reduce_max(tf.abs(kernel), axis=list(range(len(kernel.shape) - 1)) if per_channel else None)
     # A channel that is pruned as a whole has no range of its own.
-    return tf.stop_gradient(tf.maximum(largest, 1e-6))
+    return tf.stop_gradient(tf.maximum(largest, SMALLEST))
 
 
 def fake_quantized(kernel: tf.Tensor, *, per_channel: bool) -> tf.Tensor:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cnnopt.errors import UserError
+from cnnopt import files
 
 #: Of report.json. Raised when a key changes its meaning or goes; a new key does not raise it.
 SCHEMA = 2
@@ -14,10 +14,6 @@ COLUMNS = (
     "file", "raw", "gzip", "xz", "bound", "packed", "smaller, gzip", "nonzero", "top-1 %", "loss", "agree %",
     "ms, 1 thread", "ms, all", "peak MiB",
 )  # fmt: skip
-
-
-class ReportError(UserError):
-    """A report that cannot be written."""
 
 
 def rows(content: dict[str, Any]) -> list[list[str]]:
@@ -86,15 +82,12 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
-    """Write report.json, report.md and report.png into ``folder``. Raises ReportError."""
+    """Write report.json, report.md and report.png into ``folder``. Raises WriteError."""
     from cnnopt.export import figure
 
-    try:
-        (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-        (folder / "report.md").write_text(markdown(content))
-        figure.draw(content, folder / "report.png")
-    except OSError as error:
-        raise ReportError(f"{folder}: the report cannot be written ({error.strerror}); free some space there") from None
+    files.replace(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    files.replace(folder / "report.md", markdown(content))
+    files.replace(folder / "report.png", figure.png(content))
 
 
 def show(content: dict[str, Any]) -> None:
@@ -103,20 +96,19 @@ def show(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     # What fits into 80 columns; report.md has all of it.
-    columns = ("raw", "gzip", "bound", "packed", "less", "top-1", "agree", "ms", "all")
+    columns = ("raw", "gzip", "bound", "packed", "less", "top-1", "agree", "ms")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("file", *columns):
         table.add_column(column, justify="left" if column == "file" else "right", no_wrap=True)
     for row in rows(content):
         cells = dict(zip(COLUMNS, row, strict=True))
-        times = (cells[name].split("/")[0] for name in ("ms, 1 thread", "ms, all"))
         names = ("file", "raw", "gzip", "bound", "packed", "smaller, gzip", "top-1 %", "agree %")
-        table.add_row(*(cells[name] for name in names), *times)
+        table.add_row(*(cells[name] for name in names), cells["ms, 1 thread"].split("/")[0])
     console.print("sizes in KiB; less: times smaller, gzip -9 against the float32 reference as it is")
-    console.print("top-1, agree: %; ms: median latency of one image, at 1 thread and at all cores")
+    console.print("top-1, agree: %; ms: median latency of one image at 1 thread")
     console.print(table)
     for note in content["notes"]:
-        console.print(note, markup=False)
-    console.print(f"{content['run']['path']}/report.json, report.md, report.png", markup=False)
+        console.print(note)
+    console.print(f"{content['run']['path']}/report.json, report.md, report.png")

@@ -8,12 +8,13 @@ from typing import Any
 import tensorflow as tf
 
 from cnnopt.export import report
+from cnnopt.files import WriteError
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
     """Write the content of a report.json, whose report.png lies in ``folder``, to ``folder``/tb/quantize.
 
-    The files of an earlier card are deleted, so that there is one point for each file. Raises ReportError.
+    The files of an earlier card are deleted, so that there is one point for each file. Raises WriteError.
     """
     place, step = folder / "tb" / "quantize", content["run"]["step"]
     try:
@@ -29,7 +30,7 @@ def save(content: dict[str, Any], folder: Path) -> None:
             tf.summary.text("card", report.markdown(content))
         writer.close()
     except (OSError, tf.errors.OpError) as error:
-        raise report.ReportError(f"{place}: cannot be written ({error}); free some space there") from None
+        raise WriteError(f"{place}: cannot be written ({error}); free some space there") from None
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:

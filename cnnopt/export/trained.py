@@ -93,7 +93,7 @@ def read(path: Path) -> TrainedRun:
     """The run in folder ``path``. Raises TrainedError, in well under a second, where it cannot be exported."""
     folder = RunFolder(path)
     if not path.is_dir():
-        raise TrainedError(f"{path}: no such run folder; name one that train_hvd.py made, such as runs/NAME")
+        raise TrainedError(f"{path}: no such run folder; name one that train_hvd.py made")
     config = _json(folder.config_file, "name a folder that train_hvd.py made")
     if not isinstance(identity := config.get("identity"), dict) or type(identity.get("depth")) is not int:
         raise TrainedError(f"{folder.config_file} is damaged: restore it from a copy, or train again")
@@ -104,8 +104,8 @@ def read(path: Path) -> TrainedRun:
     result = _json(folder.result_file, "restore it from a copy")
     found, skipped = checkpoint.newest(folder.checkpoints)
     if found is None:
-        why = skipped[0][1] if skipped else "there is none"
-        raise TrainedError(f"{folder.checkpoints}: no checkpoint to export ({why}); restore one, or train again")
+        why = f" ({skipped[0][1]})" if skipped else ""
+        raise TrainedError(f"{folder.checkpoints}: no checkpoint to export{why}; restore one, or train again")
     if found.step != result.get("step"):
         raise TrainedError(
             f"{folder.checkpoints}: the newest good checkpoint is of step {found.step}, but the run ended at step "

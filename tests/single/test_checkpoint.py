@@ -579,14 +579,6 @@ def test_rotation_keeps_the_newest_and_the_best(keep, metrics):
         assert all(load(path) for path in list_steps(folder))
 
 
-def test_best_is_the_metric_of_a_state_without_one(tmp_path):
-    for step, best in enumerate((0.5, 0.8, 0.3, 0.4)):
-        save(tmp_path, step, {}, {}, keep=1, best=best)
-    save(tmp_path, 4, {}, {"metric": 0.1}, keep=1, best=0.9)
-    assert steps(tmp_path) == [1, 4]
-    assert load(list_steps(tmp_path)[0]).state == {"metric": 0.8}
-
-
 def test_rotation_never_deletes_what_was_just_saved_nor_an_abandoned_future(tmp_path):
     save_steps(tmp_path, 10, 20, 90, 100)
     save(tmp_path, 30, ARRAYS, {}, keep=1)

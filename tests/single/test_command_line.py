@@ -49,7 +49,7 @@ def refusal(arguments: list[str], shell: dict[str, str]) -> str:
     ("arguments", "expected"),
     [
         ("--depth 43", "--depth 43: the depth of a CIFAR ResNet is 6n+2; the nearest is 44"),
-        ("--sparcity 0.6", "unrecognized arguments: --sparcity 0.6; see --help"),
+        ("--sparcity 0.6", "unrecognized argument --sparcity: did you mean --sparsity?"),
         ("--expect-ranks 2", "--expect-ranks 2: 1 started"),
         ("--data-dir /no/such/folder", "--data-dir /no/such/folder: does not exist"),
         ("--dataset synthetic --resume /no/such", "--resume /no/such: no such checkpoint folder"),
@@ -263,7 +263,10 @@ def test_the_same_command_says_that_the_run_is_complete(complete, shell):
 def test_another_configuration_is_refused_in_its_folder(complete, shell):
     folder, _ = complete
     message = refusal(arguments(folder.parent, "--depth", "14"), shell)
-    assert f"{folder} holds a run of another configuration (--depth was 8, is 14): give --name" in message
+    assert (
+        f"{folder} holds a run of another configuration (--depth was 8, is 14): go on as it was, or give --name"
+        in message
+    )
 
 
 def test_never_resuming_does_not_overwrite(complete, shell, tmp_path):
@@ -271,6 +274,19 @@ def test_never_resuming_does_not_overwrite(complete, shell, tmp_path):
     shutil.copytree(folder, tmp_path / "tiny")
     (tmp_path / "tiny" / "result.json").unlink()
     assert "--resume never: " in refusal(arguments(tmp_path, "--resume", "never"), shell)
+
+
+def test_what_one_host_alone_finds_wrong_is_said_by_a_rank_of_it(shell, tmp_path):
+    """The launcher would end the others, which know nothing of it."""
+    elsewhere = {"HOROVOD_SIZE": "4", "HOROVOD_LOCAL_SIZE": "2", "HOROVOD_HOSTNAME": "b"}
+    said = {}
+    for rank, local in ((2, 0), (3, 1)):
+        place = {"HOROVOD_RANK": str(rank), "HOROVOD_LOCAL_RANK": str(local)}
+        done = program(["--data-dir", str(tmp_path / "none")], {**shell, **elsewhere, **place})
+        assert done.returncode == 2
+        said[rank] = done.stderr
+    assert said[2].startswith(f"train_hvd.py: rank 2 (host b): --data-dir {tmp_path / 'none'}: does not exist")
+    assert said[3] == ""
 
 
 @pytest.mark.timeout(300)

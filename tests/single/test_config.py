@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnopt.config import PRESETS, ConfigError, TrainConfig, parse_args
+from cnnopt.errors import UserError
 from cnnopt.schedules import parse_drops, parse_duration
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -17,7 +18,7 @@ FLAGS = [f"--{name.replace('_', '-')}" for name in FIELDS]
 
 
 def refusal(*argv: str) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         parse_args(argv)
     assert caught.value.exit_status == 2
     return str(caught.value)
@@ -153,6 +154,8 @@ REFUSED = [
     ("--prune-begin " + "9" * 400 + "s", "--prune-begin: ", "use at most"),
     ("--warmup 2", "--warmup: '2' is not a duration", "write one of"),
     ("--save-every 5%", "--save-every: '5%'", "'2m' (minutes)"),
+    ("--save-every 0.25e", "--save-every 0.25e: ", "give whole epochs or steps"),
+    ("--sparsity 60", "--sparsity 60.0: ", "60% is 0.6"),
     ("--lr-drops 80:0.1 --lr-schedule step", "--lr-drops: '80:0.1'", "write for example '80e:0.1'"),
     ("--lr-drops 80e:nan --lr-schedule step", "--lr-drops: '80e:nan'", "write for example '80e:0.1'"),
     ("--lr-drops 80e:-1 --lr-schedule step", "--lr-drops: '80e:-1'", "write for example '80e:0.1'"),
@@ -163,8 +166,8 @@ REFUSED = [
     ("--name ..", "--name ..: ", "letters, digits"),
     ("--name=-x", "--name -x: ", "letters, digits"),
     ("--name=", "--name : ", "letters, digits"),
-    ("--sparcity 0.6", "--sparcity", "see --help"),
-    ("--spars 0.6", "--spars", "see --help"),  # no abbreviations: a new flag must not change an old command
+    ("--sparcity 0.6", "--sparcity", "did you mean --sparsity?"),
+    ("--spars 0.6", "--spars", "did you mean --sparsity?"),  # an abbreviation would change with a new flag
     ("extra", "extra", "see --help"),
 ]  # fmt: skip
 
@@ -221,7 +224,7 @@ def test_any_command_line_is_parsed_or_refused_in_one_line(argv):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config = parse_args(argv)
-    except ConfigError as error:
+    except UserError as error:
         refused = str(error)
     except SystemExit as error:
         stopped = error.code

@@ -329,16 +329,6 @@ def test_an_unknown_augmentation_names_the_choices():
         stream(numbered_images(2), augment="cutout")
 
 
-@given(num_images=st.integers(0, 10_000), size=st.integers(1, 64))
-@settings(deadline=None, max_examples=40)
-def test_evaluation_shards_are_an_even_partition(num_images, size):
-    shards = [data.evaluation_shard(num_images, rank, size) for rank in range(size)]
-    assert [shard.start for shard in shards] == [0] + [shard.stop for shard in shards[:-1]]
-    assert shards[-1].stop == num_images
-    lengths = [shard.stop - shard.start for shard in shards]
-    assert max(lengths) - min(lengths) <= 1
-
-
 # Downloads -----------------------------------------------------------------------------------------------------
 
 
@@ -380,8 +370,9 @@ def published(server, tmp_path, monkeypatch):
     server.answers["/cifar.tar.gz"] = body
     download = data.Download(f"{server.url}/cifar.tar.gz", hashlib.md5(body).hexdigest())
     monkeypatch.setitem(data.DOWNLOADS, "cifar10", download)
-    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "new" / "data"))
-    return tmp_path / "new" / "data"
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
 
 
 def visible(folder: Path) -> list[str]:
@@ -426,11 +417,24 @@ def test_a_failed_download_names_the_address_and_the_remedy(fault, server, publi
     assert visible(published) == []
 
 
-def test_a_download_directory_that_cannot_be_made_is_named(published, monkeypatch, tmp_path):
+def test_the_default_directory_is_made_for_the_download(published, monkeypatch, tmp_path):
+    monkeypatch.delenv("CNNOPT_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert len(data.load("cifar10").train_images) == 20
+    assert visible(tmp_path / "home/.keras/datasets") == ["cifar-10-python.tar.gz"]
     (tmp_path / "file").touch()
-    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "file" / "data"))
-    with pytest.raises(DataError, match="file/data"):
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file/.keras/datasets"):
         data.load("cifar10")
+
+
+def test_a_mistyped_variable_starts_no_download(server, published, monkeypatch, tmp_path):
+    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "dat"))
+    for attempt in (data.check, data.load):
+        with pytest.raises(DataError, match=r"^\$CNNOPT_DATA_DIR .*/dat: does not exist; name the directory"):
+            attempt("cifar10")
+    assert not server.requests
+    assert not (tmp_path / "dat").exists()
 
 
 def test_two_processes_download_once(server, published):

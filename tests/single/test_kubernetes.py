@@ -198,7 +198,9 @@ def test_the_flags_parse_and_the_ranks_share_the_batch(manifests):
     for workers in range(int(environment.get("LAUNCH_AT_LEAST", manifests.workers)), manifests.workers + 1):
         config.check_ranks(workers * manifests.slots)
     mounts = {mount["mountPath"] for mount in manifests.container("Worker")["volumeMounts"]}
-    assert {config.data_dir, config.run_dir} <= mounts
+    assert {environment["CNNOPT_DATA_DIR"], config.run_dir} <= mounts
+    # The flag would forbid the download into an empty volume.
+    assert config.data_dir is None
     limit = manifests.container("Worker")["resources"]["limits"]["cpu"]
     assert int(environment["TF_NUM_INTRAOP_THREADS"]) * manifests.slots == int(limit)
 
@@ -210,7 +212,8 @@ def test_quantize_and_tensorboard_look_where_the_training_writes(manifests):
     pod = job["spec"]["template"]["spec"]
     assert f"[ -e {run}/result.json ]" in pod["initContainers"][0]["command"][2]
     assert pod["containers"][0]["command"] == ["python", "-m", "cnnopt.quantize"]
-    assert pod["containers"][0]["args"] == [run, f"--data-dir={config.data_dir}"]
+    environment = {v["name"]: v["value"] for v in manifests.container("Launcher")["env"]}
+    assert pod["containers"][0]["args"] == [run, f"--data-dir={environment['CNNOPT_DATA_DIR']}"]
     (deployment,) = manifests.of("Deployment")
     assert f"--logdir={config.run_dir}" in deployment["spec"]["template"]["spec"]["containers"][0]["args"]
 
@@ -264,8 +267,8 @@ def test_overlays_change_what_they_say_and_nothing_else(manifests):
                     replica["template"]["spec"].pop("schedulerName", None)
                 if rendered.overlay == "elastic":
                     launcher = spec["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]
-                    assert [v["name"] for v in launcher["env"][1:]] == ["LAUNCH_AT_LEAST", "LAUNCH_PATIENCE"]
-                    del launcher["env"][1:], launcher["args"][-1]
+                    assert [v["name"] for v in launcher["env"][-2:]] == ["LAUNCH_AT_LEAST", "LAUNCH_PATIENCE"]
+                    del launcher["env"][-2:], launcher["args"][-1]
                     spec["mpiReplicaSpecs"]["Worker"]["replicas"] = base.workers
                     spec["launcherCreationPolicy"] = "WaitForWorkersReady"
         text = yaml.safe_dump_all(documents)

@@ -299,7 +299,7 @@ def refused(capsys, *arguments):
     [
         (["--variants", "int7"], ["--variants int7", "clustered-int8"]),
         (["--variants", "clustered-int8"], ["--clusters"]),
-        (["--variants", "int8", "--clusters", "16"], ["--clusters", "both or neither"]),
+        (["--variants", "int8", "--clusters", "16"], ["--clusters 16 is for clustered-int8", "leave --clusters out"]),
         (["--clusters", "1"], ["--clusters 1", "4 to 256"]),
         (["--calibration", "3"], ["--calibration 3", "at least 32"]),
         (["--calibration", "4000"], ["--calibration 4000", "2048"]),
@@ -308,9 +308,10 @@ def refused(capsys, *arguments):
         (["--data-dir", "/nowhere"], ["--data-dir /nowhere"]),
         (["--baseline", "/nowhere"], ["/nowhere", "no such run"]),
         (["--qat", "0"], ["--qat 0", "1 epoch"]),
-        (["--qat", "2", "--variants", "int8"], ["--qat", "both or neither"]),
-        (["--variants", "int8-qat"], ["--qat N", "both or neither"]),
-        (["--variants", "clustered-int8-qat", "--qat", "2"], ["--clusters N", "both or neither"]),
+        (["--qat", "2", "--variants", "int8"], ["--qat 2 is for int8-qat and", "leave --qat out"]),
+        (["--variants", "int8-qat"], ["--variants int8-qat: give --qat N too"]),
+        (["--variants", "clustered-int8-qat", "--qat", "2"], ["--variants clustered-int8-qat: give --clusters N too"]),
+        (["--clusterz", "16"], ["unrecognized argument --clusterz: did you mean --clusters?"]),
     ],
     ids=str,
 )

@@ -115,7 +115,7 @@ def test_a_new_run_and_the_same_run_are_welcome(tmp_path):
 def test_another_configuration_is_named(tmp_path):
     opened(tmp_path, seed=1)
     message = refusal(small_runs.settings(run_dir=str(tmp_path / "runs"), name="x", seed=2))
-    assert "holds a run of another configuration (--seed was 1, is 2): give --name" in message
+    assert "holds a run of another configuration (--seed was 1, is 2): go on as it was, or give --name" in message
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
 
     save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console)
     hooks = [Stop(), callbacks.Prune(), callbacks.Evaluate(small_runs.IMAGES, World()), monitoring.Measure(timeline),
-             save, monitoring.Record(folder, config, first_step)]  # fmt: skip
+             save, monitoring.Record(folder, config, timeline, first_step, console)]  # fmt: skip
     small_runs.fit(model, config, hooks)
     return folder, small_runs.state(model), said
 

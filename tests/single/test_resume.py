@@ -1,5 +1,9 @@
 """What a run leaves at a save, and what another takes up from it: small runs in one process."""
 
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 import small_runs
@@ -8,6 +12,7 @@ from tf_keras.callbacks import Callback
 
 from cnnopt import callbacks, checkpoint, monitoring, resume
 from cnnopt.distributed import World
+from cnnopt.files import WriteError
 from cnnopt.record import RunFolder
 from cnnopt.schedules import parse_duration
 from cnnopt.signals import StopRequest
@@ -24,9 +29,12 @@ class Tell(Callback):
         self.request.told = self.request.told or batch == self.step
 
 
-def run(path, *, save_every: str = "100s", stop_in: int | None = None) -> tuple[RunFolder, callbacks.StopWhenTold]:
+def run(
+    path, *, save_every: str = "100s", stop_in: int | None = None, hooks: Sequence[Callback] = (), **changes: object
+) -> tuple[RunFolder, callbacks.StopWhenTold]:
     """Train to the end or until told in step ``stop_in``, from the newest checkpoint; the real hooks in their order."""
-    config = small_runs.settings(save_every=save_every, run_dir=str(path), name="run", deterministic=True)
+    changes = {"run_dir": str(path), "name": "run", "deterministic": True, **changes}
+    config = small_runs.settings(save_every=save_every, **changes)
     folder, world, timeline = RunFolder.of(config), World(), small_runs.timeline_of(config)
     model = small_runs.build(config)
     folder.open(config, {})
@@ -34,17 +42,18 @@ def run(path, *, save_every: str = "100s", stop_in: int | None = None) -> tuple[
     request = StopRequest()
     stop = callbacks.StopWhenTold(request)
     every = parse_duration(save_every, "esm")
-    console = Console(quiet=True)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     small_runs.fit(
         model,
         config,
         [
+            *hooks,
             *([Tell(request, stop_in)] if stop_in is not None else []),
             stop,
             callbacks.Prune(),
             callbacks.Evaluate(small_runs.IMAGES, world),
             monitoring.Measure(timeline),
-            monitoring.Record(folder, config, first_step),
+            monitoring.Record(folder, config, timeline, first_step, console),
             callbacks.Save(every, timeline, config, folder.checkpoints, world, console),
         ],
     )
@@ -94,6 +103,97 @@ def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(t
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert line["accuracy"] == pytest.approx(other["accuracy"], rel=1e-6)
         assert (line["val_loss"], line["val_accuracy"]) == (other["val_loss"], other["val_accuracy"])
+
+
+class Break(Callback):
+    """Puts a file where the folder of checkpoints belongs, before the step after ``step``."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__()
+        self.folder, self.step = folder, step
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if batch == self.step:
+            self.folder.write_text("")
+
+
+def test_a_save_that_fails_costs_the_run_only_where_no_other_follows(tmp_path, capsys):
+    path = tmp_path / "run" / "checkpoints"
+    with pytest.raises(checkpoint.SaveError, match="step-00000024"):
+        run(tmp_path, save_every="1e", hooks=[Break(path, 3)])
+    said = capsys.readouterr().out
+    assert [f"step-{step:08d}" in said for step in (8, 16, 24)] == [True, True, False]
+    assert said.count("training goes on") == 2
+    path.unlink()
+    with pytest.raises(checkpoint.SaveError, match="step-00000005"):
+        run(tmp_path, save_every="1e", hooks=[Break(path, 3)], stop_in=4)
+
+
+class Limit(Callback):
+    """While epoch ``epoch`` ends, files may grow by ``spare`` bytes: as on a full disk, a write falls short."""
+
+    def __init__(self, path: Path, spare: int, epoch: int) -> None:
+        super().__init__()
+        self.path, self.spare, self.epoch = path, spare, epoch
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if epoch == self.epoch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + self.spare, self.before[1]))
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.parametrize("spare", [0, 50])
+def test_a_line_that_finds_no_space_is_written_with_the_next(tmp_path, capsys, spare):
+    folder = RunFolder(tmp_path / "run")
+    run(tmp_path, hooks=[Limit(folder.metrics_file, spare, 1)])
+    said = capsys.readouterr().out
+    assert f"cannot record epoch 2 in {folder.path}" in said
+    assert said.count("training goes on") == 1
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_last_line_that_finds_no_space_ends_the_run_and_is_made_again(tmp_path):
+    limit = Limit(tmp_path / "run/metrics.jsonl", 50, 2)
+    try:
+        with pytest.raises(WriteError, match=r"cannot record epoch 3 .*; free some space"):
+            run(tmp_path, save_every="1e", hooks=[limit])
+    finally:
+        limit.on_epoch_begin(0)
+    folder, _ = run(tmp_path, save_every="1e")
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_run_goes_on_in_another_precision_with_a_loss_scale_of_its_own(tmp_path, capsys, float32_policy):
+    folder, _ = run(tmp_path, stop_in=7, precision="float16")
+    identity = small_runs.settings(precision="auto").identity()
+    saved = checkpoint.load(checkpoint.list_steps(folder.checkpoints)[-1])
+    assert saved.arrays["loss_scale/000/loss_scale:0"] == 2**15
+    # What a run with --precision auto leaves on a machine with a GPU.
+    saved.state["identity"] = {**identity, "deterministic": True}
+    checkpoint.save(folder.checkpoints, 8, saved.arrays, saved.state)
+    run(tmp_path, precision="auto", stop_in=15)
+    assert "--precision auto was float16 up to here, and is " in capsys.readouterr().out
+    (last,) = [load for load in map(checkpoint.load, checkpoint.list_steps(folder.checkpoints)) if load.step == 16]
+    assert last.arrays["loss_scale/000/loss_scale:0"] == 1
+    assert max(np.abs(value).max() for name, value in last.arrays.items() if "kernel" in name) < 5
+
+
+def test_a_named_checkpoint_of_another_run_is_for_the_first_start(tmp_path, capsys):
+    first, _ = run(tmp_path, stop_in=3)
+    (source,) = checkpoint.list_steps(first.checkpoints)
+    second, _ = run(tmp_path, name="second", resume=str(source), stop_in=6)
+    assert f"resumed after step 4 from {source}" in capsys.readouterr().out
+    run(tmp_path, name="second", resume=str(source), stop_in=9)
+    said = capsys.readouterr().out
+    assert f"--resume {source} was for the first start" in said
+    assert f"resumed after step 7 from {second.checkpoints / 'step-00000007'}" in said
+    assert steps(second) == [7, 10]
+    # A checkpoint of its own takes a run back.
+    run(tmp_path, name="second", resume=str(second.checkpoints / "step-00000007"), stop_in=8)
+    assert "resumed after step 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
