@@ -35,7 +35,7 @@ test-cluster: env  ## the tests that start a cluster on this machine; they skip 
 	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 # PyTorch is in an environment of its own, where it is at all (docs/benchmarks.md).
-bench: env  ## this trainer beside its peers: about half an hour; the other comparisons are in docs/benchmarks.md
+bench: env  ## this trainer beside its peers: 20 minutes; the other comparisons are in docs/benchmarks.md
 	$(BIN)/python benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
 
 FAULTS ?= 100

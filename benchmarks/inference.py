@@ -1,8 +1,8 @@
 """Our .tflite files against ONNX Runtime and OpenVINO: one run, one machine, the same weights, batch 1, 1 thread.
 
     python -m cnnopt.quantize runs/NAME --variants float32,int8
-    uv venv .venv-peers && uv pip install -p .venv-peers --group inference-peers
-    python benchmarks/inference.py runs/NAME --peers .venv-peers/bin/python
+    uv venv .venv-inference && uv pip install -p .venv-inference --group inference-peers
+    python benchmarks/inference.py runs/NAME
 
 The peers have an environment of their own, as they need another numpy than TensorFlow 2.18. They get the network that
 the run ended with (BatchNorm folded in, float32) and the calibration images of our int8 file, quantize it by their own
@@ -205,7 +205,7 @@ def main() -> int:
     """Compare, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run that cnnopt.quantize has exported")
-    parser.add_argument("--peers", type=Path, default=Path(".venv-peers/bin/python"), help="python that has the peers")
+    parser.add_argument("--peers", type=Path, default=Path(".venv-inference/bin/python"), help="python that has the peers")
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--images", type=int, default=10_000, help="test images for the accuracy [10000]")
     parser.add_argument("--rounds", type=int, default=10, help="of latency [10]")

@@ -98,7 +98,8 @@ def compare(args, seconds: dict[str, list[float]], size: dict[str, float]) -> tu
     """The steps that ``on_links`` measured beside those of the model, which is fitted to some of them."""
     links = [*args.fit, *args.held_out]
     medians = {turn: median_and_spread(values)[0] for turn, values in seconds.items()}
-    compute = float(np.median([medians[f"{link} none"] for link in links]))
+    # Of the links that are fitted, as what is held out must not be seen.
+    compute = float(np.median([medians[f"{link} none"] for link in args.fit]))
     sent = [name for name in EXCHANGES if name != "none"]
     model = CostModel.fit(
         compute,

@@ -23,8 +23,8 @@ def entry(name, *, gzip, packed=None):
 @pytest.fixture
 def runs(tmp_path):
     """A quantized run and one that was stopped."""
-    for name in ("resnet20-np2-4epochs", "resnet20-np2-unfinished"):
-        shutil.copytree(RESULTS / name, tmp_path / name)
+    shutil.copytree(RESULTS / "resnet20-np2-4epochs", tmp_path / "resnet20-np2-4epochs")
+    shutil.copytree(Path(__file__).with_name("unfinished_run"), tmp_path / "unfinished")
     files = [
         entry("float16", gzip=300_000),
         entry("int8", gzip=200_000, packed=160_000),
@@ -32,7 +32,7 @@ def runs(tmp_path):
     ]
     card = {"schema": SCHEMA, "files": files}
     (tmp_path / "resnet20-np2-4epochs/report.json").write_text(json.dumps(card))
-    return [tmp_path / "resnet20-np2-4epochs", tmp_path / "resnet20-np2-unfinished"]
+    return [tmp_path / "resnet20-np2-4epochs", tmp_path / "unfinished"]
 
 
 def test_a_comparison_holds_what_the_runs_have_recorded(runs, tmp_path, capsys):
