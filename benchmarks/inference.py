@@ -205,7 +205,9 @@ def main() -> int:
     """Compare, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run that cnnopt.quantize has exported")
-    parser.add_argument("--peers", type=Path, default=Path(".venv-inference/bin/python"), help="python that has the peers")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".venv-inference/bin/python"), help="python that has the peers"
+    )
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--images", type=int, default=10_000, help="test images for the accuracy [10000]")
     parser.add_argument("--rounds", type=int, default=10, help="of latency [10]")

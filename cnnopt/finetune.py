@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnnopt import data, distributed, program
+from cnnopt.command_line import Parser
 from cnnopt.config import TrainConfig
 from cnnopt.errors import UserError
 from cnnopt.export import trained
@@ -160,7 +161,7 @@ def _network(
 
 def main() -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-    parser = argparse.ArgumentParser(prog="cnnopt.finetune", description=__doc__.splitlines()[0])
+    parser = Parser(prog="cnnopt.finetune", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("epochs", type=int)
     parser.add_argument(
@@ -168,15 +169,16 @@ def main() -> int:
     )
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--then", nargs=argparse.REMAINDER, help="what the first rank calls cnnopt.quantize with")
-    given = parser.parse_args()
-    status = program.run(
-        "cnnopt.finetune",
-        lambda *control: fine_tune(given.run, given.epochs, given.clusters, given.data_dir, *control),
-    )
-    if status == 0 and given.then and distributed.launched()[0].first:
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "cnnopt.quantize", *given.then])
-    return status
+
+    def body(request: StopRequest, presence: Presence) -> int:
+        given = parser.parse_args()
+        status = fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, presence)
+        if status == 0 and given.then and distributed.launched()[0].first:
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", "cnnopt.quantize", *given.then])
+        return status
+
+    return program.run("cnnopt.finetune", body)
 
 
 if __name__ == "__main__":
