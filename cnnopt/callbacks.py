@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -190,24 +191,30 @@ class Save(Callback):
             self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
 
     def _save(self, step: int, metric: float | None, *, vital: bool) -> None:
-        """``vital``: nothing comes after it that could make up for it, so a failure is the run's."""
+        """``vital``: nothing comes after it that could make up for it, so a failure is the run's. Raises SaveError."""
         # Of the part of an epoch that is done, so that a resumed run records the whole of it.
         epoch_sums = None if metric is not None else distributed.mean([float(v.numpy()) for v in self.model.epoch_sums])
-        digest = self.model.agree()
-        if not self.world.first:
-            return
         state = {
             "images_seen": step * self.config.batch_size,
             "epoch": self.timeline.epoch_of(step),
             "identity": self.config.identity(),
             "precision": self.model.compute_dtype,
-            "weights_digest": digest,
+            "weights_digest": self.model.agree(),
             **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }
+        failure = self._write(step, state) if self.world.first else None
+        if vital or self.config.strict_save:
+            # On all ranks, so that none ends as if it had been saved.
+            failure = distributed.broadcast_object(failure)
+            if failure:
+                raise checkpoint.SaveError(failure)
+        elif failure:
+            self.console.print(f"{failure}; training goes on")
+
+    def _write(self, step: int, state: dict[str, Any]) -> str | None:
         arrays = {name: variable.numpy() for name, variable in self.model.named_state().items()}
         try:
             checkpoint.save(self.folder, step, arrays, state, keep=self.config.keep)
         except checkpoint.SaveError as error:
-            if vital or self.config.strict_save:
-                raise
-            self.console.print(f"{error}; training goes on")
+            return str(error)
+        return None

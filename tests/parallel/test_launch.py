@@ -95,6 +95,20 @@ def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
     assert "train_hvd.py: rank 1 (host localhost, " in job.output()
 
 
+def test_a_stop_that_cannot_save_says_so_and_not_that_it_saved(start, tmp_path):
+    job = train(start, tmp_path, "--epochs", "100", "--save-every", "50e")
+    job.wait_for("epoch   1/100")
+    # Where the folder of checkpoints belongs.
+    (tmp_path / "run/checkpoints").write_text("")
+    job.ranks()[1].send_signal(signal.SIGTERM)
+    assert job.wait(120) != 0
+    output = job.output()
+    assert output.count("train_hvd.py: cannot save") == 1
+    assert "exit with status code 75" not in output
+    assert "stopped as told" not in output
+    assert "terminate called" not in output
+
+
 def hears(process: psutil.Process, number: int) -> bool:
     """True once the process has a handler for a signal, from the mask in /proc/PID/status."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
