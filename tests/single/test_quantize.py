@@ -348,7 +348,7 @@ def test_no_checkpoint_or_a_damaged_one(no_tensorflow, tmp_path, capsys):
     assert "no checkpoint to export" in line
     assert "SHA-256" in line
     shutil.rmtree(run / "checkpoints")
-    assert "there is none" in refused(capsys, run)
+    assert "checkpoints: no checkpoint to export; restore one" in refused(capsys, run)
 
 
 def test_an_earlier_checkpoint_is_not_taken_for_the_last(no_tensorflow, tmp_path, capsys):
