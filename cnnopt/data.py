@@ -122,6 +122,8 @@ def _locate(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[cifar_f
     """The copy of a CIFAR on disk; None where it is to be downloaded, and for the other data sets."""
     if name not in DATASETS:
         raise DataError(f"--dataset {name}: choose one of {', '.join(DATASETS)}")
+    if name not in DOWNLOADS and data_dir is None:
+        return None
     directory = _directory(data_dir)
     if name not in DOWNLOADS:
         return None

@@ -435,6 +435,8 @@ def test_a_mistyped_variable_starts_no_download(server, published, monkeypatch, 
             attempt("cifar10")
     assert not server.requests
     assert not (tmp_path / "dat").exists()
+    # Nor does it keep anybody from what needs no folder.
+    data.check("digits")
 
 
 def test_two_processes_download_once(server, published):
