@@ -141,8 +141,7 @@ class TrainConfig:
         """The first field in which a stored ``identity()`` differs, as text; None where all agree."""
         for name, value in self.identity().items():
             if name not in identity or identity[name] != value:
-                was = identity.get(name, "not known")
-                return f"--{name.replace('_', '-')} was {was}, is {value}"
+                return f"--{name.replace('_', '-')} was {identity.get(name, 'not known')}, is {value}"
         return None
 
 

@@ -80,6 +80,8 @@ def fine_tune(
         raise UserError(outcome)
     assert outcome is not None
     run, remaining = outcome
+    if not remaining:
+        return 0
 
     from cnnopt import callbacks, loop, monitoring, record, resume
     from cnnopt.console import Console
