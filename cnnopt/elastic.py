@@ -94,7 +94,7 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
             except BaseException:
                 job.terminate()
                 raise
-        # horovodrun may answer 0 where it was told to end the ranks.
+        # horovodrun, told to end its ranks, may answer 0 (docs/reliability.md, "Exit status").
         if job.returncode == 0 and not moved:
             return 0
         fruitless = 0 if moved or newest(config) > before else fruitless + 1
