@@ -42,9 +42,9 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
     distributed.meet(presence)
-    from cnnopt import callbacks, loop, monitoring, precision, record, resume, training
+    from cnnopt import callbacks, precision, record, resume, session, training
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
-    from cnnopt.schedules import Timeline, parse_duration
+    from cnnopt.schedules import Timeline
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
 
@@ -58,36 +58,15 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     model = training.build(config, images, timeline, compute, ranks=world.size)
     if world.first:
         folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": compute.compute})
-    first_step = resume.restore(model, config, folder, world, say=console.print)
+    resume.restore(model, config, folder, world, say=console.print)
     start_table(console, config, folder, world, settings, compute, model, timeline)
 
     # ---- Train ---------------------------------------------------------------------------------------------------
-    stop = callbacks.StopWhenTold(request)
-    hooks = [
-        *distributed.callbacks(),
-        stop,
-        callbacks.EndIfStalled(presence, world),
-        callbacks.StopIfDiverged(folder.checkpoints),
-        callbacks.Prune(),
-        callbacks.Evaluate(images, world),
-        monitoring.Measure(timeline),
-    ]
-    if world.first:
-        hooks += [monitoring.Record(folder, config, timeline, first_step, console), monitoring.Show(timeline, console)]
-    # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
-    every = parse_duration(config.save_every, "esm")
-    hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
-    steps = {"first_step": first_step, "last_step": timeline.total_steps}
-    with loop.training_stream(config, images, world, **steps) as stream:
-        loop.fit(model, stream, timeline, hooks)
+    rank = session.Rank(world, console, request, presence)
+    if session.train(rank, model, images, config, folder, masks=[callbacks.Prune()]):
+        return STOPPED
 
     # ---- What came out -------------------------------------------------------------------------------------------
-    if stop.stopped:
-        console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
-        # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
-        presence.stop_after_first(world.rank)
-        distributed.shutdown()
-        return STOPPED
     model.pruner.verify_final()
     if world.first:
         result = record.summarize(folder.metrics(), model.pruner.sparsities())

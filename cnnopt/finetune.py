@@ -83,11 +83,12 @@ def fine_tune(
     if not remaining:
         return 0
 
-    from cnnopt import callbacks, loop, monitoring, record, resume
+    from cnnopt import record, resume, session
     from cnnopt.console import Console
-    from cnnopt.schedules import Timeline, parse_duration
+    from cnnopt.schedules import Timeline
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
+    rank = session.Rank(world, console, request, presence)
     identity = run.identity
     if identity["batch_size"] % world.size:
         raise UserError(f"{world.size} ranks cannot share the run's batch of {identity['batch_size']}: start fewer")
@@ -99,34 +100,11 @@ def fine_tune(
         folder = RunFolder.of(config)
         if world.first:
             folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": "float32"})
-        first_step = resume.restore(model, config, folder, world, say=console.print)
+        resume.restore(model, config, folder, world, say=console.print)
         console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}")
 
-        # ---- Train, without a callback that would renew the masks ------------------------------------------------
-        stop = callbacks.StopWhenTold(request)
-        hooks = [
-            *distributed.callbacks(),
-            stop,
-            callbacks.EndIfStalled(presence, world),
-            callbacks.StopIfDiverged(folder.checkpoints),
-            callbacks.Evaluate(images, world),
-            monitoring.Measure(timeline),
-        ]
-        if world.first:
-            hooks += [
-                monitoring.Record(folder, config, timeline, first_step, console),
-                monitoring.Show(timeline, console),
-            ]
-        every = parse_duration(config.save_every, "esm")
-        hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
-        steps = {"first_step": first_step, "last_step": timeline.total_steps}
-        with loop.training_stream(config, images, world, **steps) as stream:
-            loop.fit(model, stream, timeline, hooks)
-        if stop.stopped:
-            console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
-            # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
-            presence.stop_after_first(world.rank)
-            distributed.shutdown()
+        # ---- Train, without a hook that would renew the masks ----------------------------------------------------
+        if session.train(rank, model, images, config, folder):
             return STOPPED
         model.pruner.verify_final()
         if world.first:
