@@ -95,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.leave(main())
+    program.start(main)

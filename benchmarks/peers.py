@@ -2,9 +2,10 @@
 """This program and its peers, two ranks each, on the same network in the same minutes.
 
 All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
-that is asked for. The peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, gloo; in a Python
-of its own, --torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the
-latter with tfmot's ``prune_low_magnitude``, which knows float32 only.
+that is asked for; once more so with memory in pages of 4 KB. The peers get one resident batch: PyTorch's
+DistributedDataParallel (channels_last, gloo; in a Python of its own, --torch-python), MultiWorkerMirroredStrategy,
+Horovod's DistributedOptimizer under Keras ``fit``, and the latter with tfmot's ``prune_low_magnitude``, which knows
+float32 only.
 
     .venv/bin/python benchmarks/peers.py --depth 20 44 --torch-python .venv-peers/bin/python
 """
@@ -16,10 +17,13 @@ import sys
 from hosts import start
 from side_by_side import arguments, interleave, median_and_spread, report, table
 
+# As the program without its wish for huge pages (cnnopt/environment.py).
+SMALL_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
 KERAS, DDP = "benchmarks/workers/keras_peers.py", "benchmarks/workers/ddp.py"
 NAMES = {
     "ours": "cnnopt, 60% sparse",
     "none": "cnnopt, 60% sparse, exchange left out",
+    "small": "cnnopt, 60% sparse, pages of 4 KB",
     "multiworker": "MultiWorkerMirroredStrategy, dense",
     "ddp": "PyTorch DDP, dense",
     "horovod": "Horovod Keras fit, dense",
@@ -42,19 +46,22 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--torch-python", help="a Python that has PyTorch; without it DDP is left out")
     parser.add_argument("--exchange", default="sparse", choices=["dense", "sparse"], help="of our own ranks")
-    peers = [name for name in NAMES if name not in ("ours", "none")]
+    peers = [name for name in NAMES if name not in ("ours", "none", "small")]
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     args = parser.parse_args()
     rows, content = [], {}
     for depth in args.depth:
         size = [str(depth), str(args.batch)]
         with contextlib.ExitStack() as stack:
-            ours = stack.enter_context(start(f"ours-{depth}", ["benchmarks/workers/ours.py", *size, args.precision], 2))
+            worker = ["benchmarks/workers/ours.py", *size, args.precision]
+            ours = stack.enter_context(start(f"ours-{depth}", worker, 2))
+            small = stack.enter_context(start(f"small-{depth}", worker, 2, environment=SMALL_PAGES))
             compute = ours.ask(steps=1)[0]["compute"]
             steps = {"steps": args.steps}
             turns = {
                 "ours": (ours, {**steps, "exchange": args.exchange}),
                 "none": (ours, {**steps, "exchange": "none"}),
+                "small": (small, {**steps, "exchange": args.exchange}),
             }
             # At once, as a peer that starts takes its ports seconds later.
             first_port = free_ports(2 * len(args.peers))

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from side_by_side import arguments, median_and_spread, report, table
 
-from cnnopt import distributed
+from cnnopt import distributed, environment
 
+environment.with_huge_pages()
 distributed.prepare(distributed.World(), deterministic=False, verbose=False)
 WORLD = distributed.start(verbose=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ TENSORFLOW = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+#: Which programs the kernel gives memory in pages of 2 MB: all, those that ask, or none.
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -38,6 +41,18 @@ def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in defaults}
+
+
+def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
+    """Start this program anew, once, so that its malloc asks for huge pages, where the kernel waits to be asked.
+
+    Every step streams through its activations, which takes longer by 4 KB at a time (docs/benchmarks.md, "Peers").
+    glibc reads the wish when a process starts, from GLIBC_TUNABLES; one that the user has set is left alone.
+    """
+    with contextlib.suppress(OSError):
+        if "GLIBC_TUNABLES" not in os.environ and "[madvise]" in policy.read_text():
+            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @contextlib.contextmanager

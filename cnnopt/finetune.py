@@ -162,4 +162,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.leave(main())
+    program.start(main)

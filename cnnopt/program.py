@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from cnnopt import distributed
+from cnnopt import distributed, environment
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.presence import Presence
 from cnnopt.signals import StopRequest
@@ -32,6 +32,12 @@ def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
             raise
         _speak(presence, "", of_one_rank=False)
         return RunError.exit_status
+
+
+def start(main: Callable[[], int]) -> NoReturn:
+    """Be the program ``main``: run it with the memory that suits it, and end with its status."""
+    environment.with_huge_pages()
+    leave(main())
 
 
 def leave(status: int) -> NoReturn:

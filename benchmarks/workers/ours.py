@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from side_by_side import serve
 
-from cnnopt import data, distributed
+from cnnopt import data, distributed, environment
 from cnnopt.config import TrainConfig
 
+environment.with_huge_pages()
 depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 launched, _ = distributed.launched()
 distributed.prepare(launched, deterministic=False, verbose=False)

@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from cnnopt import distributed, environment
+from cnnopt import distributed
 from cnnopt.distributed import World
 
 
@@ -42,17 +42,3 @@ def test_a_setting_that_hosts_have_settled_otherwise_is_one_line(monkeypatch):
     distributed.same("--precision auto", "float16")
     with pytest.raises(distributed.LaunchError, match=r"^--precision auto: float16 on a, float32 on b; name one"):
         distributed.same("--precision auto", "float32")
-
-
-@pytest.mark.parametrize(
-    ("limit", "cores"),
-    [("max 100000", 3), ("200000 100000", 2), ("150000 100000", 2), ("20000 100000", 1), ("900000 100000", 3), ("", 3)],
-)
-def test_threads_are_for_the_cores_that_a_container_is_paid_for(limit, cores, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 5})
-    assert environment.cores(tmp_path, tmp_path) == 3
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self/cgroup").write_text("0::/pod/one\n")
-    (tmp_path / "pod/one").mkdir(parents=True)
-    (tmp_path / "pod/one/cpu.max").write_text(limit)
-    assert environment.cores(tmp_path, tmp_path) == cores
