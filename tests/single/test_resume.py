@@ -105,6 +105,14 @@ def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(t
         assert (line["val_loss"], line["val_accuracy"]) == (other["val_loss"], other["val_accuracy"])
 
 
+def test_epochs_that_end_in_one_step_are_one_line_and_the_end_is_saved(tmp_path):
+    # A batch of 512 is two epochs of 256 images: the first step ends epochs 1 and 2, the second epoch 3.
+    folder, _ = run(tmp_path, save_every="1e", batch_size=512, warmup="0s", prune_begin="0s", prune_end="1s")
+    assert [line["step"] for line in folder.metrics()] == [1, 2]
+    assert folder.metrics()[-1]["epoch"] == 3
+    assert steps(folder) == [1, 2]
+
+
 class Break(Callback):
     """Puts a file where the folder of checkpoints belongs, before the step after ``step``."""
 
