@@ -80,10 +80,12 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
 }
 
 requeue_or_exit() {  # 75: stopped and saved; 129 to 254: a rank was killed. Anything else would only fail again.
+    # So would 143, SIGTERM: srun sends it to a rank that is still starting once another has failed, and reports the
+    # higher status of the two.
     local status=$1 job=$SLURM_JOB_ID
     # The number of an array's last task is that of the whole array.
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-    ((status == 75 || (status > 128 && status < 255))) || exit "$status"
+    ((status == 75 || (status > 128 && status < 255 && status != 143))) || exit "$status"
     # Not if the user has cancelled it, or SLURM itself is about to queue it again.
     [[ $(squeue --noheader --jobs "$job" --format %T) == RUNNING ]] || exit "$status"
     if ((RESTARTS >= MAX_RESTARTS)); then

@@ -156,6 +156,19 @@ def test_apptainer_gets_the_command_of_a_rank(slurm):
     assert f"apptainer exec --bind {slurm.home} --pwd {slurm.home} cnnopt.sif python train_hvd.py" in job.log()
 
 
+def test_wrong_input_is_not_tried_again_where_a_rank_is_slow_to_start(slurm):
+    # srun ends rank 1 before it has loaded what would hear a signal.
+    late = slurm.folder / "late"
+    late.mkdir()
+    (late / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('SLURM_PROCID') == '1': time.sleep(20)\n"
+    )
+    job = super_model(slurm, "late", "--dataset", "cifar10", "--data-dir", "/no/data", PYTHONPATH=str(late))
+    assert job.wait() == "FAILED", job.log()
+    assert "srun ended with status 143" in job.log()
+    assert "back into the queue" not in job.log()
+
+
 @pytest.mark.parametrize(
     ("sbatch", "flags", "variables", "line"),
     [
