@@ -19,10 +19,13 @@ from side_by_side import ROOT, arguments, median_and_spread, open_log, report, t
 
 PYTHON = str(ROOT / ".venv/bin/python")
 HOROVODRUN = str(ROOT / ".venv/bin/horovodrun")
+#: Keeps Keras 3 from being imported. Our ranks set it themselves; horovodrun, which imports TensorFlow too, does not.
+LEGACY = ["env", "TF_USE_LEGACY_KERAS=1"]
 LAUNCHERS = {
     "one process": [PYTHON, "train_hvd.py"],
     "two ranks, cnnopt.launch": [PYTHON, "-m", "cnnopt.launch", "-np", "2", "--", PYTHON, "train_hvd.py"],
     "two ranks, horovodrun --gloo": [HOROVODRUN, "--gloo", "-np", "2", PYTHON, "train_hvd.py"],
+    "the same without Keras 3": [*LEGACY, HOROVODRUN, "--gloo", "-np", "2", PYTHON, "train_hvd.py"],
     "two ranks, horovodrun": [HOROVODRUN, "-np", "2", PYTHON, "train_hvd.py"],
 }
 
@@ -53,7 +56,8 @@ def main() -> None:
     for number in range(args.rounds + 1):
         found = {}
         started = time.perf_counter()
-        subprocess.run([PYTHON, "-c", "import tensorflow, tf_keras"], stderr=subprocess.DEVNULL, check=True)
+        libraries = [*LEGACY, PYTHON, "-c", "import tensorflow, tf_keras"]
+        subprocess.run(libraries, stderr=subprocess.DEVNULL, check=True)
         found["import tensorflow"] = time.perf_counter() - started
         for name, (depth, command) in turns.items():
             batch = args.batch * (1 if name.endswith("one process") else 2)

@@ -116,7 +116,7 @@ def start(*, verbose: bool) -> World:
     Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
     ranks, and nothing else would tell.
     """
-    with contextlib.nullcontext() if verbose else environment.quiet_stderr():
+    with contextlib.nullcontext() if verbose else environment.quiet_stderr(), environment.uncollected():
         import tensorflow as tf
         import tf_keras
 
@@ -173,9 +173,14 @@ def device() -> str:
 
 
 def callbacks() -> list[Any]:
-    """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged."""
+    """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged.
+
+    None for a lone rank, which would wait a second for them to be traced.
+    """
     import horovod.tensorflow.keras as hvd
 
+    if hvd.size() == 1:
+        return []
     return [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]
 
 
@@ -201,11 +206,9 @@ def is_exchange_failure(error: Exception) -> bool:
 
 
 def broadcast(variables: Sequence[tf.Variable]) -> None:
-    """Give all ranks rank 0's values."""
-    import horovod.tensorflow as hvd
-
-    if hvd.size() > 1:
-        hvd.broadcast_variables(list(variables), root_rank=0)
+    """Give all ranks rank 0's values, in one message: ``hvd.broadcast_variables`` traces one for each of them."""
+    for variable, value in zip(variables, broadcast_object([v.numpy() for v in variables]), strict=True):
+        variable.assign(value)
 
 
 def broadcast_object(value: Any) -> Any:
@@ -222,12 +225,12 @@ def gather_objects(value: Any) -> list[Any]:
     return [value] if hvd.size() == 1 else hvd.allgather_object(value)
 
 
-def same(flag: str, value: str) -> None:
-    """Raise LaunchError on every rank unless all ranks have settled ``flag`` alike."""
+def same(flag: str, value: str, *, remedy: str = "name one") -> None:
+    """Raise LaunchError on every rank, with ``remedy``, unless all ranks have settled ``flag`` alike."""
     everyone = gather_objects((value, hostname()))
     if len({settled for settled, _ in everyone}) > 1:
         found = ", ".join(f"{settled} on {host}" for settled, host in dict.fromkeys(everyone))
-        raise LaunchError(f"{flag}: {found}; name one, or start the ranks on hosts of one kind")
+        raise LaunchError(f"{flag}: {found}; {remedy}, or start the ranks on hosts of one kind")
 
 
 def mean(values: Sequence[float]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -53,6 +54,17 @@ def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
         if "GLIBC_TUNABLES" not in os.environ and "[madvise]" in policy.read_text():
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """What is made within is never searched for garbage: a library's modules, which stay, and are a million objects."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) ->
             [size], [None], ranks=ranks, choice=Choice(kind, ""), wire=wire, clock=lambda: tf.constant(0.0, tf.float64)
         )  # fmt: skip
         exchange.keep(np.random.default_rng(0).permutation(size) < kept)
-        exchanges.append(tf.function(exchange.total))
+        exchanges.append(tf.function(exchange.total, autograph=False))
     flat = tf.ones([size])
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):

@@ -1,5 +1,6 @@
 """What a process finds out about its host, and asks of it, before TensorFlow is loaded."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -53,3 +54,12 @@ def test_huge_pages_are_asked_for_once_where_the_kernel_waits_for_it(policy, giv
         output, _ = process.communicate(timeout=60)
     # The same process goes on, which launchers and signals know by its id.
     assert output.splitlines() == ["start"] * starts + [f"{process.pid} ['--name', 'a b'] {tunables}"]
+
+
+def test_what_is_imported_is_not_searched_for_garbage_and_what_comes_after_is():
+    before = gc.get_freeze_count()
+    with environment.uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
+    gc.unfreeze()
