@@ -55,8 +55,12 @@ class TrainConfig:
         "global", "global ranks all prunable weights together, uniform brings each kernel to the sparsity"
     )
 
-    optimizer: Literal["sgd", "adam"] = _flag("sgd", "sgd has Nesterov momentum 0.9")
-    base_lr: float | None = _flag(None, "peak rate for a batch of 128, scaled with the batch [sgd 0.2, adam 0.001]")
+    optimizer: Literal["sgd", "muon", "adam"] = _flag(
+        "sgd", "sgd has Nesterov momentum 0.9; muon also orthogonalises the steps of convolutions (Jordan et al. 2024)"
+    )
+    base_lr: float | None = _flag(
+        None, "peak rate for a batch of 128, scaled with the batch [sgd and muon 0.2, adam 0.001]"
+    )
     lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
     lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
     warmup: str = _flag("5%", "linear warm-up of the learning rate")
@@ -109,7 +113,7 @@ class TrainConfig:
             object.__setattr__(self, "sparsity_schedule", "none")
             object.__setattr__(self, "sparsity", 0.0)
         if self.base_lr is None:
-            object.__setattr__(self, "base_lr", 0.2 if self.optimizer == "sgd" else 1e-3)
+            object.__setattr__(self, "base_lr", 1e-3 if self.optimizer == "adam" else 0.2)
         _validate(self)
         if self.name is None:
             object.__setattr__(self, "name", self._default_name())

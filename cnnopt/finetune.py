@@ -44,6 +44,8 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
     return dataclasses.replace(
         config,
         epochs=epochs,
+        # Muon's steps do not become smaller as the gradient does, and it has the rate of SGD.
+        optimizer="sgd" if config.optimizer == "muon" else config.optimizer,
         base_lr=config.base_lr * RATE,
         lr_schedule="cosine",
         lr_drops="",

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt import distributed
+from cnnopt import distributed, muon
 from cnnopt.config import ConfigError, TrainConfig
 from cnnopt.data import Dataset
 from cnnopt.exchange import Exchange, choose
@@ -51,10 +51,12 @@ class SynchronousModel(keras.Model):
     STOP, SAVE = 0, 1
 
     def prepare(
-        self, *, learning_rate: np.ndarray, weight_decay: float, label_smoothing: float, ema: float,
+        self, *, learning_rate: np.ndarray, weight_decay: Sequence[float], label_smoothing: float, ema: float,
         pruner: Pruner, loss_scale: DynamicLossScale, exchange: Exchange,
     ) -> None:  # fmt: skip
-        """Set what a step needs. ``learning_rate`` is float32 [total steps]: the rate of each step of the run."""
+        """Set what a step needs. ``learning_rate`` is float32 [total steps]: the rate of each step of the run;
+        ``weight_decay`` is what of each trainable variable is added to its gradient.
+        """
         self.learning_rates = tf.constant(learning_rate, tf.float32)
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
@@ -85,6 +87,8 @@ class SynchronousModel(keras.Model):
         targets = tf.one_hot(labels, classes) * (1 - self.label_smoothing) + self.label_smoothing / classes
         return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
 
+    # Otherwise TensorFlow rewrites each function that is called below, Horovod's too: seconds that none of them needs.
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
         """One update from this rank's shard of the global batch: uint8 images [shard, 32, 32, 3], int64 labels."""
         images, labels = data
@@ -125,8 +129,7 @@ class SynchronousModel(keras.Model):
         """Weight decay, optimizer, masks, moving average of weights; gradients of pruned weights are 0."""
         variables = self.trainable_variables
         decayed = [
-            g + self.weight_decay * v if v.name.endswith("kernel:0") else g
-            for g, v in zip(gradients, variables, strict=True)
+            g + decay * v if decay else g for g, v, decay in zip(gradients, variables, self.weight_decay, strict=True)
         ]
         self.optimizer.learning_rate.assign(tf.gather(self.learning_rates, self.run.global_step))
         # The exchange has aggregated them, and Keras' own aggregation cannot be traced inside the tf.cond of float16.
@@ -213,6 +216,14 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, ranks: in
     return Exchange(sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock)
 
 
+def _optimizer(config: TrainConfig, rate: float) -> keras.optimizers.Optimizer:
+    if config.optimizer == "adam":
+        return keras.optimizers.Adam(rate, jit_compile=False)
+    if config.optimizer == "muon":
+        return muon.Muon(rate, momentum=0.9, weight_decay=config.weight_decay)
+    return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, jit_compile=False)
+
+
 def build(
     config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int, parts: Parts = FLOAT
 ) -> SynchronousModel:
@@ -258,17 +269,18 @@ def build(
         schedule=config.lr_schedule,
         drops=tuple((timeline.steps(when), factor) for when, factor in parse_drops(config.lr_drops)),
     )
-    optimizer: Any = (
-        keras.optimizers.SGD(rate.peak, momentum=0.9, nesterov=True, jit_compile=False)
-        if config.optimizer == "sgd"
-        else keras.optimizers.Adam(rate.peak, jit_compile=False)
-    )
+    orthogonal = config.optimizer == "muon"
+    if orthogonal:
+        distributed.same("--optimizer muon", muon.digest(), remedy="choose --optimizer sgd")
     model.compile()
     # Handed to compile(), it would come back wrapped in a loss scale of Keras' own under mixed_float16.
-    model.optimizer = optimizer
+    model.optimizer = _optimizer(config, rate.peak)
     model.prepare(
         learning_rate=np.array([rate(step) for step in range(timeline.total_steps)], np.float32),
-        weight_decay=config.weight_decay,
+        weight_decay=[
+            config.weight_decay if "kernel" in v.name and not (orthogonal and muon.orthogonalizes(v)) else 0.0
+            for v in model.trainable_variables
+        ],
         label_smoothing=config.label_smoothing,
         ema=config.ema,
         pruner=pruner,

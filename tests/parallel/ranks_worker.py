@@ -3,6 +3,7 @@
 Usage: horovodrun -np N python ranks_worker.py DEST [WEIGHTS_OF_ONE_RANK]
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -46,14 +47,16 @@ class Losses(keras.callbacks.Callback):
         self.losses.append(float(logs["loss"]))
 
 
-def build(compute: str, ranks: int = world.size) -> tuple[training.SynchronousModel, Timeline]:
+def build(compute: str, optimizer: str = "sgd") -> tuple[training.SynchronousModel, Timeline]:
     keras.backend.clear_session()
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
     timeline = Timeline(len(IMAGES.train_images), CONFIG.batch_size, CONFIG.epochs)
-    return training.build(CONFIG, IMAGES, timeline, precision.choose(compute, has_gpu=False), ranks=ranks), timeline
+    chosen = precision.choose(compute, has_gpu=False)
+    return training.build(config, IMAGES, timeline, chosen, ranks=world.size), timeline
 
 
-def train(compute: str) -> tuple[training.SynchronousModel, list[float]]:
-    model, timeline = build(compute)
+def train(compute: str, optimizer: str = "sgd") -> tuple[training.SynchronousModel, list[float]]:
+    model, timeline = build(compute, optimizer)
     distributed.broadcast(list(model.named_state().values()))
     losses = Losses()
     with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
@@ -114,8 +117,8 @@ def main(dest: Path, weights: Path | None) -> None:
         found["wrong_mask"] = wrong_mask_is_named(model)
     if world.size == 2:
         found["overflow"] = overflow_on_one_rank()
-        for compute in ("bfloat16", "float16"):
-            half, found[f"{compute}_losses"] = train(compute)
+        for compute, optimizer in (("bfloat16", "sgd"), ("float16", "muon")):
+            half, found[f"{compute}_losses"] = train(compute, optimizer)
             half.agree()
             half.pruner.verify_final()
             arrays |= {f"{compute}/{k.name}": k.numpy() for k in half.pruner.kernels}

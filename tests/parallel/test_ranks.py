@@ -88,11 +88,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(worlds):
         assert found["overflow"] == {"finite": False, "unchanged": True, "skipped": 1, "moved_after": True}
 
 
-@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])  # the latter with Muon
 def test_half_precision_trains_prunes_and_keeps_float32_weights(worlds, compute):
     first, second = worlds[2].arrays
     losses = np.mean([found[f"{compute}_losses"] for found in worlds[2].found], axis=0)
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     kernels = {name: value for name, value in first.items() if name.startswith(f"{compute}/")}
     assert len(kernels) == 8
     for name, kernel in kernels.items():

@@ -48,6 +48,7 @@ def test_flags_reach_their_fields_with_their_types():
 
 def test_the_rate_follows_the_optimizer_unless_it_is_given():
     assert parse_args(["--optimizer", "adam"]).base_lr == 1e-3
+    assert parse_args(["--optimizer", "muon"]).base_lr == parse_args(["--optimizer", "sgd"]).base_lr == 0.2
     assert parse_args(["--optimizer", "adam", "--base-lr", "0.5"]).base_lr == 0.5
 
 
