@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Where the time of a step goes, in one process: against the rate of matrix products, and what each part costs.
 
-The whole step takes turns with the same step without pruning and with one resident batch in place of the input
-pipeline; the stages' convolutions and normalisations take turns by themselves, forward and backward. Saving and
-recording are timed as the training thread sees them.
+The whole step takes turns with the same step without pruning, with one resident batch in place of the input pipeline,
+and with another optimizer; the stages' convolutions and normalisations take turns by themselves, forward and backward.
+Saving and recording are timed as the training thread sees them.
 
     .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --out docs/benchmarks/step.json
 """
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,15 +84,13 @@ def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[st
 
 
 def build(
-    depth: int, batch: int, sparsity: float, images: data.Dataset, compute: precision.Precision, streams: ExitStack
+    config: TrainConfig, images: data.Dataset, compute: precision.Precision, streams: ExitStack
 ) -> tuple[training.SynchronousModel, Iterator]:
     """A model that is as sparse as it will be, and its stream, which ``streams`` ends."""
-    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=40, base_lr=1e-3,
-                         sparsity=sparsity, prune_begin="0s", prune_end="1s", name="step")  # fmt: skip
-    timeline = Timeline(len(images.train_images), batch, config.epochs)
+    timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     model = training.build(config, images, timeline, compute, ranks=1)
     model.make_train_function()
-    if sparsity:
+    if config.sparsity:
         model.prune(1)
     else:
         model.run.mask_of = [None] * len(model.run.mask_of)
@@ -120,13 +119,17 @@ def profile(
 ) -> tuple[str, dict]:
     """The table of one network, and every figure."""
     compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
-    dense, dense_stream = build(depth, batch, 0.0, images, compute, streams)
-    pruned, stream = build(depth, batch, 0.6, images, compute, streams)
+    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=40, base_lr=1e-3, name="step",
+                         prune_begin="0s", prune_end="1s")  # fmt: skip
+    pruned, stream = build(config, images, compute, streams)
+    dense, dense_stream = build(replace(config, sparsity=0.0), images, compute, streams)
+    orthogonal, orthogonal_stream = build(replace(config, optimizer="muon"), images, compute, streams)
     resident = iter(tf.data.Dataset.from_tensors(next(stream)).repeat())
     whole = {
         "the step": lambda: pruned.train_function(stream),
         "without pruning": lambda: dense.train_function(dense_stream),
         "without the input pipeline": lambda: pruned.train_function(resident),
+        "with Muon": lambda: orthogonal.train_function(orthogonal_stream),
     }
     seconds = turns(whole, rounds) | turns(parts(pruned, batch, compute.compute), rounds)
     seconds |= saving_and_recording(pruned, max(3, rounds // 10))
