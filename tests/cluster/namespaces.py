@@ -69,8 +69,9 @@ def image() -> tuple[list[tuple[str, str]], dict[str, str]]:
     text = (ROOT / "docker/Dockerfile").read_text()
     stage = text.split(" AS runtime\n")[1].split("\nFROM ")[0]
     copied = [(source, target) for source, target in re.findall(r"^COPY (\S+) (\S+)$", stage, re.MULTILINE)]
-    (variables,) = re.findall(r"^ENV (.*)$", stage, re.MULTILINE)
-    return copied, dict(word.split("=", 1) for word in shlex.split(variables))
+    variables = shlex.split(" ".join(re.findall(r"^ENV (.*)$", stage, re.MULTILINE)))
+    assert variables
+    return copied, dict(word.split("=", 1) for word in variables)
 
 
 class Pod:
