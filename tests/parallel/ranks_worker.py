@@ -117,11 +117,13 @@ def main(dest: Path, weights: Path | None) -> None:
         found["wrong_mask"] = wrong_mask_is_named(model)
     if world.size == 2:
         found["overflow"] = overflow_on_one_rank()
-        for compute, optimizer in (("bfloat16", "sgd"), ("float16", "muon")):
-            half, found[f"{compute}_losses"] = train(compute, optimizer)
+        for name, compute, optimizer in (
+            ("bfloat16", "bfloat16", "sgd"), ("float16", "float16", "sgd"), ("muon", "float16", "muon")
+        ):  # fmt: skip
+            half, found[f"{name}_losses"] = train(compute, optimizer)
             half.agree()
             half.pruner.verify_final()
-            arrays |= {f"{compute}/{k.name}": k.numpy() for k in half.pruner.kernels}
+            arrays |= {f"{name}/{k.name}": k.numpy() for k in half.pruner.kernels}
     if weights is not None:
         with np.load(weights) as stored:
             for name, variable in model.named_state().items():

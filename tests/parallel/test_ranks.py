@@ -88,11 +88,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(worlds):
         assert found["overflow"] == {"finite": False, "unchanged": True, "skipped": 1, "moved_after": True}
 
 
-@pytest.mark.parametrize("compute", ["bfloat16", "float16"])  # the latter with Muon
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 def test_half_precision_trains_prunes_and_keeps_float32_weights(worlds, compute):
     first, second = worlds[2].arrays
     losses = np.mean([found[f"{compute}_losses"] for found in worlds[2].found], axis=0)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     kernels = {name: value for name, value in first.items() if name.startswith(f"{compute}/")}
     assert len(kernels) == 8
     for name, kernel in kernels.items():
@@ -101,6 +101,17 @@ def test_half_precision_trains_prunes_and_keeps_float32_weights(worlds, compute)
         rounded = kernel.astype(np.float16).astype(np.float32) if compute == "float16" else bfloat16(kernel)
         kept = kernel != 0
         assert np.mean(rounded[kept] != kernel[kept]) > 0.9, name
+
+
+def test_muon_trains_and_keeps_ranks_equal_bit_for_bit(worlds):
+    first, second = worlds[2].arrays
+    losses = np.mean([found["muon_losses"] for found in worlds[2].found], axis=0)
+    assert losses[-1] < 0.85 * losses[0]
+    kernels = {name: value for name, value in first.items() if name.startswith("muon/")}
+    assert len(kernels) == 8
+    for name, kernel in kernels.items():
+        assert kernel.tobytes() == second[name].tobytes(), name
+        assert not np.array_equal(kernel, first[name.replace("muon/", "float16/")]), name
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
