@@ -269,7 +269,7 @@ class ZerosStay(keras.callbacks.Callback):
         ("bfloat16", "sgd", "uniform"),
         ("float16", "adam", "uniform"),
         ("bfloat16", "muon", "global"),
-    ],  # fmt: skip
+    ],
 )
 def test_pruned_weights_stay_zero_under_momentum_and_the_end_is_exact(compute, optimizer, scope, float32_policy):
     config = small_runs.settings(precision=compute, optimizer=optimizer, sparsity_scope=scope, ema=0.5, epochs=3)
