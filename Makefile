@@ -8,7 +8,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # horovodrun starts its workers with whatever `python` is first on PATH.
 train test-single test-parallel: export PATH := $(CURDIR)/$(BIN):$(PATH)
-# horovodrun imports TensorFlow before it starts a rank, which takes two thirds longer with Keras 3.
+# horovodrun imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
 train: export TF_USE_LEGACY_KERAS := 1
 
 .PHONY: help env train test test-single test-parallel test-cluster soak bench lint format lock clean

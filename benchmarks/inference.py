@@ -1,7 +1,7 @@
 """Our .tflite files against ONNX Runtime and OpenVINO: one run, one machine, the same weights, batch 1, 1 thread.
 
     python -m cnnopt.quantize runs/NAME --variants float32,int8
-    uv venv .venv-inference && uv pip install -p .venv-inference --group inference-peers
+    .venv/bin/uv venv .venv-inference && .venv/bin/uv pip install -p .venv-inference --group inference-peers
     python benchmarks/inference.py runs/NAME
 
 The peers have an environment of their own, as they need another numpy than TensorFlow 2.18. They get the network that

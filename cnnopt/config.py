@@ -64,7 +64,9 @@ class TrainConfig:
     lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
     lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
     warmup: str = _flag("5%", "linear warm-up of the learning rate")
-    weight_decay: float = _flag(5e-4, "added to the gradient of each kernel as weight_decay x weight")
+    weight_decay: float = _flag(
+        5e-4, "added to the gradient of each kernel as weight_decay x weight; muon shrinks convolutions by as much"
+    )
     label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
     ema: float = _flag(0.0, "decay of the weight average that is evaluated; 0 evaluates the weights themselves")
     augment: Literal["none", "standard", "shift"] = _flag(
@@ -93,11 +95,13 @@ class TrainConfig:
     deterministic: bool = _flag(False, "the same bits from the same command at the same rank count; slower")
 
     run_dir: str = _flag("runs", "folder of all runs", identity=False)
-    name: str | None = _flag(None, "folder of this run below --run-dir [made from the settings]", identity=False)
+    name: str | None = _flag(
+        None, "folder of this run below --run-dir [data set, depth, sparsity, precision, seed]", identity=False
+    )
     resume: str = _flag(
         "auto",
         "auto: from the newest good checkpoint of this run; never: refuse a run that has begun; or a checkpoint "
-        "folder, that of another run for the first start only",
+        "folder, for the first start only",
         identity=False,
     )
     save_every: str = _flag("1e", "between checkpoints: 1e epochs, 500s steps or 10m minutes", identity=False)

@@ -61,7 +61,7 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
         horovodrun)
             local hosts
             hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}')
-            # It imports TensorFlow before it starts a rank, which takes two thirds longer with Keras 3.
+            # It imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
             export TF_USE_LEGACY_KERAS=1
             command=(horovodrun --gloo -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
             stop=TERM ;;
