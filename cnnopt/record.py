@@ -1,7 +1,8 @@
-"""The run folder: what was asked, on what it ran, what came out. Standard library only."""
+"""The run folder: what was asked, on what it ran, what came out. Standard library only, but for the lock."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -18,6 +19,8 @@ from cnnopt import files
 from cnnopt.config import ConfigError, TrainConfig
 from cnnopt.environment import cores
 
+#: Seconds to wait for a folder that another process holds; NFS 4 keeps the lock of a host that is gone for 90.
+PATIENCE = 120.0
 PACKAGES = ("horovod", "tensorflow", "tf-keras", "tensorflow-model-optimization", "numpy", "tensorboard")
 
 
@@ -61,15 +64,33 @@ class RunFolder:
             raise ConfigError(f"--resume {config.resume}: no such checkpoint folder; give auto, never or a folder")
 
     def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
-        """Make the folder and note what runs in it."""
+        """Make the folder, keep other processes out of it until this one ends, and note what runs in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._keep_others_out()
             content = {"identity": config.identity(), "digest": config.digest(), "name": config.name}
             files.replace(self.config_file, json.dumps(content, indent=2) + "\n")
             files.replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
         except (OSError, files.WriteError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"--run-dir {self.path.parent}: {why}; choose another") from None
+
+    def _keep_others_out(self) -> None:
+        import filelock  # here, because it takes a tenth of a second, and a mistake is to be answered at once
+
+        self._held = filelock.FileLock(self.path / ".lock", is_singleton=True, fallback_to_soft=False)
+        trains = f"{self.path}: another process trains in it"
+        # A file system may know no locks: its users must look out for themselves.
+        with contextlib.suppress(OSError):
+            try:
+                self._held.acquire(blocking=False)
+            except filelock.Timeout:
+                print(f"{trains}; waiting {PATIENCE:.0f} s for its end", flush=True)
+                try:
+                    self._held.acquire(timeout=PATIENCE)
+                except filelock.Timeout:
+                    remedy = f"stop it, give another --name, or delete {self._held.lock_file} if there is none"
+                    raise ConfigError(f"{trains}; {remedy}") from None
 
     def rewind(self, step: int) -> None:
         """Forget metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError."""

@@ -177,7 +177,7 @@ def test_a_run_ends_with_its_result_line_and_its_files(complete):
     assert Path("/", command).exists()  # from where the run was started
     assert sum(text.startswith("epoch ") for text in done.stdout.splitlines()) == EPOCHS
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "env.json", "metrics.jsonl", "result.json", "tb", "checkpoints"}
+    assert names == {".lock", "config.json", "env.json", "metrics.jsonl", "result.json", "tb", "checkpoints"}
     assert {path.name for path in (folder / "tb").iterdir()} == {"train", "validation", "pruning", "hparams"}
     config, environment = (json.loads((folder / name).read_text()) for name in ("config.json", "env.json"))
     assert (config["name"], config["identity"]["depth"], config["identity"]["sparsity"]) == ("tiny", 8, 0.7)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorflow.python.framework.config import disable_op_determinism
 
-from cnnopt import callbacks, checkpoint, monitoring, resume
+from cnnopt import callbacks, checkpoint, monitoring, record, resume
 from cnnopt.config import ConfigError
 from cnnopt.distributed import World
 from cnnopt.record import RunFolder, environment, summarize
@@ -108,7 +110,7 @@ def test_a_new_run_and_the_same_run_are_welcome(tmp_path):
     assert not (tmp_path / "runs").exists()
     folder = opened(tmp_path)
     folder.check(config)
-    assert {path.name for path in folder.path.iterdir()} == {"config.json", "env.json"}
+    assert {path.name for path in folder.path.iterdir()} == {".lock", "config.json", "env.json"}
     assert json.loads((folder.path / "config.json").read_text())["digest"] == config.digest()
 
 
@@ -150,6 +152,28 @@ def test_a_checkpoint_to_resume_from_must_exist(tmp_path):
     assert "no such checkpoint folder; give auto, never or a folder" in refusal(config)
 
 
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp_path, monkeypatch, capsys):
+    config = small_runs.settings(run_dir=str(tmp_path), name="x")
+    folder = RunFolder.of(config)
+    lock = folder.path / ".lock"
+    folder.path.mkdir()
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        monkeypatch.setattr(record, "PATIENCE", 0.2)
+        with pytest.raises(ConfigError, match=rf"{folder.path}: another process trains in it; stop it, .*{lock}"):
+            folder.open(config, {})
+        assert f"{folder.path}: another process trains in it; waiting" in capsys.readouterr().out
+        assert not folder.config_file.exists()
+        other.kill()
+    # What a killed process held is free.
+    folder.open(config, {})
+    assert folder.config_file.exists()
+
+
 # Going on ------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +191,7 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
             self.model.stop_training = batch + 1 == stop_after
 
     save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console)
-    hooks = [Stop(), callbacks.Prune(), callbacks.Evaluate(small_runs.IMAGES, World()), monitoring.Measure(timeline),
+    hooks = [Stop(), callbacks.Prune(), monitoring.Measure(timeline), callbacks.Evaluate(small_runs.IMAGES, World()),
              save, monitoring.Record(folder, config, timeline, first_step, console)]  # fmt: skip
     small_runs.fit(model, config, hooks)
     return folder, small_runs.state(model), said
