@@ -53,14 +53,20 @@ def ranks_on(hosts: dict[str, int], batch_size: int, most: int) -> int:
     return max((ranks for ranks in range(1, fitting + 1) if batch_size % ranks == 0), default=0)
 
 
-def places_of(hosts: dict[str, int], ranks: int) -> str:
-    """``host:slots,...`` with as many slots as ranks: horovodrun starts one on every slot, whatever -np says."""
-    places = []
+def places_of(hosts: dict[str, int], ranks: int) -> dict[str, int]:
+    """Hosts with as many slots as ranks: horovodrun starts one on every slot, whatever -np says."""
+    places: dict[str, int] = {}
     for host, slots in hosts.items():
-        taken = min(slots, ranks)
+        if taken := min(slots, ranks):
+            places[host] = taken
         ranks -= taken
-        places += [f"{host}:{taken}"] if taken else []
-    return ",".join(places)
+    return places
+
+
+def changed(hosts: dict[str, int], places: dict[str, int], batch_size: int, most: int) -> bool:
+    """True where a run on ``places`` has lost a slot of them, or could have another number of ranks on ``hosts``."""
+    lost = any(hosts.get(host, 0) < taken for host, taken in places.items())
+    return lost or ranks_on(hosts, batch_size, most) != sum(places.values())
 
 
 def newest(config: TrainConfig) -> int:
@@ -71,9 +77,8 @@ def newest(config: TrainConfig) -> int:
 
 def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]) -> int:
     """Start the run as often as it takes; returns the exit status."""
-    fruitless, waiting = 0, False
+    hosts, fruitless, waiting = discover(options.host_discovery_script), 0, False
     while True:
-        hosts = discover(options.host_discovery_script)
         ranks = ranks_on(hosts, config.batch_size, options.max_np)
         if ranks < options.min_np:
             if not waiting:
@@ -81,37 +86,46 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
                 print(f"cnnopt.elastic: waiting for --min-np {options.min_np}: {slots}", flush=True)
             waiting = True
             time.sleep(INTERVAL)
+            hosts = look_again(options.host_discovery_script, hosts)
             continue
         waiting = False
         before = newest(config)
         places = places_of(hosts, ranks)
-        print(f"cnnopt.elastic: {ranks} ranks on {places}, after step {max(before, 0)}", flush=True)
-        command = [HOROVODRUN, "--gloo", "-np", str(ranks), "-H", places, sys.executable, str(TRAIN), *flags]
+        listed = ",".join(f"{host}:{slots}" for host, slots in places.items())
+        print(f"cnnopt.elastic: {ranks} ranks on {listed}, after step {max(before, 0)}", flush=True)
+        command = [HOROVODRUN, "--gloo", "-np", str(ranks), "-H", listed, sys.executable, str(TRAIN), *flags]
         # In a session of its own: a terminal's Ctrl-C comes to this process alone, which hands it on.
         with subprocess.Popen(command, start_new_session=True) as job:
             try:
-                moved = watch(job, options, hosts)
+                moved = watch(job, options, places, config.batch_size)
             except BaseException:
                 job.terminate()
                 raise
         # horovodrun, told to end its ranks, may answer 0 (docs/reliability.md, "Exit status").
         if job.returncode == 0 and not moved:
             return 0
-        fruitless = 0 if moved or newest(config) > before else fruitless + 1
+        # A start that hosts have cut short is neither fruit nor fault.
+        fruitless = 0 if newest(config) > before else fruitless + (not moved)
         if fruitless == FRUITLESS:
             raise RunError(f"{FRUITLESS} starts in a row ended without a new checkpoint: see their messages above")
+        hosts = look_again(options.host_discovery_script, hosts)
 
 
-def watch(job: subprocess.Popen, options: argparse.Namespace, hosts: dict[str, int]) -> bool:
-    """Wait for the end of ``job``; end it, which saves, where the hosts are others now, and say so."""
+def look_again(script: str, last: dict[str, int]) -> dict[str, int]:
+    """The hosts that are there now; ``last`` where the script fails, as it has worked before and may again."""
+    try:
+        return discover(script)
+    except ConfigError:
+        return last
+
+
+def watch(job: subprocess.Popen, options: argparse.Namespace, places: dict[str, int], batch_size: int) -> bool:
+    """Wait for the end of ``job``; end it, which saves, where its places would be others now, and say so."""
+    hosts = places
     while job.poll() is None:
         time.sleep(INTERVAL)
-        try:
-            found = discover(options.host_discovery_script)
-        except ConfigError:
-            # It may work again the next time; meanwhile the run goes on.
-            continue
-        if found != hosts and job.poll() is None:
+        hosts = look_again(options.host_discovery_script, hosts)
+        if changed(hosts, places, batch_size, options.max_np) and job.poll() is None:
             # horovodrun hands it on to the ranks, and gives them 5 s.
             job.terminate()
             job.wait()

@@ -22,8 +22,35 @@ def test_as_many_ranks_as_fit_and_divide_the_batch(hosts, most, ranks):
 
 
 def test_no_slot_is_given_beyond_the_ranks():
-    assert elastic.places_of({"a": 2, "b": 0, "c": 4, "d": 1}, 5) == "a:2,c:3"
-    assert elastic.places_of({"a": 4}, 3) == "a:3"
+    assert elastic.places_of({"a": 2, "b": 0, "c": 4, "d": 1}, 5) == {"a": 2, "c": 3}
+    assert elastic.places_of({"a": 4}, 3) == {"a": 3}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "restart"),
+    [
+        ({"a": 2, "b": 1}, False),
+        ({"b": 1, "a": 2}, False),
+        ({"c": 4, "a": 2, "b": 1}, True),
+        ({"a": 2, "b": 2}, True),
+        ({"a": 1, "b": 2}, True),
+        ({"a": 2}, True),
+        ({"a": 2, "c": 1}, True),
+        ({}, True),
+    ],
+)
+def test_a_run_is_started_again_where_it_has_lost_a_slot_or_could_have_more_ranks(hosts, restart):
+    assert elastic.changed(hosts, {"a": 2, "b": 1}, batch_size=120, most=4) == restart
+
+
+def test_hosts_that_buy_no_rank_do_not_disturb_a_run():
+    assert not elastic.changed({"b": 4, "a": 4}, {"a": 4}, batch_size=120, most=4)
+    assert not elastic.changed({"a": 4, "b": 3}, {"a": 4, "b": 2}, batch_size=120, most=7)
+
+
+def test_a_script_that_has_worked_may_fail_for_a_while(tmp_path):
+    assert elastic.look_again(script(tmp_path, "echo a:4"), {"b": 1}) == {"a": 4}
+    assert elastic.look_again(script(tmp_path, "exit 1"), {"b": 1}) == {"b": 1}
 
 
 def script(folder, body: str) -> str:
