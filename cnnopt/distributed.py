@@ -63,11 +63,15 @@ def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None
 
 
 def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> int:
-    """Compute threads of this rank: the cores it may use, shared with the other ranks of its host."""
-    for name in ("TF_NUM_INTRAOP_THREADS", "SLURM_CPUS_PER_TASK"):
-        if environ.get(name, "").isdigit():
-            return max(1, int(environ[name]))
-    return max(1, environment.cores() // world.local_size)
+    """Compute threads of this rank: as many as the user says, else its part of the cores that it sees."""
+    if environ.get("TF_NUM_INTRAOP_THREADS", "").isdigit():
+        return max(1, int(environ["TF_NUM_INTRAOP_THREADS"]))
+    cores, asked = environment.cores(), environ.get("SLURM_CPUS_PER_TASK", "")
+    is_task = slurm.horovod_variables(environ).get("HOROVOD_LOCAL_SIZE") == str(world.local_size)
+    if not (is_task and (asked.isdigit() or slurm.binds_tasks(environ))):
+        # It shares them with the other ranks of its host, or of a task of SLURM in which another launcher started it.
+        cores = max(1, cores // world.local_size)
+    return max(1, min(cores, int(asked))) if asked.isdigit() else cores
 
 
 def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:

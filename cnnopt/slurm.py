@@ -20,6 +20,11 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
+def binds_tasks(environ: Mapping[str, str]) -> bool:
+    """True where srun has bound each of its tasks to cores of its own, as SLURM_CPU_BIND_TYPE says."""
+    return environ.get("SLURM_CPU_BIND_TYPE", "").startswith(("mask_cpu", "map_cpu", "rank"))
+
+
 def horovod_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Rank, size and host of this task of srun; empty where this process is none.
 

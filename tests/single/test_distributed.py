@@ -35,6 +35,43 @@ def test_a_gpu_that_slurm_gave_and_tensorflow_does_not_find_is_one_line(monkeypa
         distributed._pin(World())
 
 
+BATCH = {"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "16"}
+TASK = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURMD_NODENAME": "b",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "cores", "threads"),
+    [
+        ({}, 16, 4),
+        ({}, 2, 1),
+        ({"TF_NUM_INTRAOP_THREADS": "3"}, 16, 3),
+        (BATCH, 16, 4),
+        ({**BATCH, "SLURM_CPUS_PER_TASK": "2"}, 16, 2),
+        ({**TASK, "SLURM_CPUS_PER_TASK": "4"}, 16, 4),
+        ({**TASK, "SLURM_CPUS_PER_TASK": "4"}, 4, 4),
+        ({**TASK, "SLURM_CPU_BIND_TYPE": "mask_cpu:"}, 4, 4),
+        ({**TASK, "SLURM_CPU_BIND_TYPE": "none"}, 16, 4),
+        (TASK, 16, 4),
+        ({**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}, 16, 4),
+    ],
+    ids=[
+        "the host's cores shared", "never none", "as the user says", "one task of SLURM with four ranks",
+        "no more than SLURM gives a task", "srun, unbound", "srun, bound", "srun, bound, not asked for",
+        "srun, unbound, not asked for", "srun, not asked for", "four ranks in one task of srun",
+    ],
+)  # fmt: skip
+def test_the_threads_of_a_rank_are_its_part_of_the_cores(environ, cores, threads, monkeypatch):
+    monkeypatch.setattr(distributed.environment, "cores", lambda: cores)
+    assert distributed.threads_per_rank(World(rank=5, size=8, local_rank=1, local_size=4), environ) == threads
+
+
 def test_a_setting_that_hosts_have_settled_otherwise_is_one_line(monkeypatch):
     distributed.same("--precision auto", "float32")
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [("float16", "a"), ("float16", "a"), value])
