@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
 from rich.console import Console
 from tf_keras.callbacks import Callback
 
@@ -81,7 +79,9 @@ class StopIfDiverged(Callback):
             return
         saved = checkpoint.list_steps(self.checkpoints)
         last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
-        raise DivergedError(f"step {batch + 1}: loss or gradients are not finite; lower --base-lr; {last}")
+        raise DivergedError(
+            f"step {batch + 1}: loss or gradients are not finite; a lower learning rate (--base-lr) may help; {last}"
+        )
 
 
 class EndIfStalled(Callback):
@@ -139,7 +139,7 @@ class StopWhenTold(Callback):
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Put the request into this step's exchange."""
         if self.request.told:
-            self.model.run.requests.assign(np.eye(2, dtype=np.float32)[SynchronousModel.STOP])
+            self.model.run.requests[SynchronousModel.STOP].assign(1.0)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Stop where any rank asked for it."""
@@ -166,14 +166,14 @@ class Save(Callback):
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Rank 0 asks when the minutes are over."""
         if self.every.unit == "m" and self.world.first and time.monotonic() - self.saved_at > 60 * self.every.value:
-            self.model.run.requests.assign(np.eye(2, dtype=np.float32)[SynchronousModel.SAVE])
+            self.model.run.requests[SynchronousModel.SAVE].assign(1.0)
             self.saved_at = time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Save where a rank asked for it, or the steps are over, or the run is about to stop."""
         asked = self.every.unit == "m" and self.model.run.granted.numpy()[SynchronousModel.SAVE] > 0
         if asked:
-            self.model.run.requests.assign(tf.zeros([2]))
+            self.model.run.requests[SynchronousModel.SAVE].assign(0.0)
         step = batch + 1
         by_steps = self.every.unit == "s" and step % round(self.every.value) == 0
         self.due = asked or by_steps or self.model.stop_training
@@ -199,6 +199,7 @@ class Save(Callback):
             "epoch": self.timeline.epoch_of(step),
             "identity": self.config.identity(),
             "precision": self.model.compute_dtype,
+            "resume": self.config.resume,
             "weights_digest": self.model.agree(),
             **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }

@@ -158,6 +158,24 @@ def list_steps(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def set_aside(folder: Path, *, after: int) -> None:
+    """Rename checkpoints of steps beyond `after` to `abandoned-step-...`, which nothing here reads, counts or deletes.
+
+    For a run that goes back on purpose: it must not go on from there when it is started again.
+    Raises CheckpointError for the disk.
+    """
+    for path in list_steps(folder):
+        name = path.name.removeprefix(".old-")
+        if int(name.removeprefix("step-")) > after:
+            aside = folder / f"abandoned-{name}"
+            try:
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+            except OSError as error:
+                raise CheckpointError(f"cannot set {path} aside: {error.strerror}; move it away by hand") from error
+
+
 def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     # What numpy.savez does, which cannot store an array named "file".
     buffer = io.BytesIO()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tensorboard.plugins.hparams import api as hparams
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tf_keras.callbacks import Callback
 
+from cnnopt import distributed
 from cnnopt.config import TrainConfig
 from cnnopt.files import WriteError
 from cnnopt.record import RunFolder
@@ -23,7 +25,7 @@ from cnnopt.schedules import Timeline
 
 
 class Measure(Callback):
-    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Record``.
+    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Evaluate``.
 
     The first step of a process traces and compiles, and is no part of the speed of an epoch of several steps.
     """
@@ -55,13 +57,15 @@ class Measure(Callback):
         step = int(model.run.global_step.numpy())
         steps = step - self.first_step
         seconds = time.perf_counter() - self.started
+        # Ranks wait for each other in the exchange, and the fastest one most.
+        (exchanging,) = distributed.mean([float(model.exchange.seconds.numpy())])
         logs.update(
             epoch=epoch + 1,
             step=step,
             seconds=seconds,
             images_per_second=steps * self.timeline.batch_size / seconds,
             step_seconds=seconds / steps,
-            exchange_share=float(model.exchange.seconds.numpy()) / seconds,
+            exchange_share=exchanging / seconds,
             exchange_bytes=int(model.exchange.bytes.numpy()) / steps,
             learning_rate=float(model.learning_rates[step - 1]),
             loss_scale=float(model.loss_scale.value.numpy()),
@@ -107,15 +111,23 @@ class Record(Callback):
         logs["sparsity"] = sparsities["total"]
         self.waiting.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
         try:
-            while self.waiting:
-                self.folder.append(self.waiting[0])
-                del self.waiting[0]
+            self._write_lines()
             self._draw(logs, sparsities)
         except (OSError, tf.errors.OpError) as error:
             why = f"cannot record epoch {epoch + 1} in {self.folder.path}: {error}"
             if self.waiting and logs["step"] == self.timeline.total_steps:
                 raise WriteError(f"{why}; free some space, and the same command does it again") from None
             self.console.print(f"{why}; training goes on")
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """A line that still waits has its last chance: a run that was told to stop goes on after this epoch."""
+        with contextlib.suppress(OSError):
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        while self.waiting:
+            self.folder.append(self.waiting[0])
+            del self.waiting[0]
 
     def _draw(self, logs: dict, sparsities: dict[str, float]) -> None:
         step = logs["step"]

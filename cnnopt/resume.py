@@ -57,12 +57,13 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         folder.rewind(0)
         return 0
     named = None if config.resume == "auto" else Path(config.resume)
-    if named and named.resolve().parent != folder.checkpoints.resolve() and checkpoint.list_steps(folder.checkpoints):
+    back = named is not None and named.resolve().parent == folder.checkpoints.resolve()
+    found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
+    if named and found and (not back or found.state.get("resume") == config.resume):
         # A job that is queued again has the same flags, and would begin there each time.
-        say(f"--resume {named} was for the first start; this run has checkpoints of its own")
+        say(f"--resume {named} was for the first start; this run has checkpoints that came after it")
         named = None
     if named is None:
-        found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
         for path, reason in skipped:
             say(f"skipped {path}: {reason}")
         if found is None:
@@ -73,6 +74,8 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         objection = unfit(found)
         if objection:
             raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
+        if back:
+            checkpoint.set_aside(folder.checkpoints, after=found.step)
     before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype
     for name, variable in model.named_state().items():
         # The loss scale of another type is none for this one: it begins anew.

@@ -52,8 +52,9 @@ def train(
         callbacks.EndIfStalled(presence, world),
         callbacks.StopIfDiverged(folder.checkpoints),
         *masks,
-        callbacks.Evaluate(images, world),
+        # Before the evaluation, which is no part of an epoch's speed.
         monitoring.Measure(timeline),
+        callbacks.Evaluate(images, world),
     ]
     if world.first:
         hooks += [monitoring.Record(folder, config, timeline, first_step, console), monitoring.Show(timeline, console)]

@@ -1,6 +1,7 @@
 """What a run leaves at a save, and what another takes up from it: small runs in one process."""
 
 import resource
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import small_runs
 from rich.console import Console
 from tf_keras.callbacks import Callback
 
-from cnnopt import callbacks, checkpoint, monitoring, resume
+from cnnopt import callbacks, checkpoint, monitoring, resume, session
 from cnnopt.distributed import World
 from cnnopt.files import WriteError
+from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.schedules import parse_duration
 from cnnopt.signals import StopRequest
@@ -51,8 +53,8 @@ def run(
             *([Tell(request, stop_in)] if stop_in is not None else []),
             stop,
             callbacks.Prune(),
-            callbacks.Evaluate(small_runs.IMAGES, world),
             monitoring.Measure(timeline),
+            callbacks.Evaluate(small_runs.IMAGES, world),
             monitoring.Record(folder, config, timeline, first_step, console),
             callbacks.Save(every, timeline, config, folder.checkpoints, world, console),
         ],
@@ -163,6 +165,14 @@ def test_a_line_that_finds_no_space_is_written_with_the_next(tmp_path, capsys, s
     assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
 
 
+def test_a_line_that_waits_is_written_when_the_run_is_told_to_stop(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    limit = Limit(folder.metrics_file, 50, 1)
+    run(tmp_path, hooks=[limit], stop_in=18)
+    run(tmp_path)
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
 def test_a_last_line_that_finds_no_space_ends_the_run_and_is_made_again(tmp_path):
     limit = Limit(tmp_path / "run/metrics.jsonl", 50, 2)
     try:
@@ -202,6 +212,57 @@ def test_a_named_checkpoint_of_another_run_is_for_the_first_start(tmp_path, caps
     # A checkpoint of its own takes a run back.
     run(tmp_path, name="second", resume=str(second.checkpoints / "step-00000007"), stop_in=8)
     assert "resumed after step 7" in capsys.readouterr().out
+
+
+def test_a_run_goes_back_once_and_never_on_from_what_it_has_left(tmp_path, capsys):
+    folder, _ = run(tmp_path, save_every="5s", keep=9, stop_in=17)
+    assert steps(folder) == [5, 10, 15, 18]
+    back = str(folder.checkpoints / "step-00000010")
+    run(tmp_path, keep=9, resume=back, stop_in=12)
+    assert f"resumed after step 10 from {back}" in capsys.readouterr().out
+    assert steps(folder) == [5, 10, 13]
+    assert sorted(path.name for path in folder.checkpoints.glob("abandoned-*")) == [
+        "abandoned-step-00000015",
+        "abandoned-step-00000018",
+    ]
+    # Queued again with the same flags, and then started without them.
+    run(tmp_path, keep=9, resume=back, stop_in=13)
+    said = capsys.readouterr().out
+    assert f"--resume {back} was for the first start" in said
+    assert "resumed after step 13" in said
+    run(tmp_path, keep=9)
+    assert "resumed after step 14" in capsys.readouterr().out
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+    # Asked for anew after another start, it is done again.
+    run(tmp_path, keep=9, resume=back, stop_in=10)
+    assert f"resumed after step 10 from {back}" in capsys.readouterr().out
+
+
+def test_a_save_in_the_same_step_does_not_hide_a_stop(tmp_path):
+    folder, stop = run(tmp_path, save_every="0.000001m", stop_in=3)
+    assert stop.stopped
+    assert steps(folder)[-1] == 4
+
+
+def test_the_speed_of_an_epoch_is_that_of_its_training(tmp_path, monkeypatch):
+    late = 0.0
+
+    def slow_evaluation(*given, **named):
+        nonlocal late
+        late += 1000
+        return evaluate(*given, **named)
+
+    evaluate, clock = callbacks.evaluate, time.perf_counter
+    monkeypatch.setattr(callbacks, "evaluate", slow_evaluation)
+    monkeypatch.setattr(monitoring.time, "perf_counter", lambda: clock() + late)
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")
+    config = small_runs.settings(run_dir=str(tmp_path), name="run", deterministic=True)
+    folder = RunFolder.of(config)
+    folder.open(config, {})
+    rank = session.Rank(World(), Console(quiet=True), StopRequest(), Presence("test"))
+    assert not session.train(rank, small_runs.build(config), small_runs.IMAGES, config, folder)
+    assert [line["seconds"] < 1000 for line in folder.metrics()] == [True] * 3
+    assert late == 3000
 
 
 @pytest.mark.parametrize(
