@@ -86,7 +86,8 @@ def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
     data_dir = ["--data-dir", config.data_dir] if config.data_dir else []
     command = [sys.executable, "-m", "cnnopt.quantize", str(folder.path.resolve()), *data_dir]
     sys.stdout.flush()
-    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))})
+    search = [os.path.dirname(os.path.abspath(__file__)), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))})
 
 
 def main() -> int:

@@ -51,6 +51,8 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
         lr_drops="",
         warmup="0e",
         ema=0.0,
+        # TensorFlow's fake quantization has no deterministic gradient on GPUs, and raises.
+        deterministic=False,
         # With 8 significant bits bfloat16 is as coarse as the levels that are to be learned.
         precision="float32",
         sparsity_schedule="constant" if config.sparsity else "none",

@@ -60,8 +60,7 @@ def fit(
 ) -> None:
     """Keras' ``fit`` over epochs that need not be whole numbers of steps, from ``model.run.global_step`` on.
 
-    ``on_train_batch_end`` gets the number of steps done before the batch; logs of batches stay tensors, so
-    nothing waits for a device that no callback asks for.
+    ``on_train_batch_end`` gets the number of steps done before the batch.
     """
     hooks = keras.callbacks.CallbackList(list(callbacks), model=model, add_history=False, add_progbar=False)
     step = int(model.run.global_step.numpy())

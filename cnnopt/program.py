@@ -57,7 +57,10 @@ def _speak(presence: Presence, why: str, *, of_one_rank: bool) -> None:
     world = distributed.launched()[0]
     if presence.places:
         presence.speak(world.rank, why)
-    elif world.first or of_one_rank:
+        return
+    # The exchange has failed before the ranks knew where each other answers.
+    why = why or "another rank has ended while the ranks were starting: see its message"
+    if world.first or of_one_rank:
         print(f"{presence.program}: {why}", file=sys.stderr, flush=True)
     else:
         # All ranks may share the error, and the first one ends the job with it. Where they do not, it is the host's.

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -36,11 +37,13 @@ class LatencyError(RunError):
 def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2.0) -> list[list[dict[str, Any]]]:
     """For each file a list with one dict for each number of threads; see ``one`` for its keys. Raises LatencyError.
 
-    A new process imports the interpreter once and forks for each file.
+    A new process imports the interpreter once and forks for each file. Its memory is in pages of the usual size, also
+    where training, which asks for larger ones (environment.with_huge_pages), has started this program.
     """
     command = [sys.executable, "-m", "cnnopt.export.latency", "--threads", ",".join(map(str, threads))]
     command += ["--seconds", str(seconds), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    variables = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise LatencyError(f"latency could not be measured: {last}")

@@ -21,16 +21,21 @@ def sizes(data: bytes, kernels: Sequence[Kernel]) -> dict[str, int]:
     The models themselves are not counted, as is usual. ``weights_entropy`` is the sum alone: a coder that also
     compresses the rest of the file can be below ``entropy_bound``, but not below this by much.
     """
-    bits = sum(entropy(kernel.stored) * kernel.stored.size for kernel in kernels)
+    coded = weights_entropy(kernels)
     other = len(data) - sum(kernel.nbytes for kernel in kernels)
     return {
         "raw": len(data),
         # No time stamp and no name, so that the size is a property of the content.
         "gzip": len(gzip.compress(data, 9, mtime=0)),
         "xz": len(lzma.compress(data, preset=9)),
-        "entropy_bound": other + int(np.ceil(bits / 8)),
-        "weights_entropy": int(np.ceil(bits / 8)),
+        "entropy_bound": other + coded,
+        "weights_entropy": coded,
     }
+
+
+def weights_entropy(kernels: Sequence[Kernel]) -> int:
+    """Bytes that an ideal coder needs for the stored values of kernels, with one static model for each."""
+    return int(np.ceil(sum(entropy(kernel.stored) * kernel.stored.size for kernel in kernels) / 8))
 
 
 def entropy(values: np.ndarray) -> float:
