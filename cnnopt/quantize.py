@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from cnnopt import files
 from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError
@@ -159,7 +157,7 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
     coded = pack.stream_sizes(archive)
     weights = sum(coded[name] for name in ("mask.xz", "palette.xz", "values.xz"))
     # A dynamic-range file has kernels in float32 too, which its archive holds among all else.
-    ideal = measure.weights_entropy([k for k in tflite_file.kernels(content, path) if k.stored.dtype == np.int8])
+    ideal = measure.weights_entropy([k for k in tflite_file.kernels(content, path) if k.stored.dtype == "int8"])
     return {
         "file": f"export/{target.name}",
         "bytes": len(archive),

@@ -44,6 +44,7 @@ TASK = {
     "SLURM_LOCALID": "1",
     "SLURMD_NODENAME": "b",
 }
+ALONE = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ TASK = {
         ({**TASK, "SLURM_CPU_BIND_TYPE": "mask_cpu:"}, 4, 4),
         ({**TASK, "SLURM_CPU_BIND_TYPE": "none"}, 16, 4),
         (TASK, 16, 4),
-        ({**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}, 16, 4),
+        (ALONE, 16, 4),
     ],
     ids=[
         "the host's cores shared", "never none", "as the user says", "one task of SLURM with four ranks",
