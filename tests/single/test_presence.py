@@ -95,3 +95,21 @@ def test_where_all_ranks_answer_it_is_the_network():
     first, second = last_words(ranks(2), "", "")
     assert first == "the exchange failed with all ranks alive: look at the network between their hosts"
     assert second is None
+
+
+def test_where_the_exchange_fails_before_ranks_know_each_other_a_line_says_so():
+    # TensorFlow's own error, without the seconds that it takes to import it.
+    code = """
+from cnnopt import program
+
+class UnknownError(Exception):
+    __module__ = "tensorflow.python.framework.errors_impl"
+
+def body(request, presence):
+    raise UnknownError("HorovodAllgather failed")
+
+raise SystemExit(program.run("train_hvd.py", body))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    said = "train_hvd.py: another rank has ended while the ranks were starting: see its message\n"
+    assert (done.returncode, done.stderr) == (1, said)
