@@ -159,9 +159,10 @@ def list_steps(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path, *, after: int) -> None:
-    """Rename checkpoints of steps beyond `after` to `abandoned-step-...`, which nothing here reads, counts or deletes.
+    """Rename checkpoints of steps beyond `after` to `abandoned-step-...`, which nothing here reads or counts.
 
-    For a run that goes back on purpose: it must not go on from there when it is started again.
+    For a run that goes back on purpose: it must not go on from there when it is started again. What an earlier return
+    has set aside of the same steps is deleted.
     Raises CheckpointError for the disk.
     """
     for path in list_steps(folder):
@@ -172,6 +173,8 @@ def set_aside(folder: Path, *, after: int) -> None:
                 if aside.exists():
                     shutil.rmtree(aside)
                 path.rename(aside)
+                # Hidden by the other until now, where a second save of this step was killed.
+                shutil.rmtree(folder / f".old-{name}", ignore_errors=True)
             except OSError as error:
                 raise CheckpointError(f"cannot set {path} aside: {error.strerror}; move it away by hand") from error
 

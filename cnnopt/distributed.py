@@ -68,6 +68,8 @@ def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> i
         return max(1, int(environ["TF_NUM_INTRAOP_THREADS"]))
     cores, asked = environment.cores(), environ.get("SLURM_CPUS_PER_TASK", "")
     is_task = slurm.horovod_variables(environ).get("HOROVOD_LOCAL_SIZE") == str(world.local_size)
+    # mpirun starts a rank for each task of the job, and binds it by itself.
+    is_task = is_task or "OMPI_COMM_WORLD_RANK" in environ
     if not (is_task and (asked.isdigit() or slurm.binds_tasks(environ))):
         # It shares them with the other ranks of its host, or of a task of SLURM in which another launcher started it.
         cores = max(1, cores // world.local_size)

@@ -20,6 +20,8 @@ TENSORFLOW = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+#: The variable by which malloc asks for huge pages.
+ASKS_FOR_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 #: Which programs the kernel gives memory in pages of 2 MB: all, those that ask, or none.
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -51,8 +53,9 @@ def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
     glibc reads the wish when a process starts, from GLIBC_TUNABLES; one that the user has set is left alone.
     """
     with contextlib.suppress(OSError):
-        if "GLIBC_TUNABLES" not in os.environ and "[madvise]" in policy.read_text():
-            os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        name, value = ASKS_FOR_HUGE_PAGES
+        if name not in os.environ and "[madvise]" in policy.read_text():
+            os.environ[name] = value
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -60,14 +60,20 @@ class RunFolder:
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
-        if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+        # A checkpoint that a run began from may be gone by the time that it is queued again with the same flags.
+        begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if config.resume not in ("auto", "never") and not begun and not Path(config.resume).is_dir():
             raise ConfigError(f"--resume {config.resume}: no such checkpoint folder; give auto, never or a folder")
 
     def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
-        """Make the folder, keep other processes out of it until this one ends, and note what runs in it."""
+        """Make the folder, keep other processes out of it until this one ends, and note what runs in it.
+
+        Raises ConfigError; also where ``check`` does now, after another process has let go of the folder.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._keep_others_out()
+            self.check(config)
             content = {"identity": config.identity(), "digest": config.digest(), "name": config.name}
             files.replace(self.config_file, json.dumps(content, indent=2) + "\n")
             files.replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")

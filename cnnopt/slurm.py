@@ -21,8 +21,12 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def binds_tasks(environ: Mapping[str, str]) -> bool:
-    """True where srun has bound each of its tasks to cores of its own, as SLURM_CPU_BIND_TYPE says."""
-    return environ.get("SLURM_CPU_BIND_TYPE", "").startswith(("mask_cpu", "map_cpu", "rank"))
+    """True where srun has bound each of its tasks to cores of its own.
+
+    One mask in the list is that of all tasks together: so srun holds them in their step where it does not bind them.
+    """
+    kind, cores = environ.get("SLURM_CPU_BIND_TYPE", ""), environ.get("SLURM_CPU_BIND_LIST", "")
+    return kind.startswith("rank") or (kind.startswith(("mask_cpu", "map_cpu")) and len({*cores.split(",")}) > 1)
 
 
 def horovod_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -44,7 +44,7 @@ TASK = {
     "SLURM_LOCALID": "1",
     "SLURMD_NODENAME": "b",
 }
-ALONE = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SLURM_CPU_BIND_TYPE": "mask_cpu:"}
+ALONE = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SLURM_CPUS_PER_TASK": "16"}
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,18 @@ ALONE = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SL
         ({**BATCH, "SLURM_CPUS_PER_TASK": "2"}, 16, 2),
         ({**TASK, "SLURM_CPUS_PER_TASK": "4"}, 16, 4),
         ({**TASK, "SLURM_CPUS_PER_TASK": "4"}, 4, 4),
-        ({**TASK, "SLURM_CPU_BIND_TYPE": "mask_cpu:"}, 4, 4),
+        ({**TASK, "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_CPU_BIND_LIST": "0xF,0xF0,0xF00,0xF000"}, 4, 4),
+        ({**TASK, "SLURM_CPU_BIND_TYPE": "mask_cpu:", "SLURM_CPU_BIND_LIST": "0xFFFF"}, 16, 4),
         ({**TASK, "SLURM_CPU_BIND_TYPE": "none"}, 16, 4),
         (TASK, 16, 4),
         (ALONE, 16, 4),
+        ({**BATCH, "OMPI_COMM_WORLD_RANK": "5", "SLURM_CPUS_PER_TASK": "8"}, 8, 8),
     ],
     ids=[
         "the host's cores shared", "never none", "as the user says", "one task of SLURM with four ranks",
         "no more than SLURM gives a task", "srun, unbound", "srun, bound", "srun, bound, not asked for",
-        "srun, unbound, not asked for", "srun, not asked for", "four ranks in one task of srun",
+        "srun, all in one mask",
+        "srun, unbound, not asked for", "srun, not asked for", "four ranks in one task of srun", "mpirun, bound",
     ],
 )  # fmt: skip
 def test_the_threads_of_a_rank_are_its_part_of_the_cores(environ, cores, threads, monkeypatch):

@@ -169,9 +169,11 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
         assert f"{folder.path}: another process trains in it; waiting" in capsys.readouterr().out
         assert not folder.config_file.exists()
         other.kill()
-    # What a killed process held is free.
-    folder.open(config, {})
-    assert folder.config_file.exists()
+    # What a killed process held is free, unless it was another run.
+    other_config = small_runs.settings(run_dir=str(tmp_path), name="x", seed=1)
+    RunFolder.of(other_config).open(other_config, {})
+    with pytest.raises(ConfigError, match="another configuration"):
+        folder.open(config, {})
 
 
 # Going on ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a run leaves at a save, and what another takes up from it: small runs in one process."""
 
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -233,6 +234,10 @@ def test_a_run_goes_back_once_and_never_on_from_what_it_has_left(tmp_path, capsy
     run(tmp_path, keep=9)
     assert "resumed after step 14" in capsys.readouterr().out
     assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+    # The checkpoint that it went back to has gone meanwhile.
+    shutil.move(back, tmp_path)
+    folder.check(small_runs.settings(run_dir=str(tmp_path), name="run", deterministic=True, resume=back))
+    shutil.move(tmp_path / "step-00000010", back)
     # Asked for anew after another start, it is done again.
     run(tmp_path, keep=9, resume=back, stop_in=10)
     assert f"resumed after step 10 from {back}" in capsys.readouterr().out
