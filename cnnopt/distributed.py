@@ -181,13 +181,17 @@ def device() -> str:
 def callbacks() -> list[Any]:
     """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged.
 
-    None for a lone rank, which would wait a second for them to be traced.
+    None for a lone rank, which would wait for them to be traced.
     """
     import horovod.tensorflow.keras as hvd
+    import tensorflow as tf
 
     if hvd.size() == 1:
         return []
-    return [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]
+    broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    # It traces a broadcast of each variable, and TensorFlow would rewrite Horovod's functions first.
+    broadcast.on_batch_end = tf.autograph.experimental.do_not_convert(broadcast.on_batch_end)
+    return [broadcast, hvd.callbacks.MetricAverageCallback()]
 
 
 def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
