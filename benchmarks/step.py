@@ -120,7 +120,7 @@ def profile(
     """The table of one network, and every figure."""
     compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=40, base_lr=1e-3, name="step",
-                         prune_begin="0s", prune_end="1s")  # fmt: skip
+                         optimizer="sgd", prune_begin="0s", prune_end="1s")  # fmt: skip
     pruned, stream = build(config, images, compute, streams)
     dense, dense_stream = build(replace(config, sparsity=0.0), images, compute, streams)
     orthogonal, orthogonal_stream = build(replace(config, optimizer="muon"), images, compute, streams)

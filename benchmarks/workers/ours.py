@@ -30,9 +30,9 @@ COMPUTE = precision.choose(asked, has_gpu=distributed.device() == "GPU")
 
 
 def settings(exchange: str, wire: str) -> tuple[TrainConfig, Timeline]:
-    """A run that is longer than any comparison, at a rate that keeps it finite."""
+    """A run that is longer than any comparison, at a rate that keeps it finite, with the peers' optimizer."""
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch * world.size, epochs=2000, base_lr=1e-3,
-                         exchange=exchange, wire_dtype=wire)  # fmt: skip
+                         optimizer="sgd", exchange=exchange, wire_dtype=wire)  # fmt: skip
     return config, Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
 
 
