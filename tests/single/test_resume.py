@@ -1,5 +1,6 @@
 """What a run leaves at a save, and what another takes up from it: small runs in one process."""
 
+import json
 import resource
 import shutil
 import time
@@ -193,6 +194,7 @@ def test_a_run_goes_on_in_another_precision_with_a_loss_scale_of_its_own(tmp_pat
     # What a run with --precision auto leaves on a machine with a GPU.
     saved.state["identity"] = {**identity, "deterministic": True}
     checkpoint.save(folder.checkpoints, 8, saved.arrays, saved.state)
+    folder.config_file.write_text(json.dumps({"identity": saved.state["identity"]}))
     run(tmp_path, precision="auto", stop_in=15)
     assert "--precision auto was float16 up to here, and is " in capsys.readouterr().out
     (last,) = [load for load in map(checkpoint.load, checkpoint.list_steps(folder.checkpoints)) if load.step == 16]
