@@ -97,9 +97,9 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
     others = {
         **environment.TENSORFLOW,
         "OMP_NUM_THREADS": str(threads),
-        # One flat tensor a step is exchanged, so a slow cycle costs little, while the default of 1 ms takes
-        # compute time from small hosts.
-        "HOROVOD_CYCLE_TIME": "10" if threads <= 2 else "1",
+        # An exchange waits for one cycle or two, and every cycle takes compute time from a small host
+        # (docs/benchmarks.md, "Horovod's cycle").
+        "HOROVOD_CYCLE_TIME": "2" if threads <= 2 else "1",
     }
     if deterministic:
         # Fusion order is the one source of non-determinism that Horovod's maintainers name.

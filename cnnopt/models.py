@@ -81,7 +81,9 @@ class IdentityShortcut(layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """[batch, h, w, c] to [batch, h/2, w/2, 2c]."""
         channels = inputs.shape[-1]
-        return tf.pad(inputs[:, ::2, ::2, :], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
+        # Windows of one pixel are what [:, ::2, ::2] takes, whose kernels for the CPU are 15 to 25 times slower.
+        every_other = tf.nn.avg_pool2d(inputs, ksize=1, strides=2, padding="VALID")
+        return tf.pad(every_other, [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
 
 @dataclass(frozen=True)
