@@ -2,7 +2,7 @@
 """This program and its peers, two ranks each, on the same network in the same minutes.
 
 All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
-that is asked for; once more so with memory in pages of 4 KB. The peers get one resident batch: PyTorch's
+that it chooses; once more so with memory in pages of 4 KB. The peers get one resident batch: PyTorch's
 DistributedDataParallel (channels_last, gloo; in a Python of its own, --torch-python), MultiWorkerMirroredStrategy,
 Horovod's DistributedOptimizer under Keras ``fit``, and the latter with tfmot's ``prune_low_magnitude``, which knows
 float32 only.
@@ -45,7 +45,7 @@ def main() -> None:
     """Measure, print the table, write every figure."""
     parser = arguments(__doc__)
     parser.add_argument("--torch-python", help="a Python that has PyTorch; without it DDP is left out")
-    parser.add_argument("--exchange", default="sparse", choices=["dense", "sparse"], help="of our own ranks")
+    parser.add_argument("--exchange", default="auto", choices=["auto", "dense", "sparse"], help="of our own ranks")
     peers = [name for name in NAMES if name not in ("ours", "none", "small")]
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     args = parser.parse_args()

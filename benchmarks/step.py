@@ -31,6 +31,7 @@ from rich.console import Console  # noqa: E402
 
 from cnnopt import checkpoint, data, loop, monitoring, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
+from cnnopt.models import IdentityShortcut  # noqa: E402
 from cnnopt.record import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 
@@ -60,8 +61,14 @@ def floating_point_operations(model: training.SynchronousModel) -> float:
     return total
 
 
+def strided(images: tf.Tensor) -> tf.Tensor:
+    """``IdentityShortcut`` as it is usually written."""
+    channels = images.shape[-1]
+    return tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
+
+
 def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
-    """A matrix product, and the two layers that most of a network is made of, forward and backward, by stage."""
+    """A matrix product, and the layers that a network is made of, forward and backward, by stage."""
     square = tf.random.normal([GEMM, GEMM], dtype=compute)
     found = {"GEMM": tf.function(lambda: tf.matmul(square, square))}
     for stage, (side, filters) in enumerate(((32, 16), (16, 32), (8, 64)), start=1):
@@ -70,7 +77,11 @@ def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[st
             filters, 3, padding="same", use_bias=False, widen=model.get_layer("stem").widen
         )
         norm = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.ReLU()])
-        for name, layer in (("convolution", convolution), ("BatchNorm, ReLU", norm)):
+        layers = {"convolution": convolution, "BatchNorm, ReLU": norm}
+        if stage < 3:
+            layers["shortcut after it"] = IdentityShortcut()
+            layers["the same by a strided slice"] = keras.layers.Lambda(strided)
+        for name, layer in layers.items():
             layer(images)
 
             def both(layer=layer, images=images):

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tf_keras as keras
+
+from cnnopt.sgd import SGD
 
 #: Of x -> a x + b x^3 + c x^5 on singular values: Jordan's, which bring those in (0.001, 1] to about 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -35,7 +36,7 @@ def orthogonalized(matrices: tf.Tensor) -> tf.Tensor:
     return x
 
 
-class Muon(keras.optimizers.SGD):
+class Muon(SGD):
     """Muon for the kernels of convolutions, SGD with Nesterov momentum for all else.
 
     ``weight_decay`` shrinks those kernels by as much as the same number, added to the gradient, would under SGD: its
@@ -43,7 +44,7 @@ class Muon(keras.optimizers.SGD):
     """
 
     def __init__(self, learning_rate: float, *, momentum: float, weight_decay: float) -> None:
-        super().__init__(learning_rate, momentum=momentum, nesterov=True, jit_compile=False)
+        super().__init__(learning_rate, momentum=momentum)
         self.shrinkage = weight_decay / (1 - momentum)
 
     def apply_gradients(self, grads_and_vars: Sequence[tuple[tf.Tensor, tf.Variable]], **kwargs: Any) -> Any:
@@ -62,7 +63,7 @@ class Muon(keras.optimizers.SGD):
         """Move kernels that have one shape, [height, width, input channels, output channels]."""
         directions = []
         for gradient, kernel in zip(gradients, kernels, strict=True):
-            slot = self.momentums[self._index_dict[self._var_key(kernel)]]
+            slot = self.slot(kernel)
             slot.assign(self.momentum * slot + gradient)
             # One row for each output channel.
             directions.append(tf.transpose(tf.reshape(self.momentum * slot + gradient, [-1, kernel.shape[-1]])))

@@ -19,6 +19,7 @@ from cnnopt.models import FLOAT, Parts, pixel_statistics, resnet
 from cnnopt.precision import DynamicLossScale, Precision
 from cnnopt.pruning import Pruner, prunable_kernels
 from cnnopt.schedules import LearningRate, PruningWindow, Timeline, parse_drops, parse_duration
+from cnnopt.sgd import SGD
 
 
 def _variable(initial: Any, dtype: tf.DType) -> Any:
@@ -221,7 +222,7 @@ def _optimizer(config: TrainConfig, rate: float) -> keras.optimizers.Optimizer:
         return keras.optimizers.Adam(rate, jit_compile=False)
     if config.optimizer == "muon":
         return muon.Muon(rate, momentum=0.9, weight_decay=config.weight_decay)
-    return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, jit_compile=False)
+    return SGD(rate, momentum=0.9)
 
 
 def build(

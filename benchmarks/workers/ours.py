@@ -1,7 +1,7 @@
 """One rank of this program: its model, stream and step, with an exchange and a sparsity that each request names.
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
-Request: {"steps": 10, "exchange": "none|dense|sparse", "wire": "float32|float16", "sparsity": 0.6}
+Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|float16", "sparsity": 0.6}
 """
 
 import functools

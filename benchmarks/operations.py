@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Which TensorFlow operations a step spends its time in: one process, one thread, one operation at a time.
+
+TensorFlow's own profiler writes the trace; what is printed is the time of each kind of operation without what it calls.
+The step trains one resident batch, as the input pipeline's thread would take turns with what is measured.
+
+    .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
+"""
+
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from side_by_side import arguments, report, table
+
+from cnnopt import distributed, environment
+
+environment.with_huge_pages()
+os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+distributed.prepare(distributed.World(), deterministic=False, verbose=False)
+distributed.start(verbose=False)
+
+import tensorflow as tf  # noqa: E402
+from tensorflow.tsl.profiler.protobuf import xplane_pb2  # noqa: E402
+
+from cnnopt import data, precision, training  # noqa: E402
+from cnnopt.config import TrainConfig  # noqa: E402
+from cnnopt.schedules import Timeline  # noqa: E402
+
+# Kinds that take less of a step than this are added up.
+SMALL = 0.004
+
+
+def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
+    """Seconds by kind of operation, and how many there were, of the thread that computes in a trace's folder."""
+    space = xplane_pb2.XSpace()
+    space.ParseFromString(next(trace.rglob("*.xplane.pb")).read_bytes())
+    lines = [(plane, line) for plane in space.planes for line in plane.lines if line.name.startswith("tf_Compute")]
+    plane, line = max(lines, key=lambda found: len(found[1].events))
+    seconds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    around: list[tuple[int, str]] = []
+    for event in sorted(line.events, key=lambda e: (e.offset_ps, -e.duration_ps)):
+        name = plane.event_metadata[event.metadata_id].name
+        # Operations are named "node:kind"; what else the thread does belongs to the executor.
+        kind = name.rsplit(":", 1)[1] if ":" in name and "::" not in name else "executor"
+        while around and around[-1][0] <= event.offset_ps:
+            around.pop()
+        if around:
+            seconds[around[-1][1]] -= event.duration_ps * 1e-12
+        seconds[kind] += event.duration_ps * 1e-12
+        counts[kind] += 1
+        around.append((event.offset_ps + event.duration_ps, kind))
+    return seconds, counts
+
+
+def profile(depth: int, batch: int, steps: int, asked: str) -> tuple[str, dict]:
+    """The table of one network, and every figure."""
+    images = data.load("synthetic", synthetic_sizes=(batch, batch))
+    compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
+    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=1000, base_lr=1e-3,
+                         prune_begin="0s", prune_end="1s", name="operations")  # fmt: skip
+    model = training.build(config, images, Timeline(batch, batch, config.epochs), compute, ranks=1)
+    model.make_train_function()
+    model.prune(1)
+    labels = images.train_labels.astype("int64")
+    stream = iter(tf.data.Dataset.from_tensors((images.train_images, labels)).repeat())
+    for _ in range(3):
+        model.train_function(stream)
+    with tempfile.TemporaryDirectory() as folder:
+        with tf.profiler.experimental.Profile(folder):
+            for _ in range(steps):
+                model.train_function(stream)
+        seconds, counts = self_times(Path(folder))
+    total = sum(seconds.values())
+    shown = [kind for kind, spent in seconds.most_common() if spent >= SMALL * total]
+    rest = sum(spent for kind, spent in seconds.items() if kind not in shown)
+    number = sum(count for kind, count in counts.items() if kind not in shown)
+    rows = [
+        [kind, f"{count / steps:.0f}", f"{1e3 * spent / steps:.2f}", f"{spent / total:.1%}"]
+        for kind, count, spent in [*((k, counts[k], seconds[k]) for k in shown), ("all others", number, rest)]
+    ]
+    text = f"ResNet-{depth}, {compute.compute}, batch {batch}, one thread: {1e3 * total / steps:.0f} ms a step\n\n"
+    text += table(["operation", "a step", "ms", "of a step"], rows)
+    return text, {"compute": compute.compute, "steps": steps, "seconds": dict(seconds), "counts": dict(counts)}
+
+
+def main() -> None:
+    """Measure, print the tables, write every figure."""
+    args = arguments(__doc__).parse_args()
+    found = {str(depth): profile(depth, args.batch, args.steps, args.precision) for depth in args.depth}
+    runs = {depth: content for depth, (_, content) in found.items()}
+    report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
