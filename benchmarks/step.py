@@ -88,7 +88,8 @@ def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[st
                 with tf.GradientTape() as tape:
                     tape.watch(images)
                     output = layer(images, training=True)
-                return tape.gradient(output, [images, *layer.trainable_weights])
+                # With the ones that are the default, TensorFlow computes what is linear ahead of the step.
+                return tape.gradient(output, [images, *layer.trainable_weights], output_gradients=output)
 
             found[f"stage {stage} {name}"] = tf.function(both)
     return found
