@@ -81,7 +81,7 @@ class IdentityShortcut(layers.Layer):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """[batch, h, w, c] to [batch, h/2, w/2, 2c]."""
         channels = inputs.shape[-1]
-        # Windows of one pixel are what [:, ::2, ::2] takes, whose kernels for the CPU are 15 to 25 times slower.
+        # Windows of one pixel are what [:, ::2, ::2] takes, by kernels that are much faster (docs/benchmarks.md).
         every_other = tf.nn.avg_pool2d(inputs, ksize=1, strides=2, padding="VALID")
         return tf.pad(every_other, [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
