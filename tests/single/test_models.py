@@ -94,6 +94,21 @@ def test_option_a_takes_every_second_pixel_and_pads_channels_with_zeros():
     assert IdentityShortcut().weights == []
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16])
+def test_option_a_and_its_gradient_have_the_bits_of_a_slice(dtype):
+    rng = np.random.default_rng(0)
+    images = tf.cast(rng.standard_normal([3, 8, 8, 4]), dtype)
+    upstream = tf.cast(rng.standard_normal([3, 4, 4, 8]), dtype)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(images)
+        pooled = IdentityShortcut(dtype=dtype)(images)
+        sliced = tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [2, 2]])
+    assert pooled.numpy().tobytes() == sliced.numpy().tobytes()
+    gradients = [tape.gradient(output, images, upstream).numpy() for output in (pooled, sliced)]
+    np.testing.assert_array_equal(*gradients)
+    assert np.count_nonzero(gradients[0]) == 3 * 4 * 4 * 4
+
+
 def test_blocks_add_the_shortcut_before_the_last_relu():
     model = build(8)
     for layer in model.layers:
