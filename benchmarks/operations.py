@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Which TensorFlow operations a step spends its time in: one process, one thread, one operation at a time.
 
-TensorFlow's own profiler writes the trace; what is printed is the time of each kind of operation without what it calls.
+TensorFlow's own profiler writes a trace each round; what is printed is the time of each kind of operation without what
+it calls, the median of the rounds.
 The step trains one resident batch, as the input pipeline's thread would take turns with what is measured.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
 """
 
 import os
+import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -56,7 +58,7 @@ def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
     return seconds, counts
 
 
-def profile(depth: int, batch: int, steps: int, asked: str) -> tuple[str, dict]:
+def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tuple[str, dict]:
     """The table of one network, and every figure."""
     images = data.load("synthetic", synthetic_sizes=(batch, batch))
     compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
@@ -69,11 +71,15 @@ def profile(depth: int, batch: int, steps: int, asked: str) -> tuple[str, dict]:
     stream = iter(tf.data.Dataset.from_tensors((images.train_images, labels)).repeat())
     for _ in range(3):
         model.train_function(stream)
-    with tempfile.TemporaryDirectory() as folder:
-        with tf.profiler.experimental.Profile(folder):
-            for _ in range(steps):
-                model.train_function(stream)
-        seconds, counts = self_times(Path(folder))
+    traces = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            with tf.profiler.experimental.Profile(folder):
+                for _ in range(steps):
+                    model.train_function(stream)
+            traces.append(self_times(Path(folder)))
+    counts = traces[0][1]
+    seconds = Counter({kind: statistics.median(spent[kind] for spent, _ in traces) for kind in counts})
     total = sum(seconds.values())
     shown = [kind for kind, spent in seconds.most_common() if spent >= SMALL * total]
     rest = sum(spent for kind, spent in seconds.items() if kind not in shown)
@@ -84,13 +90,19 @@ def profile(depth: int, batch: int, steps: int, asked: str) -> tuple[str, dict]:
     ]
     text = f"ResNet-{depth}, {compute.compute}, batch {batch}, one thread: {1e3 * total / steps:.0f} ms a step\n\n"
     text += table(["operation", "a step", "ms", "of a step"], rows)
-    return text, {"compute": compute.compute, "steps": steps, "seconds": dict(seconds), "counts": dict(counts)}
+    return text, {
+        "compute": compute.compute,
+        "steps": steps,
+        "rounds": rounds,
+        "seconds": dict(seconds),
+        "counts": dict(counts),
+    }
 
 
 def main() -> None:
     """Measure, print the tables, write every figure."""
     args = arguments(__doc__).parse_args()
-    found = {str(depth): profile(depth, args.batch, args.steps, args.precision) for depth in args.depth}
+    found = {str(depth): profile(depth, args.batch, args.steps, args.rounds, args.precision) for depth in args.depth}
     runs = {depth: content for depth, (_, content) in found.items()}
     report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
 
