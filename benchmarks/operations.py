@@ -2,8 +2,8 @@
 """Which TensorFlow operations a step spends its time in: one process, one thread, one operation at a time.
 
 TensorFlow's own profiler writes a trace each round; what is printed is the time of each kind of operation without what
-it calls, the median of the rounds.
-The step trains one resident batch, as the input pipeline's thread would take turns with what is measured.
+it calls, the median of the rounds. The step trains one resident batch, as the input pipeline's thread would take turns
+with what is measured.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
 """
