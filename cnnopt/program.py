@@ -25,12 +25,12 @@ def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
         return 130
     # Each speaks before the error is let go of, and all that its frames hold with it, which takes seconds.
     except CnnoptError as error:
-        _speak(presence, str(error), of_one_rank=error.of_one_rank)
+        _speak(presence, str(error), error.exit_status, of_one_rank=error.of_one_rank)
         return error.exit_status
     except Exception as error:
         if not distributed.is_exchange_failure(error):
             raise
-        _speak(presence, "", of_one_rank=False)
+        _speak(presence, "", RunError.exit_status, of_one_rank=False)
         return RunError.exit_status
 
 
@@ -51,20 +51,26 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _speak(presence: Presence, why: str, *, of_one_rank: bool) -> None:
+def _speak(presence: Presence, why: str, status: int, *, of_one_rank: bool) -> None:
     # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     world = distributed.launched()[0]
     if presence.places:
         presence.speak(world.rank, why)
-        return
-    # The exchange has failed before the ranks knew where each other answers.
-    why = why or "another rank has ended while the ranks were starting: see its message"
-    if world.first or of_one_rank:
-        print(f"{presence.program}: {why}", file=sys.stderr, flush=True)
     else:
-        # All ranks may share the error, and the first one ends the job with it. Where they do not, it is the host's.
-        time.sleep(2)
-        if world.local_rank == 0:
-            where = f"rank {world.rank} (host {distributed.hostname()})"
-            print(f"{presence.program}: {where}: {why}", file=sys.stderr, flush=True)
+        # The exchange has failed before the ranks knew where each other answers.
+        why = why or "another rank has ended while the ranks were starting: see its message"
+        if not (world.first or of_one_rank):
+            # All ranks may share the error: then the first says it and ends, for which the launcher ends this one.
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, lambda *_: leave(status))
+            time.sleep(3)
+            if world.local_rank:
+                return
+            # They do not: it is this host's.
+            why = f"rank {world.rank} (host {distributed.hostname()}): {why}"
+        print(f"{presence.program}: {why}", file=sys.stderr, flush=True)
+    if "SLURM_STEP_ID" in os.environ:
+        # Once a task was killed, as one that still starts is because this one ends, srun closes its connections
+        # without reading on (client_io_handler_abort in Slurm's step_launch.c): the line has to be there by then.
+        time.sleep(1)

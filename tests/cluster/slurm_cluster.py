@@ -106,7 +106,7 @@ class Cluster:
         self._daemon("slurmctld", "-D")
         for node in self.nodes:
             self.start_node(node)
-        until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "2", self._logs, 20)
+        until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "2", self._logs, 120)
 
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-N", node, name=node)

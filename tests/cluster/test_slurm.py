@@ -166,6 +166,8 @@ def test_wrong_input_is_not_tried_again_where_a_rank_is_slow_to_start(slurm):
     job = super_model(slurm, "late", "--dataset", "cifar10", "--data-dir", "/no/data", PYTHONPATH=str(late))
     assert job.wait() == "FAILED", job.log()
     assert "srun ended with status 143" in job.log()
+    # Which srun drops if it comes less than a moment before it ends a rank.
+    assert "\ntrain_hvd.py: --data-dir /no/data: does not " in job.log()
     assert "back into the queue" not in job.log()
 
 

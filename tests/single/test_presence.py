@@ -1,5 +1,7 @@
 """Which rank says what when the exchange fails. Ranks are objects here, and processes where one is killed."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,19 +99,50 @@ def test_where_all_ranks_answer_it_is_the_network():
     assert second is None
 
 
-def test_where_the_exchange_fails_before_ranks_know_each_other_a_line_says_so():
-    # TensorFlow's own error, without the seconds that it takes to import it.
-    code = """
-from cnnopt import program
+SECOND_HOST = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1"}
 
-class UnknownError(Exception):
-    __module__ = "tensorflow.python.framework.errors_impl"
+
+def ended(failure: str, **variables: str) -> tuple[int, str]:
+    """Status and stderr of a rank that fails before the ranks know each other, by lines that raise."""
+    code = f"""
+import os, signal, threading, time
+from cnnopt import program
+from cnnopt.errors import UserError
 
 def body(request, presence):
-    raise UnknownError("HorovodAllgather failed")
+    {failure.strip().replace(chr(10), chr(10) + "    ")}
 
-raise SystemExit(program.run("train_hvd.py", body))
+program.start(lambda: program.run("train_hvd.py", body))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_where_the_exchange_fails_before_ranks_know_each_other_a_line_says_so():
+    # TensorFlow's own error, without the seconds that it takes to import it.
+    failure = """
+error = type("UnknownError", (Exception,), {"__module__": "tensorflow.python.framework.errors_impl"})
+raise error("HorovodAllgather failed")
+"""
     said = "train_hvd.py: another rank has ended while the ranks were starting: see its message\n"
-    assert (done.returncode, done.stderr) == (1, said)
+    assert ended(failure) == (1, said)
+
+
+def test_an_error_that_the_first_rank_may_share_is_said_with_the_host():
+    status, said = ended('raise UserError("no data")', **SECOND_HOST)
+    assert status == 2
+    assert re.fullmatch(r"train_hvd\.py: rank 1 \(host .+\): no data\n", said)
+
+
+def test_a_rank_that_is_ended_while_the_first_may_say_its_error_says_nothing():
+    failure = """
+def launcher():
+    while getattr(signal.getsignal(signal.SIGTERM), "__module__", "") != "cnnopt.program":
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=launcher, daemon=True).start()
+raise UserError("no data")
+"""
+    assert ended(failure, **SECOND_HOST) == (2, "")
