@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What it buys to send the gradients of kept weights only, on links of 10 Gbit/s, 1 Gbit/s and 100 Mbit/s.
 
-Two ranks on hosts of their own (network namespaces, one half of the cores each), whose links ``tc tbf`` limits. All
+Ranks on hosts of their own (network namespaces, an equal share of the cores each), whose links ``tc tbf`` limits. All
 links, exchanges and sparsities take turns in the same processes. Needs root.
 
     sudo .venv/bin/python benchmarks/exchange.py --batch 16 --out docs/benchmarks/exchange.json
@@ -33,25 +33,25 @@ def requests(sparsities: list[float]) -> dict[str, dict]:
 def main() -> None:
     """Measure, print the table, write every figure."""
     parser = arguments(__doc__)
+    parser.add_argument("--ranks", type=int, default=2, help="one on each host")
     parser.add_argument("--links", nargs="+", default=["10gbit", "1gbit", "100mbit"])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.6, 0.7, 0.9])
     args = parser.parse_args()
     asked = {name: {**request, "steps": args.steps} for name, request in requests(args.sparsity).items()}
     rows, content = [], {}
     for depth in args.depth:
-        with hosts(2) as pair, start(
-            f"exchange-{depth}", [WORKER, str(depth), str(args.batch), args.precision], 2, on=pair
-        ) as ours:  # fmt: skip
+        command = [WORKER, str(depth), str(args.batch), args.precision]
+        with hosts(args.ranks) as namespaces, start(f"exchange-{depth}", command, args.ranks, on=namespaces) as ours:
             turns = {f"{link} {name}": (ours, request) for link in args.links for name, request in asked.items()}
-            seconds = interleave(turns, rounds=args.rounds, before=lambda turn: pair.limit(turn.split()[0]))
+            seconds = interleave(turns, rounds=args.rounds, before=lambda turn: namespaces.limit(turn.split()[0]))
             for name, request in asked.items():
-                sent = pair.sent_bytes(0)
+                sent = namespaces.sent_bytes(0)
                 answer = ours.ask(**request)[0]
-                sent = (pair.sent_bytes(0) - sent) / args.steps
+                sent = (namespaces.sent_bytes(0) - sent) / args.steps
                 cells = []
                 for link in args.links:
                     middle, spread = median_and_spread(seconds[f"{link} {name}"])
-                    cells.append(f"{2 * args.batch / middle:.0f} ±{spread:.0%}")
+                    cells.append(f"{args.ranks * args.batch / middle:.0f} ±{spread:.0%}")
                 rows.append([f"ResNet-{depth}", name, f"{answer['bytes']:,.0f}", f"{sent:,.0f}", *cells])
                 content[f"{depth} {name}"] = {
                     "bytes": answer["bytes"],
@@ -61,8 +61,9 @@ def main() -> None:
                 }
     heads = ["network", "exchange", "bytes a step", "counted on the link", *(f"images/s, {k}" for k in args.links)]
     compute = next(iter(content.values()))["compute"]
-    text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
-    report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})
+    text = f"{args.ranks} ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
+    settings = {"ranks": args.ranks, "batch": args.batch, "steps": args.steps}
+    report(args.out, text + table(heads, rows), {**settings, "runs": content})
 
 
 if __name__ == "__main__":

@@ -118,7 +118,10 @@ def start(
                 "HOSTNAME": where[rank % len(where)], "GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port,
                 "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_TIMEOUT_SECONDS": 300,
             }  # fmt: skip
-            mine = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] or [cores[rank % len(cores)]]
+            # Where there are more ranks than cores, they take the cores in turn.
+            mine = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
+            if ranks > len(cores):
+                mine = [cores[rank % len(cores)]]
             pin = ["taskset", "-c", ",".join(map(str, mine))]
             contestants.append(
                 subprocess.Popen(
