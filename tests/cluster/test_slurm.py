@@ -163,7 +163,7 @@ def test_wrong_input_is_not_tried_again_where_a_rank_is_slow_to_start(slurm):
     (late / "sitecustomize.py").write_text(
         "import os, time\nif os.environ.get('SLURM_PROCID') == '1': time.sleep(20)\n"
     )
-    job = super_model(slurm, "late", "--dataset", "cifar10", "--data-dir", "/no/data", PYTHONPATH=str(late))
+    job = super_model(slurm, "slow", "--dataset", "cifar10", "--data-dir", "/no/data", PYTHONPATH=str(late))
     assert job.wait() == "FAILED", job.log()
     assert "srun ended with status 143" in job.log()
     # Which srun drops if it comes less than a moment before it ends a rank.
