@@ -57,4 +57,5 @@ class StopRequest:
                     by_srun = number == signal.SIGTERM and "SLURM_STEP_ID" in os.environ
                     os._exit(RunError.exit_status if by_srun else STOPPED)
             elif time.monotonic() - told_at > self.ONE_REQUEST:
-                os._exit(128 + number)
+                # After training all is saved: srun, or another launcher, ends the ranks that end after the first.
+                os._exit(128 + number if self.training else STOPPED)

@@ -16,6 +16,14 @@ from cnnopt.signals import StopRequest
 request = StopRequest()
 request.listen()
 request.training, request.ONE_REQUEST = {training}, 1.0
+if {saved}:
+    # Told while it trained, and by now all is saved.
+    import os, signal, time
+    os.kill(os.getpid(), signal.SIGUSR1)
+    while not request.told:
+        time.sleep(0.01)
+    request.training = False
+    time.sleep(1.5)
 mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
 libc.pthread_mutex_lock(mutex)
 print("ready", flush=True)
@@ -23,9 +31,9 @@ libc.pthread_mutex_lock(mutex)
 """
 
 
-def stuck(*, training: bool, **variables: str) -> subprocess.Popen:
+def stuck(*, training: bool, saved: bool = False, **variables: str) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(training=training)],
+        [sys.executable, "-c", STUCK.format(training=training, saved=saved)],
         cwd=ROOT,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
@@ -58,6 +66,14 @@ def test_during_training_a_later_second_signal_ends_it_at_once(number):
             process.wait(1.5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_STEP_ID": "0"}])
+def test_a_rank_that_has_stopped_and_saved_says_so_however_it_is_ended(variables):
+    # srun ends the ranks that are still leaving once the first has left, and reports the highest status of all.
+    with stuck(training=True, saved=True, **variables) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
 
 
 def test_a_child_takes_the_signals_as_any_program_does():
