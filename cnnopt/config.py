@@ -176,8 +176,8 @@ def _validate(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             refuse(name, "must be at least 1")
-    if config.seed < 0:
-        refuse("seed", "must be 0 or more")
+    if not 0 <= config.seed < 2**32:
+        refuse("seed", "must be 0 or more, and below 2^32")
     assert config.base_lr is not None
     for name, low in (("base_lr", 0.0), ("weight_decay", -math.ulp(0.0))):
         value = getattr(config, name)
@@ -293,5 +293,12 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises UserError with a one-line message; prints the help text and raises SystemExit(0) for ``--help``.
     """
     given = vars(_parser().parse_args(argv))
-    preset = PRESETS[given.pop("preset")] if "preset" in given else {}
+    preset = dict(PRESETS[given.pop("preset")]) if "preset" in given else {}
+    # A dense preset sets both, and one of them given beside it means the other too.
+    if given.get("sparsity") and preset.get("sparsity_schedule") == "none":
+        del preset["sparsity_schedule"]
+    if given.get("sparsity_schedule", "none") != "none" and preset.get("sparsity") == 0:
+        del preset["sparsity"]
+    if given.get("sparsity") and given.get("sparsity_schedule") == "none":
+        raise ConfigError(f"--sparsity {given['sparsity']:g}: prunes, and --sparsity-schedule none does not: drop one")
     return TrainConfig(**{**preset, **given})

@@ -78,6 +78,22 @@ def test_flags_beside_a_preset_win(preset):
     assert (before.depth, before.epochs, before.seed, before.precision) == (56, 3, 9, "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("argv", "pruned"),
+    [
+        ("--preset baseline --sparsity 0.9", (0.9, "polynomial")),
+        ("--sparsity 0.7 --preset mixed", (0.7, "polynomial")),
+        ("--preset study-baseline --sparsity-schedule constant", (0.6, "constant")),
+        ("--preset baseline --sparsity-schedule constant --sparsity 0.5", (0.5, "constant")),
+        ("--preset constant --sparsity 0", (0.0, "none")),
+        ("--preset super --sparsity-schedule none", (0.0, "none")),
+    ],
+)
+def test_pruning_that_is_asked_for_beside_a_preset_is_done(argv, pruned):
+    config = parse_args(argv.split())
+    assert (config.sparsity, config.sparsity_schedule) == pruned
+
+
 STUDY = [name for name in PRESETS if name.startswith("study-")]
 
 
@@ -154,6 +170,8 @@ REFUSED = [
     ("--prune-begin 9e --prune-end 8.5e", "--prune-begin 9e: ", "must not be after --prune-end 8.5e"),
     ("--prune-begin " + "9" * 400 + "s", "--prune-begin: ", "use at most"),
     ("--warmup 2", "--warmup: '2' is not a duration", "write one of"),
+    ("--sparsity 0.8 --sparsity-schedule none", "--sparsity 0.8: ", "drop one"),
+    ("--seed 4294967296", "--seed 4294967296: ", "below 2^32"),
     ("--save-every 5%", "--save-every: '5%'", "'2m' (minutes)"),
     ("--save-every 0.25e", "--save-every 0.25e: ", "give whole epochs or steps"),
     ("--sparsity 60", "--sparsity 60.0: ", "60% is 0.6"),
