@@ -186,7 +186,9 @@ class Save(Callback):
         assert logs is not None
         step = int(self.model.run.global_step.numpy())
         last = step == self.timeline.total_steps
-        by_epochs = self.every.unit == "e" and (epoch + 1) % round(self.every.value) == 0
+        # A step may end several epochs of few images.
+        before, after = (self.timeline.epoch_of(s) // round(self.every.value) for s in (step - 1, step))
+        by_epochs = self.every.unit == "e" and after > before
         if self.due or last or by_epochs:
             self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
 

@@ -31,6 +31,8 @@ from cnnopt.errors import RunError, UserError
 
 FORMAT = 1
 _FILES = ("arrays.npz", "state.json")
+#: What files that are not as they were saved may raise, on the way to where their sums are compared.
+_DAMAGE = (ValueError, TypeError, KeyError, OSError, OverflowError, RecursionError)
 _STEP = re.compile(r"(?:\.old-)?step-([0-9]{8,})")
 
 
@@ -62,10 +64,10 @@ def save(
 ) -> Path:
     """Write `folder/step-<step>` atomically, then delete all but the newest `keep` and the best.
 
-    The best has the largest finite `state["metric"]` on disk, and is the earliest of equals. Steps beyond `step` are
-    neither counted nor deleted: a run that went back must not lose what it just saved to an abandoned future. Saving
-    a step again replaces it. `folder` is created if its parent exists, and has one writer at a time. The keys of
-    `state` are strings.
+    The best has the largest finite `state["metric"]` of those that verify, and is the earliest of equals. Steps
+    beyond `step` are neither counted nor deleted: a run that went back must not lose what it just saved to an
+    abandoned future. Saving a step again replaces it. `folder` is created if its parent exists, and has one writer at
+    a time. The keys of `state` are strings.
     Raises TypeError for arrays not of bools, integers or floats and for a state that is not JSON, ValueError
     for a negative step, `keep` below 1 or an array name that no zip can hold, SaveError for the disk.
     """
@@ -246,18 +248,25 @@ def _sync(path: Path) -> None:
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
-    paths, metrics = list_steps(folder), {}
+    paths = [path for path in list_steps(folder) if int(path.name.rpartition("-")[2]) <= step]
+    metrics = {}
     for path in paths:
-        with contextlib.suppress(ValueError, TypeError, KeyError, OSError, OverflowError, RecursionError):
+        with contextlib.suppress(*_DAMAGE):
             state = json.loads(_read_verified(path, "state.json")[0])["state"]
             if math.isfinite(state["metric"]):
                 metrics[path] = state["metric"]
-    best = max(metrics, key=metrics.__getitem__, default=None)
-    for path in [path for path in paths if int(path.name.rpartition("-")[2]) <= step][:-keep]:
+    best = next((path for path in sorted(metrics, key=metrics.__getitem__, reverse=True) if _verifies(path)), None)
+    for path in paths[:-keep]:
         if path != best:
             # Renamed first, so that a kill half-way through leaves no damaged checkpoint in sight.
             hidden = folder / f".tmp-{path.name.removeprefix('.old-')}-{os.getpid()}"
             shutil.rmtree(path.rename(hidden), ignore_errors=True)
+
+
+def _verifies(path: Path) -> bool:
+    with contextlib.suppress(*_DAMAGE):
+        return bool(_read_verified(path, *_FILES))
+    return False
 
 
 def _sweep(folder: Path) -> None:

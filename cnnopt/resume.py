@@ -67,6 +67,11 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         for path, reason in skipped:
             say(f"skipped {path}: {reason}")
         if found is None:
+            if skipped:
+                # They may be readable again tomorrow, and step 0 would overwrite what is known of them.
+                raise checkpoint.CheckpointError(
+                    f"no checkpoint in {folder.checkpoints} can be used: move that folder away to begin anew"
+                )
             folder.rewind(0)
             return 0
     else:

@@ -588,6 +588,15 @@ def test_rotation_never_deletes_what_was_just_saved_nor_an_abandoned_future(tmp_
     assert steps(tmp_path) == [30, 40, 90, 100]
 
 
+def test_rotation_keeps_the_best_that_verifies(tmp_path):
+    for step, metric in [(8, 0.5), (16, 0.9), (90, 1.0)]:
+        save(tmp_path, step, ARRAYS, {"metric": metric}, keep=9)
+    with (tmp_path / "step-00000016" / "arrays.npz").open("r+b") as file:
+        file.truncate(10)
+    save(tmp_path, 24, ARRAYS, {"metric": 0.1}, keep=1)
+    assert steps(tmp_path) == [8, 24, 90]
+
+
 @pytest.mark.parametrize("metric", ["high", [], None, 10**400, float("inf"), {}])
 def test_a_metric_that_is_no_finite_number_protects_nothing(tmp_path, metric):
     save(tmp_path, 1, {}, {"metric": metric}, keep=1)

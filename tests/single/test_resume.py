@@ -293,3 +293,23 @@ def test_a_checkpoint_that_verifies_but_does_not_fit_is_skipped_with_the_reason(
     said = capsys.readouterr().out
     assert f"skipped {folder.checkpoints / 'step-00000005'}: {reason}\n" in said
     assert "resumed after step 4 from" in said
+
+
+def test_where_no_checkpoint_can_be_used_the_run_is_not_begun_anew(tmp_path, capsys):
+    folder, _ = run(tmp_path, stop_in=11)
+    lines = folder.metrics()
+    assert lines
+    for path in checkpoint.list_steps(folder.checkpoints):
+        (path / "manifest.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=f"^no checkpoint in {folder.checkpoints} can be used: move"):
+        run(tmp_path)
+    assert f"skipped {path}: " in capsys.readouterr().out
+    assert folder.metrics() == lines
+
+
+def test_epochs_between_saves_are_counted_where_a_step_ends_several(tmp_path):
+    # 256 images: a step of 512 ends two epochs.
+    folder, _ = run(tmp_path, save_every="4e", batch_size=512, epochs=12, warmup="0s", sparsity=0.0, keep=9)
+    assert [path.name for path in checkpoint.list_steps(folder.checkpoints)] == [
+        "step-00000002", "step-00000004", "step-00000006"
+    ]  # fmt: skip
