@@ -178,8 +178,12 @@ class Show(Callback):
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )
-            self.progress = Progress(*columns, console=self.console, transient=True)
+            # Redirected, an error would end up on standard output; hidden, the cursor would stay so after os._exit.
+            self.progress = Progress(
+                *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
             self.progress.start()
+            self.console.show_cursor(True)
             first = int(self.model.run.global_step.numpy())
             end = min(self.timeline.epoch_end(epoch), self.timeline.total_steps)
             self.task = self.progress.add_task("steps", total=end - first, epoch=epoch + 1)
@@ -192,18 +196,15 @@ class Show(Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """The line of this epoch."""
         assert logs is not None
-        self._clear()
+        self.clear()
         self.console.print(
             f"epoch {epoch + 1:>3}/{self.timeline.epochs}  loss {logs['loss']:.4f}  train {logs['accuracy']:.2%}  "
             f"test {logs['val_accuracy']:.2%}  sparsity {logs['sparsity']:.2%}  lr {logs['learning_rate']:.4f}  "
             f"{logs['images_per_second']:.0f} images/s  exchange {logs['exchange_share']:.0%}"
         )
 
-    def on_train_end(self, logs: dict | None = None) -> None:
+    def clear(self) -> None:
         """Leave no half-drawn bar."""
-        self._clear()
-
-    def _clear(self) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

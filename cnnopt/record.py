@@ -145,6 +145,7 @@ class RunFolder:
 def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
     """The result of a run: its last epoch (never its best), its median speed, the sparsity of each kernel."""
     last = metrics[-1]
+    starts = [0, *(line["step"] for line in metrics)]
     return {
         "accuracy": last["val_accuracy"],
         "loss": last["val_loss"],
@@ -152,7 +153,8 @@ def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) ->
         "step": last["step"],
         "sparsity": sparsities["total"],
         "images_per_second": statistics.median(line["images_per_second"] for line in metrics),
-        "minutes": sum(line["seconds"] for line in metrics) / 60,
+        # Of all steps, at the speed of their epoch: "seconds" of a resumed one are of its last part only.
+        "minutes": sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60,
         "kernels": {name: value for name, value in sparsities.items() if name != "total"},
     }
 

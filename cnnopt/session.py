@@ -56,14 +56,18 @@ def train(
         monitoring.Measure(timeline),
         callbacks.Evaluate(images, world),
     ]
+    show = monitoring.Show(timeline, console)
     if world.first:
-        hooks += [monitoring.Record(folder, config, timeline, first_step, console), monitoring.Show(timeline, console)]
+        hooks += [monitoring.Record(folder, config, timeline, first_step, console), show]
     # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}
     with loop.training_stream(config, images, world, **steps) as stream:
-        loop.fit(model, stream, timeline, hooks)
+        try:
+            loop.fit(model, stream, timeline, hooks)
+        finally:
+            show.clear()
 
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")

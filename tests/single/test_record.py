@@ -1,30 +1,32 @@
 """The run folder, and going on from a checkpoint: bit for bit, on one curve, and never from another run's."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import small_runs
+import tensorflow as tf
 from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorflow.python.framework.config import disable_op_determinism
 
 from cnnopt import callbacks, checkpoint, monitoring, record, resume
 from cnnopt.config import ConfigError
 from cnnopt.distributed import World
 from cnnopt.record import RunFolder, environment, summarize
-from cnnopt.schedules import Duration
+from cnnopt.schedules import Duration, Timeline
 
 # Results -------------------------------------------------------------------------------------------------------
 
 
 def line(epoch: int, accuracy: float, speed: float = 100.0) -> dict:
     return {"epoch": epoch, "step": 10 * epoch, "val_accuracy": accuracy, "val_loss": 1 - accuracy, "seconds": 30.0,
-            "images_per_second": speed}  # fmt: skip
+            "step_seconds": 3.0, "images_per_second": speed}  # fmt: skip
 
 
 def test_the_result_is_the_last_epoch_never_the_best():
@@ -33,6 +35,11 @@ def test_the_result_is_the_last_epoch_never_the_best():
         "accuracy": 0.7, "loss": pytest.approx(0.3), "epoch": 3, "step": 30, "sparsity": 0.6,
         "images_per_second": 200, "minutes": 1.5, "kernels": {"stem": 0.5, "classifier": 0.7},
     }  # fmt: skip
+
+
+def test_minutes_are_of_all_steps_of_a_resumed_epoch():
+    lines = [line(1, 0.5), {**line(2, 0.6), "seconds": 6.0}]
+    assert summarize(lines, {"total": 0.6})["minutes"] == 1.0
 
 
 def test_the_environment_names_versions_and_settings():
@@ -199,13 +206,7 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
     return folder, small_runs.state(model), said
 
 
-@pytest.fixture
-def deterministic():
-    yield
-    disable_op_determinism()
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, deterministic, float32_policy):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, float32_policy):
     stop_after = 10  # in the middle of an epoch, and between two mask updates
     config = small_runs.settings(precision="float16", optimizer="adam", ema=0.9, deterministic=True, name="x", keep=9)
     config = {name: dataclasses.replace(config, run_dir=str(tmp_path / name)) for name in ("whole", "parts")}
@@ -307,3 +308,20 @@ def test_resume_restores_every_variable(tmp_path, float32_policy):
     assert resume.restore(model, config, folder, World(), print) == 7
     for name, value in small_runs.state(model).items():
         np.testing.assert_array_equal(value, arrays[name], err_msg=name)
+
+
+# The screen ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_that_nobody_ends_hides_no_cursor_and_takes_no_errors():
+    screen = io.StringIO()
+    show = monitoring.Show(Timeline(256, 32, 3), Console(file=screen, force_terminal=True, width=80))
+    show.set_model(SimpleNamespace(run=SimpleNamespace(global_step=tf.constant(0))))
+    before = sys.stdout, sys.stderr
+    show.on_epoch_begin(0)
+    try:
+        assert (sys.stdout, sys.stderr) == before
+        shown, hidden = (screen.getvalue().rfind(f"\x1b[?25{which}") for which in "hl")
+        assert shown > hidden > -1
+    finally:
+        show.clear()
