@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,10 @@ def meet(presence: Presence) -> None:
 
 def is_exchange_failure(error: Exception) -> bool:
     """True for TensorFlow's error about an exchange in which Horovod has lost another rank."""
-    return type(error).__module__.startswith("tensorflow") and "horovod" in str(error).lower()
+    if launched()[0].size == 1 or not type(error).__module__.startswith("tensorflow"):
+        return False
+    # It may quote the files that built the graph, in folders of any name.
+    return "horovod" in re.sub(r'File "[^"]*"', "", str(error)).lower()
 
 
 def broadcast(variables: Sequence[tf.Variable]) -> None:

@@ -83,7 +83,7 @@ class Pruner:
                 end_step=window.end,
                 frequency=window.frequency,
             )
-        else:
+        elif self.enabled:
             self._schedule = tfmot.sparsity.keras.ConstantSparsity(
                 final_sparsity, begin_step=window.begin, end_step=window.end, frequency=window.frequency
             )

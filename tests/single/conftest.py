@@ -42,6 +42,16 @@ def started() -> Iterator[None]:
     pytest_collection_finish()
 
 
+@pytest.fixture(autouse=True)
+def not_deterministic() -> Iterator[None]:
+    """Whatever ``--deterministic`` a test has set in this process, the next one finds TensorFlow's default."""
+    yield
+    if "tensorflow" in sys.modules:
+        from tensorflow.python.framework.config import disable_op_determinism
+
+        disable_op_determinism()
+
+
 @pytest.fixture
 def float32_policy() -> Iterator[None]:
     """Whatever policy the test sets, the next one finds Keras' default."""

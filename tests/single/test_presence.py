@@ -99,6 +99,7 @@ def test_where_all_ranks_answer_it_is_the_network():
     assert second is None
 
 
+FIRST_OF_TWO = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"}
 SECOND_HOST = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "1"}
 
 
@@ -126,7 +127,18 @@ error = type("UnknownError", (Exception,), {"__module__": "tensorflow.python.fra
 raise error("HorovodAllgather failed")
 """
     said = "train_hvd.py: another rank has ended while the ranks were starting: see its message\n"
-    assert ended(failure) == (1, said)
+    assert ended(failure, **FIRST_OF_TWO) == (1, said)
+
+
+@pytest.mark.parametrize("variables", [{}, FIRST_OF_TWO])
+def test_an_error_that_only_quotes_a_folder_of_that_name_is_not_hidden(variables):
+    failure = """
+error = type("ResourceExhaustedError", (Exception,), {"__module__": "tensorflow.python.framework.errors_impl"})
+raise error('OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/training.py", line 1')
+"""
+    status, said = ended(failure, **variables)
+    assert status == 1
+    assert said.endswith('OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/training.py", line 1\n')
 
 
 def test_an_error_that_the_first_rank_may_share_is_said_with_the_host():

@@ -266,6 +266,7 @@ def test_a_warm_up_that_is_longer_than_the_run_is_refused(warmup, steps):
 
 def test_a_dense_run_takes_any_window():
     small_runs.build(small_runs.settings(prune_begin="2e", prune_end="99e", sparsity=0.0))
+    small_runs.build(small_runs.settings(prune_begin="60%", prune_end="5%", sparsity=0.0))
 
 
 def test_the_same_seed_gives_the_same_weights():
