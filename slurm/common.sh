@@ -5,6 +5,7 @@
 #   CNNOPT_INTERFACE  network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
 #   CNNOPT_PORT       port of the rendezvous  [any free one]
 #   CONTAINER         image.sif: run in Apptainer; anything else: an image for pyxis
+#   CNNOPT_MOUNTS     folders that the container sees besides this one, such as /shared/cifar,/scratch/runs
 #   MAX_RESTARTS      how often a job that was stopped or broken is queued again  [20]
 
 refuse() {  # one line, and the status of wrong input
@@ -14,6 +15,7 @@ refuse() {  # one line, and the status of wrong input
 
 LAUNCHER=${LAUNCHER:-srun}
 CONTAINER=${CONTAINER:-}
+CNNOPT_MOUNTS=${CNNOPT_MOUNTS:-}
 MAX_RESTARTS=${MAX_RESTARTS:-20}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_ON_NODE:-0}
@@ -23,13 +25,17 @@ PATH=$PWD/.venv/bin:$PATH
 step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 inside=()
 case $CONTAINER in
-    "") [[ -x .venv/bin/python || -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]] ||
-        refuse "no .venv in $PWD and no environment active: run 'make env' on a login node" ;;
+    "") python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("horovod") is None)' 2>/dev/null ||
+        refuse "no .venv in $PWD and no environment with Horovod active: run 'make env' on a login node" ;;
     *.sif)
-        inside=(apptainer exec --bind "$PWD" --pwd "$PWD")
+        inside=(apptainer exec --bind "$PWD${CNNOPT_MOUNTS:+,$CNNOPT_MOUNTS}" --pwd "$PWD")
         if ((GPUS)); then inside+=(--nv); fi
         inside+=("$CONTAINER") ;;
-    *) step+=("--container-image=$CONTAINER" "--container-mounts=$PWD:$PWD" "--container-workdir=$PWD") ;;
+    *)
+        # In pyxis' notation: each at the same path inside.
+        mounts=$PWD:$PWD
+        for folder in ${CNNOPT_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
+        step+=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
 esac
 
 describe() {  # where and with what this job runs
