@@ -10,6 +10,8 @@
 # On SIGTERM the ranks save and end, and so does this script; the next launcher goes on from the volume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Process 1 of a container ignores what it has no trap for.
+trap 'exit 143' TERM
 
 # True as soon as the worker answers. A worker that was restarted has no name and no sshd for a while; one that was
 # not may still hold ranks of the failed attempt, which would write to the same run.
@@ -44,8 +46,14 @@ echo "launch.sh: $ranks ranks on ${#hosts[@]} of $all workers"
 horovodrun --gloo --disable-cache --num-proc "$ranks" --hosts "$(IFS=,; echo "${hosts[*]}")" \
     --network-interfaces eth0 python train_hvd.py --expect-ranks "$ranks" "$@" &
 job=$!
-# One rank that is told to stop stops all after the same step.
-trap 'ssh "${hosts[0]%:*}" pkill -TERM python || true' TERM
+# One rank that is told to stop stops all after the same step; a worker may be gone.
+tell() {
+    local host
+    for host in "${hosts[@]}"; do
+        if ssh -n "${host%:*}" pkill -TERM python; then return 0; fi
+    done
+}
+trap tell TERM
 until wait "$job"; do
     status=$?
     # A signal ends the wait, but not the job.

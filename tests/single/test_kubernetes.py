@@ -1,6 +1,7 @@
 """The Kubernetes manifests, rendered: valid for the cluster and for the operator, and of one mind with the image."""
 
 import copy
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import yaml
 from cnnopt.config import parse_args
 from tests.manifests import OVERLAYS, ROOT, Manifests
 
-CRD = ROOT.parent / "shared/k8s/mpijob-crd-v2beta1.yaml"
+CRD = Path(os.environ.get("CNNOPT_MPIJOB_CRD", ROOT.parent / "shared/k8s/mpijob-crd-v2beta1.yaml"))
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 CPU = {"requests": {"cpu": "4", "memory": "8Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}}
 GPU_SIZE = {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": 4}
