@@ -24,8 +24,9 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits for as long as its credentials last.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# A requeued job waits for as long as its credentials last, and a busy machine starts none once they are over.
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
+MessageTimeout=60
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -122,14 +123,16 @@ class Cluster:
         if jobs := self.jobs():
             self.run("scancel", "--signal=KILL", "--full", *jobs)
             self.run("scancel", *jobs)
-        until(lambda: not self.jobs(), lambda: "jobs do not end", 60)
-        for daemon in reversed(self.daemons.values()):
-            daemon.send_signal(signal.SIGTERM)
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        try:
+            until(lambda: not self.jobs(), lambda: "jobs do not end", 120)
+        finally:
+            for daemon in reversed(self.daemons.values()):
+                daemon.send_signal(signal.SIGTERM)
+                try:
+                    daemon.wait(20)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command of a user in the repository on the login node."""
@@ -159,7 +162,8 @@ class Job:
 
     def show(self, field: str) -> str:
         shown = self.cluster.run("scontrol", "show", "job", self.number).stdout
-        return next(part.partition("=")[2] for part in shown.split() if part.startswith(f"{field}="))
+        # Empty, where the daemon did not answer.
+        return next((part.partition("=")[2] for part in shown.split() if part.startswith(f"{field}=")), "")
 
     def log(self) -> str:
         logs = (self.cluster.home / "logs").glob(f"*-{self.number}.out")

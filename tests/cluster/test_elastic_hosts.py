@@ -17,7 +17,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
     hosts.write_text("localhost:2\n")
     script.write_text(f"#!/bin/sh\ncat {hosts}\n")
     script.chmod(0o755)
-    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "10")
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "30")
     job = start(
         0, "-m", "cnnopt.elastic", "--max-np", "5", "--host-discovery-script", str(script),
         *RUN, "--run-dir", str(tmp_path), launcher=(),

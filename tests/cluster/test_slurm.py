@@ -82,8 +82,11 @@ def test_a_killed_rank_requeues_and_resumes_exactly(slurm, whole):
 
 
 def test_out_of_time_requeues_and_resumes_but_not_once_cancelled(slurm):
+    job = super_model(slurm, "late", "--epochs", "200", sbatch=("--nodes=2", "--time=30", "--signal=B:USR1@1"))
+    job.wait_for("epoch   1/200")
     # Every half minute SLURM looks which jobs are within half a minute of their warning.
-    job = super_model(slurm, "late", "--epochs", "200", sbatch=("--nodes=2", "--time=1", "--signal=B:USR1@1"))
+    hours, minutes, _ = job.show("RunTime").split(":")
+    slurm.run("scontrol", "update", f"jobid={job.number}", f"timelimit={60 * int(hours) + int(minutes) + 1}")
     job.wait_for("back into the queue, restart 1 of at most")
     assert "stopped as told and saved" in job.log(), job.log()
     slurm.run("scontrol", "update", f"jobid={job.number}", "timelimit=30")
@@ -151,9 +154,10 @@ def test_apptainer_gets_the_command_of_a_rank(slurm):
     fake.write_text('#!/bin/bash\nwhile [[ $1 != *.sif ]]; do shift; done\nshift; exec "$@"\n')
     fake.chmod(0o755)
     path = f"{fake.parent}:{slurm.environment['PATH']}"
-    job = super_model(slurm, "image", "--epochs", "1", CONTAINER="cnnopt.sif", PATH=path)
+    job = super_model(slurm, "image", "--epochs", "1", CONTAINER="cnnopt.sif", CNNOPT_MOUNTS="/srv/cifar", PATH=path)
     assert job.wait() == "COMPLETED", job.log()
-    assert f"apptainer exec --bind {slurm.home} --pwd {slurm.home} cnnopt.sif python train_hvd.py" in job.log()
+    command = f"apptainer exec --bind {slurm.home},/srv/cifar --pwd {slurm.home} cnnopt.sif python train_hvd.py"
+    assert command in job.log()
 
 
 def test_wrong_input_is_not_tried_again_where_a_rank_is_slow_to_start(slurm):
