@@ -136,7 +136,8 @@ def watch(job: subprocess.Popen, options: argparse.Namespace, places: dict[str, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
     parser = Parser(
-        prog="cnnopt.elastic",
+        prog="python -m cnnopt.elastic",
+        usage="%(prog)s [--min-np N] --max-np N --host-discovery-script PROGRAM FLAGS OF train_hvd.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -63,6 +63,16 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     folder = writable(options.run / "export")
     name, seed = run.identity["dataset"], run.identity["seed"]
     data.check(name, options.data_dir)
+
+    # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
+    folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
+    done = all(RunFolder(folder).result() is not None for folder in folders.values())
+    # Other ranks cannot know that it is done, and wait to be told.
+    if folders and not options.tuned and (not done or distributed.launched()[0].size > 1):
+        fine_tune(options)
+    tuned = {variant: trained.read(folder) for variant, folder in folders.items()}
+
+    # ---- Load: after the ranks have met, as others would not wait for a download ----------------------------------
     images = data.load(name, options.data_dir, seed=seed, show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
@@ -74,14 +84,6 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     # Of the training split: a file calibrated on the test images has seen what it is measured with.
     chosen = np.random.default_rng(options.seed).choice(len(images.train_images), options.calibration, replace=False)
     chosen.sort()
-
-    # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
-    folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
-    done = all(RunFolder(folder).result() is not None for folder in folders.values())
-    # Other ranks cannot know that it is done, and wait to be told.
-    if folders and not options.tuned and (not done or distributed.launched()[0].size > 1):
-        fine_tune(options)
-    tuned = {variant: trained.read(folder) for variant, folder in folders.items()}
 
     # ---- Convert -------------------------------------------------------------------------------------------------
     say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")

@@ -144,7 +144,7 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
         except OSError as error:
             if time.monotonic() > end:
                 remedy = (
-                    "that is the loopback of the first host: choose its network with --interface"
+                    "that is the loopback of the first host: let /etc/hosts there give its name the network address"
                     if address.startswith("127.")
                     else "is there a firewall between the hosts? --interface chooses another network, --port a port"
                 )

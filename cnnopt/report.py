@@ -182,7 +182,9 @@ def show(runs: Sequence[Run]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-    parser = Parser(prog="cnnopt.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m cnnopt.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one to compare with first")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md and comparison.png go")
     try:

@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
     """
     listing = "\n".join(f"  {name:<20}{text}" for name, text in VARIANTS.items())
     parser = Parser(
-        prog="cnnopt.quantize",
+        prog="python -m cnnopt.quantize",
         description=description,
         epilog=f"variants:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
