@@ -119,9 +119,8 @@ def start(
                 "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_TIMEOUT_SECONDS": 300,
             }  # fmt: skip
             # Where there are more ranks than cores, they take the cores in turn.
-            mine = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
-            if ranks > len(cores):
-                mine = [cores[rank % len(cores)]]
+            share = slice(rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks)
+            mine = cores[share] if ranks <= len(cores) else [cores[rank % len(cores)]]
             pin = ["taskset", "-c", ",".join(map(str, mine))]
             contestants.append(
                 subprocess.Popen(
