@@ -62,7 +62,7 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
     """The table of one network, and every figure."""
     images = data.load("synthetic", synthetic_sizes=(batch, batch))
     compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
-    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=1000, base_lr=1e-3,
+    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=1000, base_lr=1e-3, optimizer="sgd",
                          prune_begin="0s", prune_end="1s", name="operations")  # fmt: skip
     model = training.build(config, images, Timeline(batch, batch, config.epochs), compute, ranks=1)
     model.make_train_function()

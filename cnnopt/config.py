@@ -48,18 +48,20 @@ class TrainConfig:
         "polynomial", "how the sparsity gets there: at once, or by a cubic ramp (Zhu and Gupta 2017)"
     )
     initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
-    prune_begin: str = _flag("10%", "first mask update: 500s steps, 2e epochs or 15%% of the run")
-    prune_end: str = _flag("50%", "last mask update; the masks are fixed from there on")
+    prune_begin: str = _flag("30%", "first mask update: 500s steps, 2e epochs or 15%% of the run")
+    prune_end: str = _flag("80%", "last mask update; the masks are fixed from there on")
     prune_frequency: str = _flag("1%", "from one mask update to the next")
     sparsity_scope: Literal["uniform", "global"] = _flag(
         "global", "global ranks all prunable weights together, uniform brings each kernel to the sparsity"
     )
 
     optimizer: Literal["sgd", "muon", "adam"] = _flag(
-        "sgd", "sgd has Nesterov momentum 0.9; muon also orthogonalises the steps of convolutions (Jordan et al. 2024)"
+        "muon", "sgd has Nesterov momentum 0.9; muon also orthogonalises the steps of convolutions (Jordan et al. 2024)"
     )
     base_lr: float | None = _flag(
-        None, "peak rate for a batch of 128, scaled with the batch [sgd and muon 0.2, adam 0.001]"
+        None,
+        "peak rate for a batch of 128; sgd's is scaled with the batch, the others' with its root "
+        "[sgd and muon 0.2, adam 0.001]",
     )
     lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
     lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
@@ -133,6 +135,16 @@ class TrainConfig:
     def digest(self) -> str:
         """SHA-256 of ``identity()``."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def peak_rate(self) -> float:
+        """``base_lr`` for the batch: times batch / 128 for SGD (Goyal et al. 2017, section 2.1), times its root else.
+
+        Steps of Adam and Muon have one size whatever the gradient is, so a larger batch makes them less noisy, not
+        longer (the square root rule of Malladi et al. 2022, arXiv:2205.10287).
+        """
+        assert self.base_lr is not None
+        batches = self.batch_size / 128
+        return self.base_lr * (batches if self.optimizer == "sgd" else math.sqrt(batches))
 
     def check_ranks(self, ranks: int) -> None:
         """Raise ConfigError where ``ranks`` are not as many as expected, or cannot share the batch equally."""

@@ -102,11 +102,7 @@ def parse_drops(text: str) -> list[tuple[Duration, float]]:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Warm-up from 0 to ``peak``, then ``schedule``; durations in steps.
-
-    The linear scaling of the peak with the batch and the warm-up are those of Goyal et al. 2017, sections 2.1
-    and 2.2.
-    """
+    """Warm-up from 0 to ``peak`` (Goyal et al. 2017, section 2.2), then ``schedule``; durations in steps."""
 
     peak: float
     warmup_steps: int

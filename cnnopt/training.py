@@ -262,9 +262,8 @@ def build(
             f"--warmup {config.warmup}: {warmup_steps} steps, but the run has {timeline.total_steps}; "
             "give a shorter one, or a share of the run such as 5%"
         )
-    assert config.base_lr is not None
     rate = LearningRate(
-        peak=config.base_lr * config.batch_size / 128,
+        peak=config.peak_rate(),
         warmup_steps=warmup_steps,
         total_steps=timeline.total_steps,
         schedule=config.lr_schedule,

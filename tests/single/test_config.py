@@ -52,6 +52,12 @@ def test_the_rate_follows_the_optimizer_unless_it_is_given():
     assert parse_args(["--optimizer", "adam", "--base-lr", "0.5"]).base_lr == 0.5
 
 
+@pytest.mark.parametrize(("optimizer", "factor"), [("sgd", 4), ("muon", 2), ("adam", 2)])
+def test_the_peak_follows_the_batch_or_where_steps_have_one_size_its_root(optimizer, factor):
+    rates = [TrainConfig(optimizer=optimizer, batch_size=batch, base_lr=0.3).peak_rate() for batch in (128, 512)]
+    assert rates == pytest.approx([0.3, factor * 0.3])
+
+
 @pytest.mark.parametrize("argv", [["--sparsity", "0"], ["--sparsity-schedule", "none"]])
 def test_dense_is_one_thing_however_it_is_asked_for(argv):
     config = parse_args(argv)
@@ -265,7 +271,7 @@ def test_help_names_every_flag_and_its_default(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(flag in text for flag in FLAGS)
-    assert "15% of the run [10%]" in " ".join(text.split())
+    assert "15% of the run [30%]" in " ".join(text.split())
 
 
 # What a resumed run may change ---------------------------------------------------------------------------------

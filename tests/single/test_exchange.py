@@ -97,6 +97,8 @@ def operations(config: training.TrainConfig) -> int:
 
 def test_the_graph_of_a_step_stays_small():
     # 98 operations a layer when this was written. Each costs microseconds, and a second collective much more.
-    dense = operations(small_runs.settings(exchange="dense"))
+    dense = operations(small_runs.settings(exchange="dense", optimizer="sgd"))
     assert dense <= 105 * 8
-    assert operations(small_runs.settings(exchange="sparse")) <= dense + 12
+    assert operations(small_runs.settings(exchange="sparse", optimizer="sgd")) <= dense + 12
+    # Muon takes the kernels of each of a network's six shapes together, however deep it is.
+    assert operations(small_runs.settings(exchange="dense", optimizer="muon")) <= dense + 6 * 100

@@ -8,8 +8,8 @@ import tensorflow as tf
 import tf_keras as keras
 
 from cnnopt import precision
+from cnnopt.muon import Muon
 from cnnopt.precision import DynamicLossScale, choose, cpu_has_bfloat16
-from cnnopt.sgd import SGD
 
 ZEN3 = "processor\t: 0\nmodel name\t: AMD EPYC 7763\nflags\t\t: fpu sse2 avx avx2 fma bmi2 sha_ni vaes\n"
 ZEN4 = "processor\t: 0\nmodel name\t: AMD EPYC 9654\nflags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni\nbugs\t: x\n"
@@ -126,7 +126,7 @@ def test_weights_are_float32_and_are_not_rounded(compute, half, float32_policy):
     assert {v.dtype for v in model.weights} == {tf.float32}
     assert {v.dtype for v in model.optimizer.variables[1:]} == {tf.float32}
     # Keras' LossScaleOptimizer around it would scale a second time, with a state that no checkpoint holds.
-    assert type(model.optimizer) is SGD
+    assert type(model.optimizer) is Muon
     assert model.get_layer("stem").compute_dtype == compute
     assert model.get_layer("stage3_block1_conv2").compute_dtype == compute
     batch = small_runs.first_batch(config)
