@@ -139,8 +139,8 @@ class TrainConfig:
     def peak_rate(self) -> float:
         """``base_lr`` for the batch: times batch / 128 for SGD (Goyal et al. 2017, section 2.1), times its root else.
 
-        Steps of Adam and Muon have one size whatever the gradient is, so a larger batch makes them less noisy, not
-        longer (the square root rule of Malladi et al. 2022, arXiv:2205.10287).
+        Steps of Adam, and of Muon's kernels, have one size whatever the gradient is, so a larger batch makes them less
+        noisy, not longer (the square root rule of Malladi et al. 2022, arXiv:2205.10287, without its part for betas).
         """
         assert self.base_lr is not None
         batches = self.batch_size / 128
@@ -205,7 +205,7 @@ def _validate(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
     begin, end = parse_duration(config.prune_begin), parse_duration(config.prune_end)
     if config.sparsity and begin.unit == end.unit and begin.value > end.value:
-        refuse("prune_begin", f"must not be after --prune-end {config.prune_end}")
+        refuse("prune_begin", f"must not be after --prune-end {config.prune_end}; give both flags")
     try:
         every = parse_duration(config.save_every, allowed="esm")
     except ValueError as error:

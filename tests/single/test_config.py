@@ -173,6 +173,7 @@ REFUSED = [
     ("--prune-frequency 5m", "--prune-frequency: '5m'", "write one of '2s' (steps)"),
     ("--prune-frequency -5s", "--prune-frequency", "expected one argument"),
     ("--prune-begin 60% --prune-end 50%", "--prune-begin 60%: ", "must not be after --prune-end 50%"),
+    ("--prune-end 25%", "--prune-begin 30%: ", "must not be after --prune-end 25%; give both flags"),
     ("--prune-begin 9e --prune-end 8.5e", "--prune-begin 9e: ", "must not be after --prune-end 8.5e"),
     ("--prune-begin " + "9" * 400 + "s", "--prune-begin: ", "use at most"),
     ("--warmup 2", "--warmup: '2' is not a duration", "write one of"),

@@ -100,5 +100,5 @@ def test_the_graph_of_a_step_stays_small():
     dense = operations(small_runs.settings(exchange="dense", optimizer="sgd"))
     assert dense <= 105 * 8
     assert operations(small_runs.settings(exchange="sparse", optimizer="sgd")) <= dense + 12
-    # Muon takes the kernels of each of a network's six shapes together, however deep it is.
+    # Muon takes the kernels of one shape together; a ResNet-8 has six shapes.
     assert operations(small_runs.settings(exchange="dense", optimizer="muon")) <= dense + 6 * 100
