@@ -158,11 +158,13 @@ class TrainConfig:
             raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
 
     def difference(self, identity: dict[str, Any]) -> str | None:
-        """The first field in which a stored ``identity()`` differs, as text; None where all agree."""
-        for name, value in self.identity().items():
-            if name not in identity or identity[name] != value:
-                return f"--{name.replace('_', '-')} was {identity.get(name, 'not known')}, is {value}"
-        return None
+        """The fields in which a stored ``identity()`` differs, as text; None where all agree."""
+        differing = [
+            f"--{name.replace('_', '-')} was {identity.get(name, 'not known')}, is {value}"
+            for name, value in self.identity().items()
+            if name not in identity or identity[name] != value
+        ]
+        return ", ".join(differing) or None
 
 
 def _validate(config: TrainConfig) -> None:

@@ -110,7 +110,7 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Settle ``--exchange``. A collective where it measures, and the same choice on all ranks.
 
-    ``size`` entries are exchanged, ``prunable`` of them are pruned to ``sparsity`` in the end.
+    ``size`` entries are exchanged, ``prunable`` of them are pruned to ``sparsity``, the mean over the steps of the run.
     """
     if asked != "auto":
         return Choice(asked, "as asked")
@@ -119,7 +119,7 @@ def choose(
     if deterministic:
         return Choice("dense", "--deterministic measures nothing")
     dense, sparse = measure(size, kept=size - round(prunable * sparsity), ranks=ranks, wire=wire)
-    times = f"measured {1e3 * sparse:.1f} ms for the kept entries, {1e3 * dense:.1f} ms for all"
+    times = f"measured {1e3 * sparse:.1f} ms for what is kept on average, {1e3 * dense:.1f} ms for all"
     return Choice("sparse" if sparse < WORTHWHILE * dense else "dense", times)
 
 

@@ -105,6 +105,14 @@ class Pruner:
         last -= (last - self.window.begin) % self.window.frequency
         return float(self._schedule(tf.constant(last, tf.int64))[1])
 
+    def mean_target(self, total_steps: int) -> float:
+        """The mean of ``target`` over the steps of a run."""
+        if not self.enabled:
+            return 0.0
+        changes = range(self.window.begin, self.window.end + 1, self.window.frequency)
+        lasting = np.diff([*changes, total_steps])
+        return float(np.dot([self.target(step) for step in changes], lasting)) / total_steps
+
     def update(self, step: int) -> None:
         """Compute the masks that are due after ``step`` steps, and set the pruned weights to zero."""
         # The schedule computes in float32; at its end the asked sparsity is used to the last digit.

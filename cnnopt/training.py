@@ -198,7 +198,7 @@ def _moving_statistics(model: keras.Model) -> list[tf.Variable]:
     return [w for w in model.non_trainable_weights if "moving_" in w.name]
 
 
-def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, ranks: int) -> Exchange:
+def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, total_steps: int, ranks: int) -> Exchange:
     """For the gradients, the changes of moving statistics, and two requests."""
     shared = [*model.trainable_variables, *_moving_statistics(model)]
     sizes = [*(int(np.prod(v.shape)) for v in shared), 2]
@@ -206,7 +206,7 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, ranks: in
         config.exchange,
         size=sum(sizes),
         prunable=sum(int(np.prod(k.shape)) for k in pruner.kernels),
-        sparsity=config.sparsity,
+        sparsity=pruner.mean_target(total_steps),
         ranks=ranks,
         wire=config.wire_dtype,
         deterministic=config.deterministic,
@@ -285,6 +285,6 @@ def build(
         ema=config.ema,
         pruner=pruner,
         loss_scale=DynamicLossScale(precision.scales_loss or config.wire_dtype == "float16"),
-        exchange=_exchange(config, model, pruner, ranks),
+        exchange=_exchange(config, model, pruner, timeline.total_steps, ranks),
     )
     return model

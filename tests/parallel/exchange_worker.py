@@ -1,6 +1,6 @@
 """What one rank sees of its exchange, written to DEST/rank<r>.{json,npz} for test_exchange.py to compare.
 
-Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE...
+Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE/OPTIMIZER...
 """
 
 import dataclasses
@@ -51,9 +51,9 @@ def collectives(model: training.SynchronousModel, stream) -> dict[str, int]:
     return Counter(node.op for node in nodes if node.op.startswith("Horovod"))
 
 
-def train(kind: str, wire: str) -> tuple[dict[str, np.ndarray], dict]:
+def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], dict]:
     keras.backend.clear_session()
-    config = dataclasses.replace(CONFIG, exchange=kind, wire_dtype=wire)
+    config = dataclasses.replace(CONFIG, exchange=kind, wire_dtype=wire, optimizer=optimizer)
     timeline = Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
     compute = precision.choose("float32", has_gpu=False)
     model = training.build(config, IMAGES, timeline, compute, ranks=world.size)

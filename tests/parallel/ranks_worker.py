@@ -90,9 +90,9 @@ def wrong_mask_is_named(model: training.SynchronousModel) -> str:
     return ""
 
 
-def overflow_on_one_rank() -> dict[str, bool]:
+def overflow_on_one_rank(optimizer: str) -> dict[str, bool]:
     """A loss scale that overflows on the last rank alone must skip the step on all."""
-    model, _ = build("float16")
+    model, _ = build("float16", optimizer)
     distributed.broadcast(list(model.named_state().values()))
     shard = CONFIG.batch_size // world.size
     batch = (tf.constant(IMAGES.train_images[:shard]), tf.constant(IMAGES.train_labels[:shard]))
@@ -115,15 +115,15 @@ def main(dest: Path, weights: Path | None) -> None:
     arrays = {name: v.numpy() for name, v in model.named_state().items()}
     if world.size > 1:
         found["wrong_mask"] = wrong_mask_is_named(model)
+    others = [("float32", "muon")]
     if world.size == 2:
-        found["overflow"] = overflow_on_one_rank()
-        for name, compute, optimizer in (
-            ("bfloat16", "bfloat16", "sgd"), ("float16", "float16", "sgd"), ("muon", "float16", "muon")
-        ):  # fmt: skip
-            half, found[f"{name}_losses"] = train(compute, optimizer)
-            half.agree()
-            half.pruner.verify_final()
-            arrays |= {f"{name}/{k.name}": k.numpy() for k in half.pruner.kernels}
+        found["overflow"] = [overflow_on_one_rank(optimizer) for optimizer in ("sgd", "muon")]
+        others += [("bfloat16", "sgd"), ("float16", "sgd"), ("float16", "muon")]
+    for name in others:
+        other, found["/".join(name)] = train(*name)
+        other.agree()
+        other.pruner.verify_final()
+        arrays |= {"/".join((*name, variable)): v.numpy() for variable, v in other.named_state().items()}
     if weights is not None:
         with np.load(weights) as stored:
             for name, variable in model.named_state().items():

@@ -8,7 +8,8 @@ import pytest
 
 pytestmark = pytest.mark.timeout(900)
 WORKER = str(Path(__file__).with_name("exchange_worker.py"))
-VARIANTS = ["dense/float32", "sparse/float32", "sparse/float16"]
+VARIANTS = ["dense/float32/muon", "sparse/float32/muon", "sparse/float16/muon",
+            "dense/float32/sgd", "sparse/float32/sgd"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,12 @@ def state(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:
     return {name.split(":", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{variant}:")}
 
 
-def test_sparse_training_is_dense_training_bit_for_bit(ranks):
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_sparse_training_is_dense_training_bit_for_bit(ranks, optimizer):
     found, arrays = ranks
-    assert found[0]["sparse/float32"]["losses"] == found[0]["dense/float32"]["losses"]
-    dense, sparse = (state(arrays[0], f"{kind}/float32") for kind in ("dense", "sparse"))
+    dense, sparse = (f"{kind}/float32/{optimizer}" for kind in ("dense", "sparse"))
+    assert found[0][sparse]["losses"] == found[0][dense]["losses"]
+    dense, sparse = state(arrays[0], dense), state(arrays[0], sparse)
     assert any(name.startswith("optimizer/") for name in dense)
     assert dense.keys() == sparse.keys()
     for name, value in dense.items():
@@ -45,13 +48,13 @@ def test_ranks_hold_the_same_bits(ranks, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_on_the_wire_are_those_of_what_is_kept(ranks, variant):
     for found in (rank[variant] for rank in ranks[0]):
-        each = 2 if variant.endswith("float16") else 4
+        each = 2 if "float16" in variant else 4
         always = found["size"] - found["prunable"]
         kept = found["kept"] if variant.startswith("sparse") else [found["prunable"]] * 16
         # The masks change at steps 2, 4, 6, 8 and 10 of 16.
         assert len(set(found["kept"])) >= 5
         assert found["bytes"] == [each * (always + count) for count in kept]
-        if variant == "sparse/float32":
+        if variant.startswith("sparse/float32"):
             kernels = found["bytes"][-1] - 4 * always
             assert kernels == pytest.approx((1 - 0.9) * 4 * found["prunable"], rel=0.02)
 
@@ -64,7 +67,7 @@ def test_a_step_is_one_collective_and_is_traced_once(ranks, variant):
 
 
 def test_a_float16_wire_learns_what_float32_does(ranks):
-    whole, half = (ranks[0][0][f"sparse/{wire}"]["losses"] for wire in ("float32", "float16"))
+    whole, half = (ranks[0][0][f"sparse/{wire}/muon"]["losses"] for wire in ("float32", "float16"))
     np.testing.assert_allclose(half, whole, rtol=0.02)
     assert half != whole
 

@@ -321,3 +321,10 @@ def test_every_other_field_changes_the_digest_and_is_named(name):
     assert changed.difference(stored) == f"{flag} was {getattr(config, name)}, is {getattr(changed, name)}"
     del stored[name]
     assert config.difference(stored) == f"{flag} was not known, is {getattr(config, name)}"
+
+
+def test_all_differences_are_named_at_once():
+    stored = TrainConfig(optimizer="sgd", prune_begin="10%", prune_end="50%").identity()
+    assert TrainConfig().difference(stored) == (
+        "--prune-begin was 10%, is 30%, --prune-end was 50%, is 80%, --optimizer was sgd, is muon"
+    )

@@ -168,6 +168,14 @@ def test_a_window_of_one_update_prunes_at_once(schedule, window):
     pruning.verify_final()
 
 
+@pytest.mark.parametrize("schedule", ["polynomial", "constant"])
+@pytest.mark.parametrize("window", [(4, 24, 4), (0, 0, 1), (3, 3, 1), (0, 30, 7), (10, 30, 20)])
+def test_the_mean_target_is_that_of_every_step(schedule, window):
+    made = pruner(normal_kernels((2, 3)), schedule=schedule, window=window)
+    each = [made.target(step) for step in range(30)]
+    assert made.mean_target(30) == pytest.approx(np.mean(each), abs=1e-6)
+
+
 def test_without_a_schedule_nothing_is_due_and_nothing_may_be_missing():
     kernels = normal_kernels((10, 10))
     pruning = pruner(kernels, schedule="none", final=0.0)
