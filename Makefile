@@ -1,4 +1,4 @@
-# ARGS is handed on: make train ARGS="--epochs 2", make test-single ARGS="-k schedules -x"
+# ARGS is handed on: make train ARGS="--epochs 2 --name short", make test-single ARGS="-k schedules -x"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

@@ -38,14 +38,14 @@ class TrainConfig:
     dataset: Literal["cifar10", "cifar100", "digits", "synthetic"] = _flag("cifar10", "images to learn")
     data_dir: str | None = _flag(
         None,
-        "folder that holds the data set; else $CNNOPT_DATA_DIR, else ~/.keras/datasets (downloaded there)",
+        "folder that holds the data set; without it $CNNOPT_DATA_DIR, else ~/.keras/datasets, and a download if missing",
         identity=False,
     )
     depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests")
 
     sparsity: float = _flag(0.6, "share of the weights of all kernels that is zero in the end; 0 is dense")
     sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
-        "polynomial", "how the sparsity gets there: at once, or by a cubic ramp (Zhu and Gupta 2017)"
+        "polynomial", "how the sparsity gets there from --prune-begin on: at once, or by a cubic ramp (Zhu and Gupta 2017)"
     )
     initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
     prune_begin: str = _flag("30%", "first mask update: 500s steps, 2e epochs or 15%% of the run")
