@@ -2,7 +2,8 @@
 """This program and its peers, two ranks each, on the same network in the same minutes.
 
 All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
-that it chooses; once more so with memory in pages of 4 KB. The peers get one resident batch: PyTorch's
+that it chooses; with the peers' optimizer, SGD, and with Muon, its default; once more with memory in pages of 4 KB. The
+peers get one resident batch: PyTorch's
 DistributedDataParallel (channels_last, gloo; in a Python of its own, --torch-python), MultiWorkerMirroredStrategy,
 Horovod's DistributedOptimizer under Keras ``fit``, and the latter with tfmot's ``prune_low_magnitude``, which knows
 float32 only.
@@ -22,6 +23,7 @@ SMALL_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
 KERAS, DDP = "benchmarks/workers/keras_peers.py", "benchmarks/workers/ddp.py"
 NAMES = {
     "ours": "cnnopt, 60% sparse",
+    "muon": "cnnopt, 60% sparse, Muon",
     "none": "cnnopt, 60% sparse, exchange left out",
     "small": "cnnopt, 60% sparse, pages of 4 KB",
     "multiworker": "MultiWorkerMirroredStrategy, dense",
@@ -46,7 +48,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--torch-python", help="a Python that has PyTorch; without it DDP is left out")
     parser.add_argument("--exchange", default="auto", choices=["auto", "dense", "sparse"], help="of our own ranks")
-    peers = [name for name in NAMES if name not in ("ours", "none", "small")]
+    peers = [name for name in NAMES if name not in ("ours", "muon", "none", "small")]
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     args = parser.parse_args()
     rows, content = [], {}
@@ -60,6 +62,7 @@ def main() -> None:
             steps = {"steps": args.steps}
             turns = {
                 "ours": (ours, {**steps, "exchange": args.exchange}),
+                "muon": (ours, {**steps, "exchange": args.exchange, "optimizer": "muon"}),
                 "none": (ours, {**steps, "exchange": "none"}),
                 "small": (small, {**steps, "exchange": args.exchange}),
             }

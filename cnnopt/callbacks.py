@@ -186,11 +186,13 @@ class Save(Callback):
         assert logs is not None
         step = int(self.model.run.global_step.numpy())
         last = step == self.timeline.total_steps
+        if self.due or last or (self.every.unit == "e" and self._epochs_are_over(step)):
+            self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
+
+    def _epochs_are_over(self, step: int) -> bool:
         # A step may end several epochs of few images.
         before, after = (self.timeline.epoch_of(s) // round(self.every.value) for s in (step - 1, step))
-        by_epochs = self.every.unit == "e" and after > before
-        if self.due or last or by_epochs:
-            self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
+        return after > before
 
     def _save(self, step: int, metric: float | None, *, vital: bool) -> None:
         """``vital``: nothing comes after it that could make up for it, so a failure is the run's. Raises SaveError."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import math
 import re
 import types
@@ -38,14 +36,15 @@ class TrainConfig:
     dataset: Literal["cifar10", "cifar100", "digits", "synthetic"] = _flag("cifar10", "images to learn")
     data_dir: str | None = _flag(
         None,
-        "folder that holds the data set; without it $CNNOPT_DATA_DIR, else ~/.keras/datasets, and a download if missing",
+        "folder that holds the data set; else $CNNOPT_DATA_DIR, else ~/.keras/datasets, with a download if missing",
         identity=False,
     )
     depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests")
 
     sparsity: float = _flag(0.6, "share of the weights of all kernels that is zero in the end; 0 is dense")
     sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
-        "polynomial", "how the sparsity gets there from --prune-begin on: at once, or by a cubic ramp (Zhu and Gupta 2017)"
+        "polynomial",
+        "how the sparsity gets there from --prune-begin on: at once, or by a cubic ramp (Zhu and Gupta 2017)",
     )
     initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
     prune_begin: str = _flag("30%", "first mask update: 500s steps, 2e epochs or 15%% of the run")
@@ -66,8 +65,10 @@ class TrainConfig:
     lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
     lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
     warmup: str = _flag("5%", "linear warm-up of the learning rate")
-    weight_decay: float = _flag(
-        5e-4, "added to the gradient of each kernel as weight_decay x weight; muon shrinks convolutions by as much"
+    weight_decay: float | None = _flag(
+        None,
+        "added to the gradient of each kernel as weight_decay x weight; muon shrinks convolutions by as much "
+        "[muon 0.001, sgd and adam 0.0005]",
     )
     label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
     ema: float = _flag(0.0, "decay of the weight average that is evaluated; 0 evaluates the weights themselves")
@@ -120,6 +121,8 @@ class TrainConfig:
             object.__setattr__(self, "sparsity", 0.0)
         if self.base_lr is None:
             object.__setattr__(self, "base_lr", 1e-3 if self.optimizer == "adam" else 0.2)
+        if self.weight_decay is None:
+            object.__setattr__(self, "weight_decay", 1e-3 if self.optimizer == "muon" else 5e-4)
         _validate(self)
         if self.name is None:
             object.__setattr__(self, "name", self._default_name())
@@ -131,10 +134,6 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result; a run can be resumed only where they are equal."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["identity"]}
-
-    def digest(self) -> str:
-        """SHA-256 of ``identity()``."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def peak_rate(self) -> float:
         """``base_lr`` for the batch: times batch / 128 for SGD (Goyal et al. 2017, section 2.1), times its root else.
@@ -192,7 +191,6 @@ def _validate(config: TrainConfig) -> None:
             refuse(name, "must be at least 1")
     if not 0 <= config.seed < 2**32:
         refuse("seed", "must be 0 or more, and below 2^32")
-    assert config.base_lr is not None
     for name, low in (("base_lr", 0.0), ("weight_decay", -math.ulp(0.0))):
         value = getattr(config, name)
         if not (low < value < math.inf):
@@ -212,7 +210,7 @@ def _validate(config: TrainConfig) -> None:
         every = parse_duration(config.save_every, allowed="esm")
     except ValueError as error:
         raise ConfigError(f"--save-every: {error}") from None
-    if every.unit != "m" and (every.value < 1 or every.value % 1):
+    if not every.value or (every.unit != "m" and every.value % 1):
         refuse("save_every", "give whole epochs or steps; steps (s) or minutes (m) for parts of an epoch")
     try:
         drops = parse_drops(config.lr_drops)

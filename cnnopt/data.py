@@ -92,7 +92,8 @@ def load(
         copy = _download(name, _directory(None), show_progress)
     layout, place = copy
     read = functools.partial(cifar_files.read, layout, place)
-    return Dataset(name, *(shared_images.shared(place, read) if share else read()))
+    files = [place / file for file in layout.files] if place.is_dir() else [place]
+    return Dataset(name, *(shared_images.shared(files, read) if share else read()))
 
 
 def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:

@@ -51,16 +51,26 @@ _LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 }
+# Of MPICH and Intel MPI. srun sets the first two too, where it speaks their protocol.
+_MPIEXEC = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None]:
     """What the launcher says of this process, and the launcher's name; one process and None without a launcher."""
     for launcher, names in _LAUNCHERS.items():
-        if names[0] in environ and names[1] in environ:
-            return World(*(int(environ.get(name, "01"[i % 2])) for i, name in enumerate(names))), launcher
-    if variables := slurm.horovod_variables(environ):
-        return World(*(int(variables[name]) for name in _LAUNCHERS["horovodrun"])), "srun"
+        if world := _world(environ, names):
+            return world, launcher
+    if world := _world(slurm.horovod_variables(environ), _LAUNCHERS["horovodrun"]):
+        return world, "srun"
+    if world := _world(environ, _MPIEXEC):
+        return world, "mpiexec"
     return World(), None
+
+
+def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
+    if names[0] not in environ or names[1] not in environ:
+        return None
+    return World(*(int(environ.get(name, "01"[i % 2])) for i, name in enumerate(names)))
 
 
 def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> int:
@@ -142,8 +152,8 @@ def start(*, verbose: bool) -> World:
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if world.size != said.size:
         raise LaunchError(
-            f"{launcher} started {said.size} processes but Horovod joined {world.size}: start it with horovodrun or "
-            "cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
+            f"{launcher or 'no launcher'} started {said.size} processes but Horovod joined {world.size}: start it with "
+            "horovodrun or cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
         )
     _pin(world)
     return world

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,6 @@ from cnnopt.record import RunFolder
 FRUITLESS = 3
 #: Seconds between two looks at the hosts.
 INTERVAL = 1.0
-HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 TRAIN = Path(__file__).parents[1] / "train_hvd.py"
 
 
@@ -75,9 +75,18 @@ def newest(config: TrainConfig) -> int:
     return int(paths[-1].name.rpartition("-")[2]) if paths else -1
 
 
+def find_horovodrun() -> str:
+    """That of this Python, else the first on PATH. Raises ConfigError where there is none."""
+    beside = Path(sys.executable).with_name("horovodrun")
+    found = str(beside) if beside.exists() else shutil.which("horovodrun")
+    if found is None:
+        raise ConfigError("horovodrun: not found; activate the environment that has Horovod (docs/install.md)")
+    return found
+
+
 def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]) -> int:
     """Start the run as often as it takes; returns the exit status."""
-    hosts, fruitless, waiting = discover(options.host_discovery_script), 0, False
+    horovodrun, hosts, fruitless, waiting = find_horovodrun(), discover(options.host_discovery_script), 0, False
     while True:
         ranks = ranks_on(hosts, config.batch_size, options.max_np)
         if ranks < options.min_np:
@@ -93,7 +102,7 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
         places = places_of(hosts, ranks)
         listed = ",".join(f"{host}:{slots}" for host, slots in places.items())
         print(f"cnnopt.elastic: {ranks} ranks on {listed}, after step {max(before, 0)}", flush=True)
-        command = [HOROVODRUN, "--gloo", "-np", str(ranks), "-H", listed, sys.executable, str(TRAIN), *flags]
+        command = [horovodrun, "--gloo", "-np", str(ranks), "-H", listed, sys.executable, str(TRAIN), *flags]
         # In a session of its own: a terminal's Ctrl-C comes to this process alone, which hands it on.
         with subprocess.Popen(command, start_new_session=True) as job:
             try:
@@ -102,7 +111,7 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
                 job.terminate()
                 raise
         # horovodrun, told to end its ranks, may answer 0 (docs/reliability.md, "Exit status").
-        if job.returncode == 0 and not moved:
+        if job.returncode == 0 and not moved and RunFolder.of(config).result() is not None:
             return 0
         # A start that hosts have cut short is neither fruit nor fault.
         fruitless = 0 if newest(config) > before else fruitless + (not moved)
@@ -149,7 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 1 <= options.min_np <= options.max_np:
             raise ConfigError(f"--min-np {options.min_np} --max-np {options.max_np}: must be 1 or more, and in order")
         config = parse_args(flags)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(os.EX_TEMPFAIL))
+        # A terminal that closes says SIGHUP, which nohup has this process ignore.
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
         return train(options, config, flags)
     except KeyboardInterrupt:
         return 130

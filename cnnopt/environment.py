@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import math
 import os
+import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 #: What TensorFlow reads when it starts.
@@ -22,6 +24,7 @@ TENSORFLOW = {
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 #: The variable by which malloc asks for huge pages.
 ASKS_FOR_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+CPUINFO = Path("/proc/cpuinfo")
 #: Which programs the kernel gives memory in pages of 2 MB: all, those that ask, or none.
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -37,6 +40,24 @@ def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> 
         quota, period = (cgroup / own.strip("/") / "cpu.max").read_text().split()
         return max(1, min(allowed, math.ceil(int(quota) / int(period))))
     return allowed
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of packages by their names; None where one is not installed, or under another name, as tensorflow-cpu is."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def cpu(cpuinfo: Path = CPUINFO) -> str:
+    """The name of this machine's processor, or of its architecture."""
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from cnnopt.command_line import Parser
 from cnnopt.config import TrainConfig
 from cnnopt.errors import UserError
 from cnnopt.export import trained
+from cnnopt.export.options import CLUSTERS
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.signals import STOPPED, StopRequest
@@ -156,6 +157,9 @@ def main() -> int:
 
     def body(request: StopRequest, presence: Presence) -> int:
         given = parser.parse_args()
+        for clusters in given.clusters:
+            if clusters and clusters not in CLUSTERS:
+                raise UserError(f"--clusters {clusters}: give 0, or {CLUSTERS[0]} to {CLUSTERS[-1]}")
         status = fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, presence)
         if status == 0 and given.then and distributed.launched()[0].first:
             sys.stdout.flush()

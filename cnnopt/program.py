@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -28,9 +29,12 @@ def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
         _speak(presence, str(error), error.exit_status, of_one_rank=error.of_one_rank)
         return error.exit_status
     except Exception as error:
+        why = ""
         if not distributed.is_exchange_failure(error):
-            raise
-        _speak(presence, "", RunError.exit_status, of_one_rank=False)
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if distributed.launched()[0].size > 1:
+            _speak(presence, why, RunError.exit_status, of_one_rank=bool(why))
         return RunError.exit_status
 
 

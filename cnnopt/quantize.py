@@ -24,17 +24,15 @@ from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
 
 
-def writable(folder: Path) -> Path:
-    """Make ``folder`` if need be. Raises OptionError where nothing can be written in it."""
+def writable(folder: Path, remedy: str) -> Path:
+    """Make ``folder`` if need be. Raises OptionError, with ``remedy``, where nothing can be written in it."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise OptionError(
-            f"{folder}: cannot write there ({error.strerror}); copy the run to a writable folder"
-        ) from None
+        raise OptionError(f"{folder}: cannot write there ({error.strerror}); {remedy}") from None
     return folder
 
 
@@ -60,7 +58,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     run = trained.read(options.run)
     variants = choose(options, run.sparsity)
     baseline = trained.read_baseline(options.baseline, run) if options.baseline else None
-    folder = writable(options.run / "export")
+    folder = writable(options.run / "export", "copy the run to a writable folder")
     name, seed = run.identity["dataset"], run.identity["seed"]
     data.check(name, options.data_dir)
 
@@ -179,14 +177,17 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--output-dir", type=Path, help="where the files go [beside the files named]")
     given = parser.parse_args(argv)
+
+    def folder_for(path: Path) -> Path:
+        return writable(given.output_dir or path.parent, "give another --output-dir")
+
     for path in given.files:
-        folder = writable(given.output_dir or path.parent)
         if command == "pack":
             content = tflite_file.read(path)
             environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
             with environment.quiet_stderr():
                 archive = pack.pack(content, path)
-            target = folder / (path.name + pack.SUFFIX)
+            target = folder_for(path) / (path.name + pack.SUFFIX)
             files.replace(target, archive)
             print(f"{target}  {len(content):,} -> {len(archive):,} bytes")
         else:
@@ -195,7 +196,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
             except OSError as error:
                 raise OptionError(f"{path}: {error.strerror}; name an archive that pack wrote") from None
             name, content = pack.unpack(archive, path)
-            target = folder / name
+            target = folder_for(path) / name
             if target.exists() and target.read_bytes() != content:
                 raise OptionError(f"{target} exists and differs; move it away, or give --output-dir")
             files.replace(target, content)
@@ -204,15 +205,17 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
+    from cnnopt import distributed
+
     argv = sys.argv[1:] if argv is None else argv
+    first = distributed.launched()[0].first
     try:
         if argv and argv[0] in ("pack", "unpack"):
-            archive_command(argv[0], argv[1:])
+            if first:
+                archive_command(argv[0], argv[1:])
             return 0
         options = parse_args(argv, __doc__)
-        from cnnopt import distributed
-
-        if not distributed.launched()[0].first:
+        if not first:
             if options.qat:
                 fine_tune(options)
             return 0
@@ -225,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except CnnoptError as error:
-        print(f"cnnopt.quantize: {error}", file=sys.stderr)
+        if first:
+            print(f"cnnopt.quantize: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cnnopt import files
 from cnnopt.config import ConfigError, TrainConfig
-from cnnopt.environment import cores
+from cnnopt.environment import cores, cpu, versions
 
 #: Seconds to wait for a folder that another process holds; NFS 4 keeps the lock of a host that is gone for 90.
 PATIENCE = 120.0
@@ -74,7 +73,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._keep_others_out()
             self.check(config)
-            content = {"identity": config.identity(), "digest": config.digest(), "name": config.name}
+            content = {"identity": config.identity(), "name": config.name}
             files.replace(self.config_file, json.dumps(content, indent=2) + "\n")
             files.replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
         except (OSError, files.WriteError) as error:
@@ -142,10 +141,15 @@ class RunFolder:
             ) from None
 
 
+def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Of all steps, at the speed of their epoch: ``seconds`` of a resumed one are of its last part only."""
+    starts = [0, *(line["step"] for line in metrics)]
+    return sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60
+
+
 def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
     """The result of a run: its last epoch (never its best), its median speed, the sparsity of each kernel."""
     last = metrics[-1]
-    starts = [0, *(line["step"] for line in metrics)]
     return {
         "accuracy": last["val_accuracy"],
         "loss": last["val_loss"],
@@ -153,24 +157,22 @@ def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) ->
         "step": last["step"],
         "sparsity": sparsities["total"],
         "images_per_second": statistics.median(line["images_per_second"] for line in metrics),
-        # Of all steps, at the speed of their epoch: "seconds" of a resumed one are of its last part only.
-        "minutes": sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60,
+        "minutes": minutes(metrics),
         "kernels": {name: value for name, value in sparsities.items() if name != "total"},
     }
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, Any]:
     """Where and with what this process runs."""
-    cpu = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "cpu": cpu[0] if cpu else platform.machine(),
+        "cpu": cpu(),
         "cores": cores(),
         "commit": _commit(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "settings": dict(settings),
     }
 
@@ -183,7 +185,3 @@ def _commit() -> str | None:
     except OSError:  # no git on this machine
         return None
     return described.stdout.strip() or None
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if os.path.exists(path) else ""

@@ -21,7 +21,7 @@ from cnnopt import files
 from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError, UserError
 from cnnopt.export.report import SCHEMA
-from cnnopt.record import RunFolder
+from cnnopt.record import RunFolder, minutes
 
 #: The files of a run whose accuracy and size are worth a line in a comparison.
 COMPARED = ("float32", "int8", "clustered-int8", "int8-qat", "clustered-int8-qat")
@@ -79,7 +79,7 @@ def training_rows(runs: Sequence[Run]) -> list[list[str]]:
                 f"{100 * last['val_accuracy']:.2f}" if last else "",
                 f"{100 * last['sparsity']:.2f}" if last else "",
                 f"{statistics.median(line['images_per_second'] for line in run.metrics):.0f}" if last else "",
-                f"{sum(line['seconds'] for line in run.metrics) / 60:.1f}" if last else "",
+                f"{minutes(run.metrics):.1f}" if last else "",
                 " ".join(own) or "-",
             ]
         )

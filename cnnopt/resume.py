@@ -79,6 +79,8 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         objection = unfit(found)
         if objection:
             raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
+        if found.step == len(model.learning_rates) and not back:
+            raise checkpoint.CheckpointError(f"--resume {config.resume}: is the end of its run; give one before it")
         if back:
             checkpoint.set_aside(folder.checkpoints, after=found.step)
     before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype

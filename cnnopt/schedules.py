@@ -68,12 +68,7 @@ class Timeline:
 
     def epoch_of(self, step: int) -> int:
         """The epoch (counted from 0) that is in progress when ``step`` steps are done."""
-        epoch = step * self.batch_size // self.num_images
-        while epoch > 0 and step < self.epoch_end(epoch - 1):
-            epoch -= 1
-        while step >= self.epoch_end(epoch):
-            epoch += 1
-        return epoch
+        return step * self.batch_size // self.num_images
 
     def steps(self, duration: Duration) -> int:
         """``duration`` in steps, rounded to the nearest."""

@@ -7,31 +7,39 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cnnopt.cifar_files import Splits
+
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-Splits = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 
 
-def shared(place: Path, read: Callable[[], Splits]) -> Splits:
-    """What ``read`` gives of ``place``, a file or folder: decoded by the first process that asks, mapped by the others.
+def shared(files: Sequence[Path], read: Callable[[], Splits]) -> Splits:
+    """What ``read`` gives of ``files``: decoded by the first process that asks, mapped by the others.
 
-    The arrays, which are read-only, are in the temporary folder of this host, for this user alone. A ``place`` that
-    has changed is decoded anew. Where nothing can be written, each process has a copy of its own. Raises what ``read``
-    raises.
+    The arrays, which are read-only, are in the temporary folder of this host, for this user alone. Files that have
+    changed are decoded anew, in place of the old ones. Where nothing can be written, each process has a copy of its
+    own. Raises what ``read`` raises.
     """
     import filelock
 
     try:
         mine = _private_folder()
-        folder = mine / _fingerprint(place)
-        with filelock.FileLock(mine / f"{folder.name}.lock"):
+        stats = [file.stat() for file in files]
+        place = _digest([str(file.resolve()) for file in files])
+        folder = mine / f"{place}-{_digest([(found.st_size, found.st_mtime_ns) for found in stats])}"
+        with filelock.FileLock(mine / f"{place}.lock"):
             if not folder.exists():
                 splits = read()
-                partial = Path(tempfile.mkdtemp(dir=mine))
+                # Of files that have changed since, or of a process that was killed. Who has mapped them keeps them.
+                for old in mine.glob(f"{place}-*"):
+                    shutil.rmtree(old, ignore_errors=True)
+                partial = mine / f"{place}-partial"
+                partial.mkdir()
                 try:
                     for name, array in zip(ARRAYS, splits[:4], strict=True):
                         np.save(partial / f"{name}.npy", array)
@@ -55,8 +63,5 @@ def _private_folder() -> Path:
     return folder
 
 
-def _fingerprint(place: Path) -> str:
-    """Of a file, or of all files of a folder: where they are, how large, and when they were written."""
-    files = sorted(place.iterdir()) if place.is_dir() else [place]
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -217,11 +217,11 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, total_ste
     return Exchange(sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock)
 
 
-def _optimizer(config: TrainConfig, rate: float) -> keras.optimizers.Optimizer:
-    if config.optimizer == "adam":
+def _optimizer(name: str, rate: float, decay: float) -> keras.optimizers.Optimizer:
+    if name == "adam":
         return keras.optimizers.Adam(rate, jit_compile=False)
-    if config.optimizer == "muon":
-        return muon.Muon(rate, momentum=0.9, weight_decay=config.weight_decay)
+    if name == "muon":
+        return muon.Muon(rate, momentum=0.9, weight_decay=decay)
     return SGD(rate, momentum=0.9)
 
 
@@ -269,16 +269,17 @@ def build(
         schedule=config.lr_schedule,
         drops=tuple((timeline.steps(when), factor) for when, factor in parse_drops(config.lr_drops)),
     )
-    orthogonal = config.optimizer == "muon"
+    decay, orthogonal = config.weight_decay, config.optimizer == "muon"
+    assert decay is not None
     if orthogonal:
         distributed.same("--optimizer muon", muon.digest(), remedy="choose --optimizer sgd")
     model.compile()
     # Handed to compile(), it would come back wrapped in a loss scale of Keras' own under mixed_float16.
-    model.optimizer = _optimizer(config, rate.peak)
+    model.optimizer = _optimizer(config.optimizer, rate.peak, decay)
     model.prepare(
         learning_rate=np.array([rate(step) for step in range(timeline.total_steps)], np.float32),
         weight_decay=[
-            config.weight_decay if "kernel" in v.name and not (orthogonal and muon.orthogonalizes(v)) else 0.0
+            decay if "kernel" in v.name and not (orthogonal and muon.orthogonalizes(v)) else 0.0
             for v in model.trainable_variables
         ],
         label_smoothing=config.label_smoothing,

@@ -1,7 +1,8 @@
-"""One rank of this program: its model, stream and step, with an exchange and a sparsity that each request names.
+"""One rank of this program: its model, stream and step, with what each request names.
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
-Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|float16", "sparsity": 0.6}
+Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|float16", "sparsity": 0.6,
+          "optimizer": "sgd|muon"}
 """
 
 import functools
@@ -29,17 +30,17 @@ IMAGES = data.load("synthetic", synthetic_sizes=(2048, 64))
 COMPUTE = precision.choose(asked, has_gpu=distributed.device() == "GPU")
 
 
-def settings(exchange: str, wire: str) -> tuple[TrainConfig, Timeline]:
-    """A run that is longer than any comparison, at a rate that keeps it finite, with the peers' optimizer."""
+def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Timeline]:
+    """A run that is longer than any comparison, at a rate that keeps it finite."""
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch * world.size, epochs=2000, base_lr=1e-3,
-                         optimizer="sgd", exchange=exchange, wire_dtype=wire)  # fmt: skip
+                         optimizer=optimizer, exchange=exchange, wire_dtype=wire)  # fmt: skip
     return config, Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
 
 
 @functools.cache
-def model(exchange: str, wire: str) -> training.SynchronousModel:
+def model(exchange: str, wire: str, optimizer: str) -> training.SynchronousModel:
     """The program's model; ``none`` leaves out the collective, and nothing else."""
-    config, timeline = settings("dense" if exchange == "none" else exchange, wire)
+    config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
     made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":
         made.exchange.total = lambda flat: flat
@@ -51,13 +52,15 @@ def model(exchange: str, wire: str) -> training.SynchronousModel:
 @functools.cache
 def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
-    kernels = [kernel.numpy() for kernel in model("dense", "float32").pruner.kernels]
+    kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd").pruner.kernels]
     return magnitude_masks(kernels, sparsity, "uniform")
 
 
-def block(steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6) -> dict[str, Any]:
-    """Train for some steps, and tell how long that took and what was sent."""
-    mine = model(exchange, wire)
+def block(
+    steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6, optimizer: str = "sgd"
+) -> dict[str, Any]:
+    """Train for some steps, with the peers' optimizer unless told; tell how long that took and what was sent."""
+    mine = model(exchange, wire, optimizer)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))
     mine.exchange.follow_masks()
@@ -75,6 +78,6 @@ def block(steps: int, exchange: str = "dense", wire: str = "float32", sparsity: 
     }
 
 
-CONFIG, TIMELINE = settings("dense", "float32")
+CONFIG, TIMELINE = settings("dense", "float32", "sgd")
 with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=TIMELINE.total_steps) as stream:
     serve(block)

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +148,15 @@ def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the latencies were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    lines = environment.CPUINFO.read_text().splitlines() if environment.CPUINFO.exists() else []
     flags = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
     return {
         "host": platform.node(),
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": environment.cpu(),
         "cores": threads,
         "int8_instructions": [name for name in INT8_INSTRUCTIONS if name in flags] if flags else None,
         "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("tensorflow", "tf-keras", "numpy")},
+        "packages": environment.versions(["tensorflow", "tf-keras", "numpy"]),
     }

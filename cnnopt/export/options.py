@@ -28,6 +28,8 @@ NEEDS = {"clustered-int8": ("clusters",), "int8-qat": ("qat",), "clustered-int8-
 #: What --pack packs: int8 files that store their zeros.
 PACKED = ("dynamic", "int8", *NEEDS)
 MIN_CALIBRATION = 32
+#: Values that a kernel may have.
+CLUSTERS = range(4, 257)
 
 
 class OptionError(UserError):
@@ -109,7 +111,7 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
                 raise OptionError(
                     f"--{flag} {given[flag]} is for {' and '.join(users)}: add one to --variants, or leave --{flag} out"
                 )
-    if given["clusters"] is not None and not 4 <= given["clusters"] <= 256:
+    if given["clusters"] is not None and given["clusters"] not in CLUSTERS:
         raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
     if given["qat"] is not None and given["qat"] < 1:
         raise OptionError(f"--qat {given['qat']}: give 1 epoch or more")

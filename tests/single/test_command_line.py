@@ -124,6 +124,8 @@ def test_a_flag_with_a_line_break_is_still_one_line(shell):
         ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2,1",
           "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}, (distributed.World(2, 3, 0, 1), "srun")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (distributed.World(), None)),  # a batch script: no srun
+        ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+         (distributed.World(1, 4, 1, 2), "mpiexec")),
     ],
 )  # fmt: skip
 def test_what_the_launchers_say(variables, expected):

@@ -1,9 +1,19 @@
 """How many ranks go where, and what cannot be started; tests/cluster/test_elastic_hosts.py starts them."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 
 from cnnopt import elastic
 from cnnopt.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -53,8 +63,8 @@ def test_a_script_that_has_worked_may_fail_for_a_while(tmp_path):
     assert elastic.look_again(script(tmp_path, "exit 1"), {"b": 1}) == {"b": 1}
 
 
-def script(folder, body: str) -> str:
-    path = folder / "hosts.sh"
+def script(folder, body: str, name: str = "hosts.sh") -> str:
+    path = folder / name
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
     return str(path)
@@ -90,3 +100,42 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"cnnopt.elastic: {message}")
     assert said.count("\n") == 1
+
+
+HELD = """
+import sys
+from cnnopt import elastic
+elastic.find_horovodrun = lambda: sys.argv[1]
+sys.exit(elastic.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_no_run_goes_on_without_it(tmp_path, number):
+    pid = tmp_path / "pid"
+    launcher = script(tmp_path, f"echo $$ > {pid}.part; mv {pid}.part {pid}; exec sleep 60", "launcher.sh")
+    hosts = script(tmp_path, "echo a:1")
+    flags = ["--max-np", "1", "--host-discovery-script", hosts, "--run-dir", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", HELD, launcher, *flags], cwd=ROOT) as supervisor:
+        while not pid.exists() and supervisor.poll() is None:
+            time.sleep(0.05)
+        supervisor.send_signal(number)
+        assert supervisor.wait(timeout=30) == os.EX_TEMPFAIL
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+def test_a_launcher_that_answers_0_too_early_is_started_again(tmp_path):
+    launcher, hosts = script(tmp_path, "exit 0", "launcher.sh"), script(tmp_path, "echo a:1")
+    flags = ["--max-np", "1", "--host-discovery-script", hosts, "--run-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", HELD, launcher, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "3 starts in a row ended without a new checkpoint" in done.stderr
+
+
+def test_without_horovodrun_one_line_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="horovodrun: not found; activate"):
+        elastic.find_horovodrun()
+    path = script(tmp_path, "exit 0", "horovodrun")
+    assert elastic.find_horovodrun() == path

@@ -138,7 +138,20 @@ raise error('OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/tra
 """
     status, said = ended(failure, **variables)
     assert status == 1
-    assert said.endswith('OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/training.py", line 1\n')
+    assert 'OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/training.py", line 1\n' in said
+    assert "another rank" not in said
+
+
+def test_an_error_of_ours_is_a_traceback_and_told_to_the_others():
+    failure = """
+presence.places = [type(presence)("the first").open(), presence.open()]
+raise IndexError("first line" + chr(10) + "second line")
+"""
+    status, said = ended(failure, **SECOND_HOST)
+    assert status == 1
+    assert said.startswith("Traceback (most recent call last):")
+    assert re.search(r"\ntrain_hvd.py: rank 1 \(host .+, pid \d+\): IndexError: first line\n$", said)
+    assert ended(failure)[1].endswith("IndexError: first line\nsecond line\n")
 
 
 def test_an_error_that_the_first_rank_may_share_is_said_with_the_host():

@@ -421,9 +421,18 @@ def test_pack_and_unpack_refuse_other_files(tmp_path, capsys):
     assert "not a .tflite file" in refused(capsys, "pack", file)
     assert "no archive" in refused(capsys, "unpack", file)
     assert "No such file" in refused(capsys, "unpack", tmp_path / "none")
-    assert "No such file" in refused(capsys, "pack", tmp_path / "none")
+    assert "No such file" in refused(capsys, "pack", tmp_path / "none" / "x.tflite")
+    assert not (tmp_path / "none").exists()
     file.write_bytes(b"\x1c\0\0\0TFL3" + bytes(range(200)))
     assert "damaged .tflite file" in refused(capsys, "pack", file)
+
+
+def test_a_mistake_is_said_by_one_rank(monkeypatch, capsys):
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("HOROVOD_RANK", rank)
+        assert main(["runs/none", "--wrong"]) == 2
+        assert capsys.readouterr().err.count("\n") == lines
 
 
 def test_zeros_lost_in_training_are_named(tmp_path):

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from cnnopt import callbacks, checkpoint, monitoring, record, resume
 from cnnopt.config import ConfigError
 from cnnopt.distributed import World
+from cnnopt.environment import versions
 from cnnopt.record import RunFolder, environment, summarize
 from cnnopt.schedules import Duration, Timeline
 
@@ -48,6 +49,10 @@ def test_the_environment_names_versions_and_settings():
     assert found["packages"]["horovod"] == "0.28.1"
     assert found["cores"] >= 1
     json.dumps(found)
+
+
+def test_a_package_that_goes_by_another_name_is_no_error():
+    assert versions(["numpy", "absent"]) == {"numpy": np.__version__, "absent": None}
 
 
 # metrics.jsonl -------------------------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ def test_a_new_run_and_the_same_run_are_welcome(tmp_path):
     folder = opened(tmp_path)
     folder.check(config)
     assert {path.name for path in folder.path.iterdir()} == {".lock", "config.json", "env.json"}
-    assert json.loads((folder.path / "config.json").read_text())["digest"] == config.digest()
+    assert json.loads((folder.path / "config.json").read_text())["identity"] == config.identity()
 
 
 def test_another_configuration_is_named(tmp_path):
@@ -278,7 +283,7 @@ def test_checkpoints_that_do_not_fit_are_passed_over_with_the_reason(tmp_path, f
     reasons = [
         "arrays.npz is not what was saved",
         "of another configuration: it names none",
-        "of another configuration: --weight-decay was 0.25, is 0.0005",
+        "of another configuration: --weight-decay was 0.25, is 0.001",
         "of another model: ",
         f"resumed after step 2 from {good}",
     ]

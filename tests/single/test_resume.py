@@ -251,6 +251,18 @@ def test_a_save_in_the_same_step_does_not_hide_a_stop(tmp_path):
     assert steps(folder)[-1] == 4
 
 
+def test_a_part_of_a_minute_between_saves(tmp_path):
+    folder, _ = run(tmp_path, save_every="0.000001m", epochs=2)
+    assert steps(folder)[-1] == 16
+
+
+def test_the_end_of_another_run_is_no_start(tmp_path):
+    folder, _ = run(tmp_path)
+    last = checkpoint.list_steps(folder.checkpoints)[-1]
+    with pytest.raises(checkpoint.CheckpointError, match=f"--resume {last}: is the end of its run; give one before it"):
+        run(tmp_path, name="second", resume=str(last))
+
+
 def test_the_speed_of_an_epoch_is_that_of_its_training(tmp_path, monkeypatch):
     late = 0.0
 

@@ -49,8 +49,8 @@ def same(found) -> bool:
 
 
 def test_it_is_decoded_once_and_mapped_from_then_on(place, reader):
-    assert same(shared(place, reader))
-    again = shared(place, reader)
+    assert same(shared([place], reader))
+    again = shared([place], reader)
     assert same(again)
     assert reader.count == 1
     assert all(isinstance(array, np.memmap) for array in again[:4])
@@ -59,7 +59,7 @@ def test_it_is_decoded_once_and_mapped_from_then_on(place, reader):
 
 
 def _ask(place: Path, reader: Reader) -> bool:
-    return same(shared(place, reader))
+    return same(shared([place], reader))
 
 
 def test_ranks_that_start_together_decode_it_once(place, reader):
@@ -69,24 +69,45 @@ def test_ranks_that_start_together_decode_it_once(place, reader):
 
 
 def test_other_bytes_at_the_same_place_are_decoded_anew(place, reader):
-    shared(place, reader)
+    shared([place], reader)
+    (before,) = (place.parent / "tmp").glob("*/*/")
     place.write_bytes(b"other images")
-    assert same(shared(place, reader))
+    assert same(shared([place], reader))
     assert reader.count == 2
+    # The memory that the old ones took is given back.
+    assert not before.exists()
+    assert len(list((place.parent / "tmp").glob("*/*/"))) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(place, reader):
+    shared([place], reader)
+    (folder,) = (place.parent / "tmp").glob("*/*/")
+    partial = folder.with_name(f"{folder.name.partition('-')[0]}-partial")
+    folder.rename(partial)
+    assert same(shared([place], reader))
+    assert folder.exists()
+    assert not partial.exists()
+
+
+def test_other_files_beside_them_change_nothing(place, reader):
+    shared([place], reader)
+    (place.parent / "notes.txt").write_text("mine")
+    shared([place], reader)
+    assert reader.count == 1
 
 
 def test_a_file_that_was_cut_short_is_not_used(place, reader):
-    shared(place, reader)
+    shared([place], reader)
     (images,) = (place.parent / "tmp").rglob("train_images.npy")
     os.truncate(images, images.stat().st_size - 1)
-    assert same(shared(place, reader))
+    assert same(shared([place], reader))
     assert reader.count == 2
 
 
 def test_without_a_place_to_write_each_process_has_its_own(place, reader, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     for _ in range(2):
-        found = shared(place, reader)
+        found = shared([place], reader)
         assert same(found)
         assert not isinstance(found[0], np.memmap)
     assert reader.count == 2
@@ -97,5 +118,5 @@ def test_nothing_is_left_half_made_where_reading_fails(place):
         raise RuntimeError("damaged")
 
     with pytest.raises(RuntimeError, match="damaged"):
-        shared(place, fail)
+        shared([place], fail)
     assert [path.suffix for path in (place.parent / "tmp").glob("*/*")] == [".lock"]
