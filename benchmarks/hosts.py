@@ -64,8 +64,9 @@ def hosts(count: int) -> Iterator[Hosts]:
     if os.geteuid():
         sys.exit("network namespaces need root: run this with sudo")
     made = Hosts(count)
+    # Where another benchmark has it, this one ends, and leaves alone what it has not made.
+    _run("ip", "link", "add", "cnnopt-br", "type", "bridge")
     try:
-        _run("ip", "link", "add", "cnnopt-br", "type", "bridge")
         _run("ip", "link", "set", "cnnopt-br", "up")
         for i, name in enumerate(made.names):
             _run("ip", "netns", "add", name)
@@ -125,7 +126,9 @@ def start(
             contestants.append(
                 subprocess.Popen(
                     [*on.enter(rank), *pin, python, *command],
-                    env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", **(environment or {}),
+                    # A rank of ours would take its part of cores that are its own already.
+                    env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
+                         "TF_NUM_INTRAOP_THREADS": str(len(mine)), **(environment or {}),
                          **{f"HOROVOD_{key}": str(value) for key, value in variables.items()}},
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open_log(name, rank), text=True,
                 )

@@ -14,6 +14,7 @@ medians over all calls. Writes inference.json and inference.md with --output.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -52,6 +53,16 @@ def folded(run: trained.TrainedRun) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _call(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
+    """From pixels to logits, as one call of the other runtimes goes."""
+    from cnnopt.export import interpret
+
+    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    interpreter.set_tensor(source["index"], interpret.quantized(pixels, source))
+    interpreter.invoke()
+    return interpreter.get_tensor(target["index"])
+
+
 class Ours:
     """The .tflite files of a run, in this process; ``Peers`` answers the same questions."""
 
@@ -64,8 +75,7 @@ class Ours:
             interpreter = interpret.start(path.read_bytes(), path, threads=1).interpreter
             source = interpreter.get_input_details()[0]
             pixels = np.random.default_rng(0).integers(0, 256, source["shape"], dtype=np.uint8)
-            interpreter.set_tensor(source["index"], interpret.quantized(pixels, source))
-            self.calls[name] = interpreter.invoke
+            self.calls[name] = functools.partial(_call, interpreter, pixels)
 
     def size(self, name: str) -> dict[str, int]:
         """Bytes of the file, raw and by gzip -9."""

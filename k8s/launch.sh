@@ -52,6 +52,8 @@ tell() {
     for host in "${hosts[@]}"; do
         if ssh -n "${host%:*}" pkill -TERM python; then return 0; fi
     done
+    # No rank has started yet, and none shall.
+    kill -TERM "$job" 2>/dev/null || true
 }
 trap tell TERM
 until wait "$job"; do

@@ -35,6 +35,7 @@ case $CONTAINER in
         # In pyxis' notation: each at the same path inside.
         mounts=$PWD:$PWD
         for folder in ${CNNOPT_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
+        if [[ $LAUNCHER == horovodrun ]]; then refuse "CONTAINER=$CONTAINER: pyxis needs LAUNCHER=srun or pmix"; fi
         step+=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
 esac
 
@@ -55,9 +56,13 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
     if ((GPUS)) && [[ ${SLURM_NTASKS_PER_NODE:-$GPUS} != "$GPUS" ]]; then
         refuse "$SLURM_NTASKS_PER_NODE ranks for $GPUS GPUs on each node: give sbatch --ntasks-per-node=$GPUS"
     fi
-    describe
+    local child="" status=0 told=0 stop=USR1
+    trap 'told=1; echo "told to stop: saving"; if [[ $child ]]; then kill -s $stop "$child" 2>/dev/null || true; fi' \
+        USR1 TERM
+    # The signal may come to its commands too.
+    describe || true
     local program=("${inside[@]}" python train_hvd.py "$@" --expect-ranks "$SLURM_NTASKS")
-    local command stop=USR1
+    local command
     case $LAUNCHER in
         srun)
             # Standard library only: it runs on the host, whatever image the ranks are in.
@@ -66,7 +71,7 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
         pmix) command=("${step[@]}" --mpi=pmix "${program[@]}") ;;
         horovodrun)
             local hosts
-            hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}')
+            hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}') || ((told))
             # It imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
             export TF_USE_LEGACY_KERAS=1
             command=(horovodrun --gloo -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
@@ -75,9 +80,11 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
     esac
     echo "command   ${command[*]}"
 
+    if ((told)); then requeue_or_exit 75; fi
     "${command[@]}" &
-    local child=$! status=0 told=0
-    trap 'told=1; echo "told to stop: saving"; kill -s $stop "$child" 2>/dev/null || true' USR1 TERM
+    child=$!
+    # A signal that came between the last two lines.
+    if ((told)); then kill -s "$stop" "$child" 2>/dev/null || true; fi
     # A signal interrupts wait; the last wait gives the status of a child that has ended.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     wait "$child" || status=$?

@@ -1,5 +1,6 @@
 """Starting real ranks, and ending whatever a test started."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -74,15 +75,14 @@ class Job:
         return [found[rank] for rank in sorted(found) if rank >= 0]
 
     def end(self) -> None:
-        processes = self.ranks()
+        """Kill the launcher, and what it or its launchers have started in sessions of their own."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.pid != os.getpid() and process.environ().get("CNNOPT_TEST_JOB") == str(self.log):
+                    process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 
 @functools.cache
 def model(exchange: str, wire: str, optimizer: str) -> training.SynchronousModel:
-    """The program's model; ``none`` leaves out the collective, and nothing else."""
+    """The program's model; ``none`` leaves out the exchange: the collective, and what is done to its vector."""
     config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
     made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":

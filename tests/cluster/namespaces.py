@@ -124,7 +124,9 @@ class Pod:
         """End everything in the pod at once, as when its node is lost."""
         if self.process is not None and self.process.poll() is None:
             # Process 1, with which the kernel ends all others; unshare's own --kill-child does not outlast setpriv.
-            self.first().kill()
+            for first in psutil.Process(self.process.pid).children():
+                first.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
 
     def first(self) -> psutil.Process:

@@ -120,10 +120,10 @@ class Cluster:
 
     def stop(self) -> None:
         """End all jobs, then the daemons, the last started first."""
-        if jobs := self.jobs():
-            self.run("scancel", "--signal=KILL", "--full", *jobs)
-            self.run("scancel", *jobs)
         try:
+            if jobs := self.jobs():
+                self.run("scancel", "--signal=KILL", "--full", *jobs)
+                self.run("scancel", *jobs)
             until(lambda: not self.jobs(), lambda: "jobs do not end", 120)
         finally:
             for daemon in reversed(self.daemons.values()):
@@ -137,7 +137,7 @@ class Cluster:
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command of a user in the repository on the login node."""
         environment = {**self.environment, **variables}
-        return subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=150)
 
     def submit(self, *arguments: str, **variables: str) -> "Job":
         done = self.run("sbatch", "--parsable", *arguments, **variables)

@@ -107,6 +107,14 @@ def test_failures_and_stops_are_retried_and_go_on(cluster):
     assert epochs == list(range(1, len(epochs) + 1))
     assert 9 <= len(epochs) < 40
 
+    # Deleted while horovodrun still starts: there is no rank yet to be told, and none comes.
+    said = len(launcher.log.read_text())
+    cluster.start_launcher(flags, {**VARIABLES, "LAUNCH_AT_LEAST": "1", "LAUNCH_PATIENCE": "5"})
+    launcher.wait_for("launch.sh: 1 ranks on 1 of 2 workers", 60, since=said)
+    launcher.terminate()
+    assert launcher.wait(60) != 0
+    assert "resumed after step" not in launcher.log.read_text()[said:]
+
 
 def test_strangers_are_refused(cluster):
     worker, _ = cluster.workers

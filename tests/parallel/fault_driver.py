@@ -35,8 +35,8 @@ FLAGS = [
 # As horovodrun does: SIGTERM to the other ranks when one has failed, and SIGKILL to those still there after a time.
 # It waits 5 s, which a busy machine may need for less.
 GRACE = 30.0
-# Of Gloo, for a message from another rank, 30 by default; and of a step, 300 by default.
-TIMEOUTS = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "8", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "8"}
+# Of Gloo, for a message from another rank, 30 by default; and of a step, 300 by default. A disk may be slow to save.
+TIMEOUTS = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "15", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "15"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Reads a job {"argv", "environment": [per rank], "log", "events", "fault"} per li
 an empty line is answered with the wait status of each rank that has ended since.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -93,6 +94,9 @@ def plant(kind: str, where: str, at: float, delay: float) -> list[tf_keras.callb
 
 def become_rank(job: dict, rank: int) -> NoReturn:
     log = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    # With the process that it was forked from: also where it is stopped, or its test was given up.
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -36,7 +36,7 @@ from cnnopt.data import DataError
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 
 IDS = [layout.folder for layout in EVERY_LAYOUT]
-BOUNDED = settings(deadline=2000, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def tree(folder):
@@ -433,7 +433,7 @@ def test_the_time_a_pickle_takes_is_bounded():
 
 
 @given(place=st.integers(min_value=0), value=st.integers(0, 255), python3=st.booleans())
-@settings(deadline=2000, max_examples=150)
+@settings(max_examples=150)
 def test_pickles_with_one_byte_changed(place, value, python3):
     copy = small_copy(PYTHON_10, images_per_file=1)
     contents = copy.files["test_batch"]
@@ -447,7 +447,7 @@ def test_pickles_with_one_byte_changed(place, value, python3):
 
 
 @given(body=st.binary(max_size=200))
-@settings(deadline=2000, max_examples=150)
+@settings(max_examples=150)
 def test_pickles_of_random_bytes(body):
     for contents in (body, b"\x80\x02" + body + b"."):
         evaluate_safely(contents)
@@ -461,7 +461,7 @@ OPCODES = [
 
 
 @given(program=st.lists(st.sampled_from(OPCODES), max_size=40))
-@settings(deadline=2000, max_examples=200)
+@settings(max_examples=200)
 def test_pickles_of_random_opcodes(program):
     evaluate_safely(b"\x80\x02" + b"".join(program) + b".")
 

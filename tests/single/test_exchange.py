@@ -74,6 +74,19 @@ def test_what_needs_no_measurement_is_chosen_without_one(asked, changes, kind, r
     assert choose(asked, **{**AUTO, **changes}) == Choice(kind, reason)
 
 
+@pytest.mark.parametrize(("sparse_seconds", "kind"), [(0.89, "sparse"), (0.91, "dense"), (1.5, "dense")])
+def test_what_is_clearly_faster_is_chosen(sparse_seconds, kind, monkeypatch):
+    asked = {}
+    # The clock is made up; tests/parallel/test_exchange.py measures.
+    monkeypatch.setattr(
+        "cnnopt.exchange.measure", lambda size, **given: asked.update(given, size=size) or (1, sparse_seconds)
+    )
+    chosen = choose("auto", **AUTO)
+    assert chosen.kind == kind
+    assert chosen.reason == f"measured {1e3 * sparse_seconds:.1f} ms for what is kept on average, 1000.0 ms for all"
+    assert asked == {"size": 100, "kept": 60, "ranks": 2, "wire": "float32"}
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "sgd"])
 def test_a_run_is_the_same_with_either_exchange(optimizer):
     states = []

@@ -206,7 +206,7 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
 
     save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console)
     hooks = [Stop(), callbacks.Prune(), monitoring.Measure(timeline), callbacks.Evaluate(small_runs.IMAGES, World()),
-             save, monitoring.Record(folder, config, timeline, first_step, console)]  # fmt: skip
+             monitoring.Record(folder, config, timeline, first_step, console), save]  # fmt: skip
     small_runs.fit(model, config, hooks)
     return folder, small_runs.state(model), said
 

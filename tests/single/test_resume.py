@@ -141,6 +141,11 @@ def test_a_save_that_fails_costs_the_run_only_where_no_other_follows(tmp_path, c
         run(tmp_path, save_every="1e", hooks=[Break(path, 3)], stop_in=4)
 
 
+def test_strict_save_ends_the_run_at_the_first_save_that_fails(tmp_path):
+    with pytest.raises(checkpoint.SaveError, match="step-00000008"):
+        run(tmp_path, save_every="1e", strict_save=True, hooks=[Break(tmp_path / "run" / "checkpoints", 3)])
+
+
 class Limit(Callback):
     """While epoch ``epoch`` ends, files may grow by ``spare`` bytes: as on a full disk, a write falls short."""
 

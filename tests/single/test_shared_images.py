@@ -62,8 +62,10 @@ def _ask(place: Path, reader: Reader) -> bool:
     return same(shared([place], reader))
 
 
-def test_ranks_that_start_together_decode_it_once(place, reader):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+def test_ranks_that_start_together_decode_it_once(place, reader, monkeypatch):
+    # Not by a fork of this process, in which TensorFlow has threads.
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
         assert pool.starmap(_ask, [(place, reader)] * 4) == [True] * 4
     assert reader.count == 1
 

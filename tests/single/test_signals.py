@@ -1,9 +1,11 @@
 """Signals before, during and after training, in a process whose main thread does not come back to Python."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,16 +33,20 @@ libc.pthread_mutex_lock(mutex)
 """
 
 
-def stuck(*, training: bool, saved: bool = False, **variables: str) -> subprocess.Popen:
-    process = subprocess.Popen(
+@contextlib.contextmanager
+def stuck(*, training: bool, saved: bool = False, **variables: str) -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(
         [sys.executable, "-c", STUCK.format(training=training, saved=saved)],
         cwd=ROOT,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -63,7 +69,7 @@ def test_during_training_a_later_second_signal_ends_it_at_once(number):
         process.send_signal(number)
         process.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.5)
+            process.wait(3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
 

@@ -1,9 +1,11 @@
 """The job scripts as text: what they pass on, and shellcheck's opinion of them. tests/cluster runs them."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,32 @@ def test_shellcheck_finds_nothing():
     files = [str(path.relative_to(ROOT)) for path in [*SCRIPTS, ROOT / "slurm/common.sh", ROOT / ".ci/run"]]
     done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["srun", "horovodrun"])
+def test_a_signal_before_the_ranks_start_puts_the_job_back_into_the_queue(launcher, tmp_path):
+    # SLURM's commands are played; tests/cluster/test_slurm.py has real ones, but not the second that this needs.
+    commands = {
+        "scontrol": '[ "$1" != requeue ] && kill -USR1 "$SCRIPT" || { echo "requeued $2"; kill -KILL "$SCRIPT"; }',
+        "squeue": "echo RUNNING",
+        "srun": 'echo "$@" >>"$STARTED"',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = "set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; train --dataset synthetic"
+    variables = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "LAUNCHER": launcher,
+        "STARTED": str(tmp_path / "started"), "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert "told to stop: saving" in done.stdout, done.stderr
+    assert "requeued 7" in done.stdout, done.stderr
+    # No rank: only the version and, for horovodrun, the names of the hosts were asked for.
+    asked = (tmp_path / "started").read_text().split()
+    assert asked == ["--version", *(["hostname"] if launcher == "horovodrun" else [])]
 
 
 @pytest.mark.parametrize("name", ["slurm/super.sbatch", "slurm/quantize.sbatch", "docs/slurm.md"])
