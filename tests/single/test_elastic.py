@@ -103,8 +103,10 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, capsys):
 
 
 HELD = """
-import sys
+import signal, sys
 from cnnopt import elastic
+# These tests may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 elastic.find_horovodrun = lambda: sys.argv[1]
 sys.exit(elastic.main(sys.argv[2:]))
 """
@@ -117,10 +119,13 @@ def test_no_run_goes_on_without_it(tmp_path, number):
     hosts = script(tmp_path, "echo a:1")
     flags = ["--max-np", "1", "--host-discovery-script", hosts, "--run-dir", str(tmp_path)]
     with subprocess.Popen([sys.executable, "-c", HELD, launcher, *flags], cwd=ROOT) as supervisor:
-        while not pid.exists() and supervisor.poll() is None:
-            time.sleep(0.05)
-        supervisor.send_signal(number)
-        assert supervisor.wait(timeout=30) == os.EX_TEMPFAIL
+        try:
+            while not pid.exists() and supervisor.poll() is None:
+                time.sleep(0.05)
+            supervisor.send_signal(number)
+            assert supervisor.wait(timeout=30) == os.EX_TEMPFAIL
+        finally:
+            supervisor.kill()
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
