@@ -55,7 +55,7 @@ class TrainConfig:
     )
 
     optimizer: Literal["sgd", "muon", "adam"] = _flag(
-        "muon", "sgd has Nesterov momentum 0.9; muon also orthogonalises the steps of convolutions (Jordan et al. 2024)"
+        "muon", "sgd has Nesterov momentum 0.9; muon also orthogonalizes the steps of convolutions (Jordan et al. 2024)"
     )
     base_lr: float | None = _flag(
         None,

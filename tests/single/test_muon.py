@@ -10,7 +10,7 @@ import tensorflow as tf
 from cnnopt import muon
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 27), (2, 64, 576), (1, 8, 8)])
+@pytest.mark.parametrize("shape", [(3, 27, 16), (2, 576, 64), (1, 8, 8)])
 def test_singular_values_come_near_1_and_singular_vectors_stay(shape):
     matrices = np.random.default_rng(0).standard_normal(shape)
     found = muon.orthogonalized(tf.constant(matrices, tf.float32)).numpy()
@@ -22,6 +22,34 @@ def test_singular_values_come_near_1_and_singular_vectors_stay(shape):
         assert np.diag(gains).max() < 1.3
 
 
+def spectral_error(matrix: np.ndarray) -> float:
+    """Of the iterations on a matrix, against the same on its singular values in float64."""
+    found = muon.orthogonalized(tf.constant(matrix[np.newaxis], tf.float32)).numpy()[0]
+    return np.linalg.norm(found - orthogonal(matrix), 2)
+
+
+@pytest.mark.parametrize("smallest", [1, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("shape", [(144, 16), (576, 64)])
+def test_rounding_errors_stay_small_whatever_the_singular_values(shape, smallest, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, columns = shape
+    left, right = (np.linalg.qr(rng.standard_normal([n, columns])).Q for n in (rows, columns))
+    matrix = (left * np.geomspace(1, smallest, columns)) @ right.T
+    assert spectral_error(matrix) < 1e-4
+
+    matmul = tf.matmul
+
+    def tensor_float_32(x: tf.Tensor) -> tf.Tensor:
+        """As a GPU rounds what it multiplies: to the nearest of 10 bits after the first."""
+        bits = tf.bitcast(x, tf.uint32)
+        return tf.bitcast(tf.bitwise.bitwise_and(bits + 0x1000, tf.constant(0xFFFFE000, tf.uint32)), tf.float32)
+
+    monkeypatch.setattr(tf, "matmul", lambda x, y, **how: matmul(tensor_float_32(x), tensor_float_32(y), **how))
+    assert 1e-4 < spectral_error(matrix) < 0.1
+    monkeypatch.setattr(muon, "ITERATIONS", (5,))
+    assert spectral_error(matrix) > 0.1 or smallest == 1
+
+
 def test_a_gradient_of_zeros_moves_nothing():
     np.testing.assert_array_equal(muon.orthogonalized(tf.zeros([2, 4, 6])), np.zeros([2, 4, 6]))
 
@@ -31,7 +59,7 @@ def orthogonal(kernel: np.ndarray) -> np.ndarray:
     left, values, right = np.linalg.svd(kernel.reshape(-1, kernel.shape[-1]).astype(np.float64), full_matrices=False)
     a, b, c = muon.QUINTIC
     values = values / np.linalg.norm(values)
-    for _ in range(muon.ITERATIONS):
+    for _ in range(sum(muon.ITERATIONS)):
         values = a * values + b * values**3 + c * values**5
     return ((left * values) @ right).reshape(kernel.shape)
 
