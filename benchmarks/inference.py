@@ -53,16 +53,6 @@ def folded(run: trained.TrainedRun) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _call(interpreter: Any, pixels: np.ndarray) -> np.ndarray:
-    """From pixels to logits, as one call of the other runtimes goes."""
-    from cnnopt.export import interpret
-
-    source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-    interpreter.set_tensor(source["index"], interpret.quantized(pixels, source))
-    interpreter.invoke()
-    return interpreter.get_tensor(target["index"])
-
-
 class Ours:
     """The .tflite files of a run, in this process; ``Peers`` answers the same questions."""
 
@@ -70,12 +60,18 @@ class Ours:
         from cnnopt.export import interpret
 
         self.interpret, self.files, self.calls = interpret, files, {}
+        self.pixels = np.random.default_rng(0).integers(0, 256, [1, 32, 32, 3], dtype=np.uint8)
         self.versions = {"tensorflow": interpret.tf.__version__}
         for name, path in files.items():
             interpreter = interpret.start(path.read_bytes(), path, threads=1).interpreter
-            source = interpreter.get_input_details()[0]
-            pixels = np.random.default_rng(0).integers(0, 256, source["shape"], dtype=np.uint8)
-            self.calls[name] = functools.partial(_call, interpreter, pixels)
+            self.calls[name] = functools.partial(self._call, interpreter, *interpreter.get_input_details(),
+                                                 *interpreter.get_output_details())  # fmt: skip
+
+    def _call(self, interpreter: Any, source: dict[str, Any], target: dict[str, Any]) -> np.ndarray:
+        """From pixels to logits, as one call of the other runtimes goes."""
+        interpreter.set_tensor(source["index"], self.interpret.quantized(self.pixels, source))
+        interpreter.invoke()
+        return interpreter.get_tensor(target["index"])
 
     def size(self, name: str) -> dict[str, int]:
         """Bytes of the file, raw and by gzip -9."""

@@ -3,10 +3,9 @@
 
 All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
 that it chooses; with the peers' optimizer, SGD, and with Muon, its default; once more with memory in pages of 4 KB. The
-peers get one resident batch: PyTorch's
-DistributedDataParallel (channels_last, gloo; in a Python of its own, --torch-python), MultiWorkerMirroredStrategy,
-Horovod's DistributedOptimizer under Keras ``fit``, and the latter with tfmot's ``prune_low_magnitude``, which knows
-float32 only.
+peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, gloo; in a Python of its own,
+--torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the latter with
+tfmot's ``prune_low_magnitude``, which knows float32 only.
 
     .venv/bin/python benchmarks/peers.py --depth 20 44 --torch-python .venv-peers/bin/python
 """

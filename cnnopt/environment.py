@@ -60,6 +60,15 @@ def cpu(cpuinfo: Path = CPUINFO) -> str:
     return platform.machine()
 
 
+def cpu_flags() -> set[str]:
+    """The instructions that this machine's processor has, by the names of /proc/cpuinfo; empty where it has none."""
+    with contextlib.suppress(OSError):
+        lines = CPUINFO.read_text().splitlines()
+        # The latter on ARM.
+        return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    return set()
+
+
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
     """Set variables, but leave alone what the user has set. Returns the values in force."""
     for name, value in defaults.items():

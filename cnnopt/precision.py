@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import tensorflow as tf
 import tf_keras as keras
 
-_CPUINFO = Path("/proc/cpuinfo")
+from cnnopt import environment
 
 
-def cpu_has_bfloat16(cpuinfo: str | None = None) -> bool:
-    """True where oneDNN has bfloat16 convolutions: AVX512_BF16 or AMX, from the flags of /proc/cpuinfo."""
-    if cpuinfo is None:
-        cpuinfo = _CPUINFO.read_text() if _CPUINFO.exists() else ""
-    flags = {word for line in cpuinfo.splitlines() if line.startswith("flags") for word in line.split()}
+def cpu_has_bfloat16(flags: set[str]) -> bool:
+    """True where oneDNN has bfloat16 convolutions: AVX512_BF16 or AMX, among the flags of the processor."""
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
@@ -42,7 +38,7 @@ def choose(asked: str, *, has_gpu: bool) -> Precision:
     if has_gpu:
         compute = "float16" if asked == "auto" else asked
         return Precision(compute, widen=False, reason="tensor cores" if compute != "float32" else "as asked")
-    native = cpu_has_bfloat16()
+    native = cpu_has_bfloat16(environment.cpu_flags())
     if asked == "auto":
         if native:
             return Precision("bfloat16", widen=False, reason="this CPU has bfloat16 instructions")

@@ -109,9 +109,9 @@ class Pruner:
         """The mean of ``target`` over the steps of a run."""
         if not self.enabled:
             return 0.0
-        changes = range(self.window.begin, self.window.end + 1, self.window.frequency)
-        lasting = np.diff([*changes, total_steps])
-        return float(np.dot([self.target(step) for step in changes], lasting)) / total_steps
+        changes = np.arange(self.window.begin, self.window.end + 1, self.window.frequency)
+        lasting = np.diff(changes, append=total_steps)
+        return float(np.sum(self._schedule(tf.constant(changes))[1].numpy() * lasting)) / total_steps
 
     def update(self, step: int) -> None:
         """Compute the masks that are due after ``step`` steps, and set the pruned weights to zero."""

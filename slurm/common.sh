@@ -57,8 +57,7 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
         refuse "$SLURM_NTASKS_PER_NODE ranks for $GPUS GPUs on each node: give sbatch --ntasks-per-node=$GPUS"
     fi
     local child="" status=0 told=0 stop=USR1
-    trap 'told=1; echo "told to stop: saving"; if [[ $child ]]; then kill -s $stop "$child" 2>/dev/null || true; fi' \
-        USR1 TERM
+    trap 'told=1; echo "told to stop: saving"; hand_on' USR1 TERM
     # The signal may come to its commands too.
     describe || true
     local program=("${inside[@]}" python train_hvd.py "$@" --expect-ranks "$SLURM_NTASKS")
@@ -84,7 +83,7 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
     "${command[@]}" &
     child=$!
     # A signal that came between the last two lines.
-    if ((told)); then kill -s "$stop" "$child" 2>/dev/null || true; fi
+    if ((told)); then hand_on; fi
     # A signal interrupts wait; the last wait gives the status of a child that has ended.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     wait "$child" || status=$?
@@ -92,6 +91,10 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
     # all the same, the next start finds that and ends.
     if [[ $LAUNCHER == horovodrun ]] && ((told)); then status=75; fi
     requeue_or_exit "$status"
+}
+
+hand_on() {  # the stop, to what train has started by now
+    [[ -z $child ]] || kill -s "$stop" "$child" 2>/dev/null || true
 }
 
 requeue_or_exit() {  # 75: stopped and saved; 129 to 254: a rank was killed. Anything else would only fail again.

@@ -63,26 +63,28 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """The training processes, by rank."""
         found = {}
-        for process in psutil.process_iter():
-            try:
+        for process in self._processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 # The shells that horovodrun puts around a rank have the same environment.
-                if "python" not in process.name() or "horovodrun" in " ".join(process.cmdline()):
-                    continue
-                if process.environ().get("CNNOPT_TEST_JOB") == str(self.log):
+                if "python" in process.name() and "horovodrun" not in " ".join(process.cmdline()):
                     found[int(process.environ().get("HOROVOD_RANK", -1))] = process
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
         return [found[rank] for rank in sorted(found) if rank >= 0]
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        """What the launcher has started, directly or not."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.pid != os.getpid() and process.environ().get("CNNOPT_TEST_JOB") == str(self.log):
+                    yield process
 
     def end(self) -> None:
         """Kill the launcher, and what it or its launchers have started in sessions of their own."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if process.pid != os.getpid() and process.environ().get("CNNOPT_TEST_JOB") == str(self.log):
-                    process.kill()
+        for process in self._processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -148,8 +148,7 @@ def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the latencies were measured on."""
-    lines = environment.CPUINFO.read_text().splitlines() if environment.CPUINFO.exists() else []
-    flags = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    flags = environment.cpu_flags()
     return {
         "host": platform.node(),
         "cpu": environment.cpu(),

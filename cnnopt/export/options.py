@@ -112,7 +112,9 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
                     f"--{flag} {given[flag]} is for {' and '.join(users)}: add one to --variants, or leave --{flag} out"
                 )
     if given["clusters"] is not None and given["clusters"] not in CLUSTERS:
-        raise OptionError(f"--clusters {given['clusters']}: give 4 to 256; 16 is 4 bits a weight at most")
+        raise OptionError(
+            f"--clusters {given['clusters']}: give {CLUSTERS[0]} to {CLUSTERS[-1]}; 16 is 4 bits a weight at most"
+        )
     if given["qat"] is not None and given["qat"] < 1:
         raise OptionError(f"--qat {given['qat']}: give 1 epoch or more")
     if given["calibration"] < MIN_CALIBRATION:

@@ -7,7 +7,7 @@ import small_runs
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt import precision
+from cnnopt import environment, precision
 from cnnopt.muon import Muon
 from cnnopt.precision import DynamicLossScale, choose, cpu_has_bfloat16
 
@@ -25,8 +25,10 @@ NAMED = "model name\t: avx512_bf16 imitation\nflags\t\t: fpu avx2 my_avx512_bf16
     ("cpuinfo", "has"),
     [(ZEN3, False), (ZEN4, True), (SAPPHIRE_RAPIDS, True), (AMX_ONLY, True), (ARM, False), (NAMED, False), ("", False)],
 )
-def test_bfloat16_is_read_from_the_flags(cpuinfo, has):
-    assert cpu_has_bfloat16(cpuinfo) is has
+def test_bfloat16_is_read_from_the_flags(cpuinfo, has, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_has_bfloat16(environment.cpu_flags()) is has
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_bfloat16_is_read_from_the_flags(cpuinfo, has):
 )
 def test_the_choice_for_the_hardware(asked, cpuinfo, has_gpu, compute, widen, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "cpuinfo")
     chosen = choose(asked, has_gpu=has_gpu)
     assert (chosen.compute, chosen.widen) == (compute, widen)
     assert chosen.scales_loss == (compute == "float16")
@@ -58,7 +60,7 @@ def test_the_choice_for_the_hardware(asked, cpuinfo, has_gpu, compute, widen, mo
 
 
 def test_a_machine_without_cpuinfo_computes_in_float32(monkeypatch, tmp_path):
-    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(environment, "CPUINFO", tmp_path / "none")
     assert choose("auto", has_gpu=False).compute == "float32"
 
 

@@ -138,7 +138,11 @@ raise error('OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/tra
 """
     status, said = ended(failure, **variables)
     assert status == 1
-    assert 'OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/training.py", line 1\n' in said
+    why = (
+        'ResourceExhaustedError: OOM when allocating tensor; File "/home/me/horovod-cifar/cnnopt/training.py", line 1\n'
+    )
+    # The end of the traceback; where there are other ranks, also told to them.
+    assert said.endswith(f"{why}train_hvd.py: {why}" if variables else why)
     assert "another rank" not in said
 
 
