@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from hosts import start
-from side_by_side import arguments, interleave, median_and_spread, report, table
+from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
 
 WORKER = "benchmarks/workers/ours.py"
 
@@ -35,13 +35,18 @@ def main() -> None:
                     turns[f"{cycle:g} {exchange}"] = (ours, {"steps": args.steps, "exchange": exchange})
             compute = ours.ask(steps=1)[0]["compute"]
             seconds = interleave(turns, rounds=args.rounds)
-        # Of all cycles: what is left out does not wait for any, and a median of many blocks is worth more.
-        alone = statistics.median([s for turn, values in seconds.items() if turn.endswith("none") for s in values])
+        # Of the round, over all cycles: what is left out does not wait for any.
+        alone = [
+            statistics.median(found)
+            for found in zip(*(v for k, v in seconds.items() if k.endswith("none")), strict=True)
+        ]
         for turn, values in seconds.items():
             middle, spread = median_and_spread(values)
             cycle, exchange = turn.split()
             kind = "left out" if exchange == "none" else exchange
-            rows.append([f"ResNet-{depth}", cycle, kind, f"{1e3 * middle:.1f} ±{spread:.0%}", f"{alone / middle:.3f}"])
+            rows.append(
+                [f"ResNet-{depth}", cycle, kind, f"{1e3 * middle:.1f} ±{spread:.0%}", ratio(alone, values, digits=3)]
+            )
         content[str(depth)] = {"compute": compute, "seconds": seconds}
     text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
     heads = ["network", "cycle, ms", "exchange", "ms a step", "of the speed without exchange"]

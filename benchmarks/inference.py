@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from cnnopt import data, environment
+from cnnopt import data, environment, record
 from cnnopt.errors import CnnoptError, UserError
 from cnnopt.export import measure, trained
 
@@ -182,7 +182,16 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     machine["packages"] |= peers.versions
     settings = {"rounds": given.rounds, "seconds": given.seconds, "images": len(test)}
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"run": str(given.run), "created": created, "machine": machine, **settings, "results": results}
+    machine["commit"] = record.environment({})["commit"]
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return {
+        "run": str(given.run),
+        "command": command,
+        "created": created,
+        "machine": machine,
+        **settings,
+        "results": results,
+    }
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -199,7 +208,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['run']}, {found['images']:,} test images; batch 1, 1 thread, {found['rounds']} rounds of "
         f"{found['seconds']:g} s each; `agrees`: with TFLite float32. {machine['cpu']}, {machine['cores']} cores, int8 "
         f"instructions: {', '.join(machine['int8_instructions'] or []) or 'none'}, load {machine['load']:.1f} at the "
-        f"end; {packages}; {found['created']}.",
+        f"end; {packages}; commit {machine['commit']}; `{found['command']}`, {found['created']}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,8 +2,8 @@
 """Which TensorFlow operations a step spends its time in: one process, one thread, one operation at a time.
 
 TensorFlow's own profiler writes a trace each round; what is printed is the time of each kind of operation without what
-it calls, the median of the rounds. The step trains one resident batch, as the input pipeline's thread would take turns
-with what is measured.
+it calls, the median of the rounds, beside the rate of a matrix product in the same process. The step trains one
+resident batch, as the input pipeline's thread would take turns with what is measured.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
 """
@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,7 @@ distributed.prepare(distributed.World(), deterministic=False, verbose=False)
 distributed.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
+from arithmetic import GEMM, floating_point_operations, matrix_product  # noqa: E402
 from tensorflow.tsl.profiler.protobuf import xplane_pb2  # noqa: E402
 
 from cnnopt import data, precision, training  # noqa: E402
@@ -71,8 +73,14 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
     stream = iter(tf.data.Dataset.from_tensors((images.train_images, labels)).repeat())
     for _ in range(3):
         model.train_function(stream)
-    traces = []
+    product = matrix_product(compute.compute)
+    product()
+    traces, products = [], []
     for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(10):
+            product()
+        products.append((time.perf_counter() - started) / 10)
         with tempfile.TemporaryDirectory() as folder:
             with tf.profiler.experimental.Profile(folder):
                 for _ in range(steps):
@@ -88,12 +96,21 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
         [kind, f"{count / steps:.0f}", f"{1e3 * spent / steps:.2f}", f"{spent / total:.1%}"]
         for kind, count, spent in [*((k, counts[k], seconds[k]) for k in shown), ("all others", number, rest)]
     ]
-    text = f"ResNet-{depth}, {compute.compute}, batch {batch}, one thread: {1e3 * total / steps:.0f} ms a step\n\n"
+    gemm = 2 * GEMM**3 / statistics.median(products)
+    multiplied = floating_point_operations(model) * batch * steps
+    convolutions = sum(spent for kind, spent in seconds.items() if "Conv2D" in kind)
+    text = (
+        f"ResNet-{depth}, {compute.compute}, batch {batch}, one thread: {1e3 * total / steps:.0f} ms a step. A matrix "
+        f"product of {GEMM} x {GEMM} makes {gemm / 1e9:.0f} GFLOP/s, the convolutions "
+        f"{multiplied / convolutions / gemm:.2f} of that, over the whole step {multiplied / total / gemm:.2f}\n\n"
+    )
     text += table(["operation", "a step", "ms", "of a step"], rows)
     return text, {
         "compute": compute.compute,
         "steps": steps,
         "rounds": rounds,
+        "gemm": gemm,
+        "multiplied": multiplied,
         "seconds": dict(seconds),
         "counts": dict(counts),
     }

@@ -15,7 +15,7 @@ import socket
 import sys
 
 from hosts import start
-from side_by_side import arguments, interleave, median_and_spread, report, table
+from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
 
 # As the program without its wish for huge pages (cnnopt/environment.py).
 SMALL_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
@@ -79,14 +79,14 @@ def main() -> None:
                 )  # fmt: skip
                 turns[peer] = (stack.enter_context(contestant), steps)
             seconds = interleave(turns, rounds=args.rounds)
-        best = median_and_spread(seconds["ours"])[0]
         for name, values in seconds.items():
             middle, spread = median_and_spread(values)
             speed = f"{2 * args.batch / middle:.0f} ±{spread:.0%}"
-            rows.append([f"ResNet-{depth}", NAMES[name], speed, f"{middle / best:.2f}"])
+            ratios = [ratio(values, seconds[mine]) for mine in ("ours", "muon")]
+            rows.append([f"ResNet-{depth}", NAMES[name], speed, *ratios])
         content[str(depth)] = {"compute": compute, "seconds": seconds}
     text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
-    heads = ["network", "trainer", "images/s", "ours is faster by"]
+    heads = ["network", "trainer", "images/s", "ours is faster by", "with Muon by"]
     report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})
 
 

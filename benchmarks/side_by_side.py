@@ -3,7 +3,7 @@
 Each contestant is a group of processes, one a rank, that stay up for the whole comparison. A rank reads one line of
 JSON from standard input, ``{"steps": 20, ...}``, does it, and answers ``@@ {"seconds": ...}``. A block counts with the
 seconds of its slowest rank. Whatever else the machine does hits all contestants alike, as they take turns every few
-seconds.
+seconds. Those that wait are stopped: Horovod's thread would look for work all the while, on the same cores.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,16 @@ class Contestant:
                 return dict(json.loads(line.removeprefix(ANSWER)))
         raise RuntimeError(f"{self.name}: rank {rank} has ended; see benchmarks/logs/{self.name}.{rank}.txt")
 
+    def stop(self) -> None:
+        """Take no more of the processor until ``go_on``."""
+        for process in self.ranks:
+            process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After ``stop``."""
+        for process in self.ranks:
+            process.send_signal(signal.SIGCONT)
+
     def end(self) -> None:
         """End all ranks."""
         for process in self.ranks:
@@ -73,21 +84,31 @@ def open_log(name: str, rank: int) -> Any:
 def interleave(
     turns: Mapping[str, tuple[Contestant, dict[str, Any]]], *, rounds: int, before: Any = lambda turn: None
 ) -> dict[str, list[float]]:
-    """Seconds a step of each turn in each of ``rounds`` rounds.
+    """Seconds a step of each turn in each of ``rounds`` rounds, each of which begins with another contestant.
 
     ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first. Two short
     rounds go before the first: one in which models are built and compiled, and one in which TensorFlow prepares again
     those whose caches the seed of a later model has emptied.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
+    contestants = {contestant for contestant, _ in turns.values()}
     for contestant, request in [*turns.values()] * 2:
         contestant.ask(**{**request, "steps": 2})
+    for contestant in contestants:
+        contestant.stop()
+    order = list(turns)
     for number in range(1, rounds + 1):
-        for name, (contestant, request) in turns.items():
+        for name in order:
+            contestant, request = turns[name]
             before(name)
+            contestant.go_on()
             slowest = max(answer["seconds"] for answer in contestant.ask(**request))
+            contestant.stop()
             seconds[name].append(slowest / request["steps"])
             print(f"  round {number}/{rounds} {name}: {1e3 * slowest / request['steps']:.1f} ms", file=sys.stderr)
+        order.append(order.pop(0))
+    for contestant in contestants:
+        contestant.go_on()
     return seconds
 
 
@@ -96,6 +117,12 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     middle = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (middle,) * 3
     return middle, (high - low) / 2 / middle
+
+
+def ratio(values: Sequence[float], others: Sequence[float], *, digits: int = 2) -> str:
+    """Of two turns: the median of the rounds' ratios, and half the distance between their quartiles."""
+    middle, spread = median_and_spread([value / other for value, other in zip(values, others, strict=True)])
+    return f"{middle:.{digits}f} ±{middle * spread:.{digits}f}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -124,13 +151,14 @@ def report(out: Path | None, text: str, content: Mapping[str, Any]) -> None:
         out.write_text(json.dumps({"command": command, "machine": where, **content}, indent=1) + "\n")
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What every comparison takes."""
+def arguments(description: str | None, *, blocks: bool = True) -> argparse.ArgumentParser:
+    """What every comparison takes; ``--steps`` where it measures ``blocks`` of steps."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--depth", type=int, nargs="+", default=[44], help="of the CIFAR ResNet")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16; auto asks the machine")
     parser.add_argument("--batch", type=int, default=64, help="images a rank")
-    parser.add_argument("--steps", type=int, default=10, help="of one block")
+    if blocks:
+        parser.add_argument("--steps", type=int, default=10, help="of one block")
     parser.add_argument("--rounds", type=int, default=5, help="that count")
     parser.add_argument("--out", type=Path, help="write every figure to this JSON file")
     return parser

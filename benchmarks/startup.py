@@ -50,7 +50,7 @@ def to_first_step(name: str, command: list[str], flags: list[str]) -> float:
 
 def main() -> None:
     """Measure, print the table, write every figure."""
-    args = arguments(__doc__).parse_args()
+    args = arguments(__doc__, blocks=False).parse_args()
     turns = {f"ResNet-{depth}, {name}": (depth, command) for depth in args.depth for name, command in LAUNCHERS.items()}
     seconds: dict[str, list[float]] = {"import tensorflow": [], **{name: [] for name in turns}}
     for number in range(args.rounds + 1):

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from side_by_side import arguments, median_and_spread, report, table
 
 from cnnopt import distributed, environment
@@ -27,6 +26,7 @@ WORLD = distributed.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
+from arithmetic import GEMM, floating_point_operations, matrix_product  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from cnnopt import checkpoint, data, loop, monitoring, precision, training  # noqa: E402
@@ -34,8 +34,6 @@ from cnnopt.config import TrainConfig  # noqa: E402
 from cnnopt.models import IdentityShortcut  # noqa: E402
 from cnnopt.record import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
-
-GEMM = 1536
 
 
 def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -50,17 +48,6 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return seconds
 
 
-def floating_point_operations(model: training.SynchronousModel) -> float:
-    """Of all convolutions and the classifier, for one image: forward, and twice that backward, but for the stem."""
-    total = 0.0
-    for layer in model.layers:
-        kernel = getattr(layer, "kernel", None)
-        if kernel is not None:
-            places = np.prod(layer.output_shape[1:3]) if len(kernel.shape) == 4 else 1
-            total += (2 if layer.name == "stem" else 3) * 2 * float(np.prod(kernel.shape)) * places
-    return total
-
-
 def strided(images: tf.Tensor) -> tf.Tensor:
     """``IdentityShortcut`` as it is usually written."""
     channels = images.shape[-1]
@@ -69,8 +56,7 @@ def strided(images: tf.Tensor) -> tf.Tensor:
 
 def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
     """A matrix product, and the layers that a network is made of, forward and backward, by stage."""
-    square = tf.random.normal([GEMM, GEMM], dtype=compute)
-    found = {"GEMM": tf.function(lambda: tf.matmul(square, square))}
+    found = {"GEMM": matrix_product(compute)}
     for stage, (side, filters) in enumerate(((32, 16), (16, 32), (8, 64)), start=1):
         images = tf.random.normal([batch, side, side, filters], dtype=compute)
         convolution = type(model.get_layer("stem"))(
@@ -150,21 +136,21 @@ def profile(
     rate = floating_point_operations(pruned) * batch / step
     rows = [[name, f"{1e3 * m:.2f}", f"{spread:.0%}", f"{m / step:.1%}"] for name, (m, spread) in medians.items()]
     text = (
-        f"ResNet-{depth}, {compute.compute}, batch {batch}: {batch / step:.0f} images/s. Convolutions and classifier "
-        f"run at {rate / 1e9:.0f} GFLOP/s, {rate / gemm:.2f} of the {gemm / 1e9:.0f} GFLOP/s of a matrix product of "
-        f"{GEMM} x {GEMM}\n\n" + table(["part", "ms", "spread", "of a step"], rows)
+        f"ResNet-{depth}, {compute.compute}, batch {batch}: {batch / step:.0f} images/s. What convolutions and "
+        f"classifier multiply, over the whole step: {rate / 1e9:.0f} GFLOP/s, {rate / gemm:.2f} of the "
+        f"{gemm / 1e9:.0f} GFLOP/s of a matrix product of {GEMM} x {GEMM}\n\n"
+        + table(["part", "ms", "spread", "of a step"], rows)
     )
     return text, {"compute": compute.compute, "gemm": gemm, "rate": rate, "seconds": seconds}
 
 
 def main() -> None:
     """Measure, print the tables, write every figure."""
-    args = arguments(__doc__).parse_args()
+    args = arguments(__doc__, blocks=False).parse_args()
     images = data.load("synthetic", synthetic_sizes=(50000, 64))
-    rounds = args.rounds * args.steps
     with ExitStack() as streams:
         found = {
-            str(depth): profile(depth, args.batch, rounds, images, args.precision, streams) for depth in args.depth
+            str(depth): profile(depth, args.batch, args.rounds, images, args.precision, streams) for depth in args.depth
         }
     runs = {depth: content for depth, (_, content) in found.items()}
     report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
