@@ -5,7 +5,7 @@
     one node     horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6
     two nodes    horovodrun -np 8 -H a:4,b:4 python train_hvd.py --depth 44 --sparsity 0.6 --expect-ranks 8
     Kubernetes   kubectl apply -k k8s/overlays/gpu
-    SLURM        sbatch --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 slurm/super.sbatch
+    SLURM        sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 slurm/super.sbatch
 
 The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoints/, result.json. The same command
 goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.

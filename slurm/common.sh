@@ -20,6 +20,9 @@ MAX_RESTARTS=${MAX_RESTARTS:-20}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_ON_NODE:-0}
 PATH=$PWD/.venv/bin:$PATH
+if [[ $LAUNCHER != srun && -n ${CNNOPT_INTERFACE:-}${CNNOPT_PORT:-} ]]; then
+    refuse "CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not $LAUNCHER"
+fi
 
 # step: starts tasks; inside: gets each of them into the image.
 step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
@@ -44,7 +47,7 @@ describe() {  # where and with what this job runs
     echo "nodes     $(scontrol show hostnames | paste -sd ' '): $SLURM_NTASKS ranks, $GPUS GPUs a node"
     echo "commit    $(git describe --always --dirty 2>/dev/null || echo 'no git here')"
     echo "launcher  $LAUNCHER, $(srun --version)${CONTAINER:+, in $CONTAINER}"
-    [[ -n $CONTAINER ]] || python - <<'PYTHON'
+    [[ -n $CONTAINER ]] || python - <<'PYTHON' || true
 import platform
 from importlib.metadata import version
 

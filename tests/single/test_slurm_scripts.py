@@ -49,6 +49,16 @@ def test_a_signal_before_the_ranks_start_puts_the_job_back_into_the_queue(launch
     assert asked == ["--version", *(["hostname"] if launcher == "horovodrun" else [])]
 
 
+@pytest.mark.parametrize("name", ["CNNOPT_INTERFACE", "CNNOPT_PORT"])
+def test_a_network_is_not_ignored_by_other_launchers(name):
+    variables = {"SLURM_JOB_NAME": "test", "LAUNCHER": "pmix", name: "ib0"}
+    done = subprocess.run(
+        ["bash", "-c", ". slurm/common.sh"], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "test: CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not pmix\n"
+
+
 @pytest.mark.parametrize("name", ["slurm/super.sbatch", "slurm/quantize.sbatch", "docs/slurm.md"])
 def test_the_commands_it_shows_parse(name):
     text = (ROOT / name).read_text().replace("\\\n#", " ").replace("\\\n", " ")
