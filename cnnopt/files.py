@@ -1,11 +1,30 @@
-"""Files that are there whole or not at all. Standard library only."""
+"""Files that are there whole or not at all, and what they hold. Standard library only."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from cnnopt.errors import RunError
+from cnnopt.errors import RunError, UserError
+
+
+class ReadError(UserError):
+    """A file that cannot be used: one line that names it and the remedy."""
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ReadError, with ``remedy``."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ReadError(f"{path}: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ReadError(f"{path} is damaged: {remedy}")
+    return content
 
 
 class WriteError(RunError):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cnnopt.schedules import Timeline
     from cnnopt.training import SynchronousModel
 
-#: Peak learning rate as a share of the run's, annealed by a cosine: what NVIDIA's pytorch-quantization recommends.
+#: ``base_lr`` as a share of the run's, annealed by a cosine: what NVIDIA's pytorch-quantization recommends.
 RATE = 0.01
 
 

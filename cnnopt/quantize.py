@@ -87,13 +87,15 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
     environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
     with environment.quiet_stderr():
-        from cnnopt.export import card, convert, qat
+        from cnnopt.export import card, convert, pack, qat
 
     def make(model: Any, variant: str, label: str) -> card.Export:
         file = folder / f"{label}.tflite"
         content = convert.convert(model, variant, images.train_images[chosen])
         kernels = convert.file_kernels(content, file, variant, run.kernels())
         files.replace(file, content)
+        # Of what was here before; --pack makes it anew.
+        file.with_name(file.name + pack.SUFFIX).unlink(missing_ok=True)
         say(f"  {file}  {len(content):,} bytes")
         return card.Export(label, file, content, kernels)
 
@@ -178,6 +180,13 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
     parser.add_argument("--output-dir", type=Path, help="where the files go [beside the files named]")
     given = parser.parse_args(argv)
 
+    names = [path.name for path in given.files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if command == "pack" and given.output_dir and twice:
+        raise OptionError(
+            f"--output-dir {given.output_dir}: {twice[0]} is named twice; leave it out, or pack one by one"
+        )
+
     def folder_for(path: Path) -> Path:
         return writable(given.output_dir or path.parent, "give another --output-dir")
 
@@ -197,7 +206,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
                 raise OptionError(f"{path}: {error.strerror}; name an archive that pack wrote") from None
             name, content = pack.unpack(archive, path)
             target = folder_for(path) / name
-            if target.exists() and target.read_bytes() != content:
+            if target.exists() and (not target.is_file() or target.read_bytes() != content):
                 raise OptionError(f"{target} exists and differs; move it away, or give --output-dir")
             files.replace(target, content)
             print(f"{target}  {len(content):,} bytes, SHA-256 {tflite_file.digest(content)}")

@@ -41,12 +41,12 @@ class RunFolder:
         return cls(Path(config.run_dir).expanduser() / config.name)
 
     def check(self, config: TrainConfig) -> None:
-        """Raise ConfigError, within milliseconds, if this run cannot be written or continued here."""
+        """Raise UserError, within milliseconds, if this run cannot be written or continued here."""
         if self.config_file.exists():
-            try:
-                stored = dict(json.loads(self.config_file.read_text())["identity"])
-            except (OSError, ValueError, KeyError, TypeError):
-                raise ConfigError(f"{self.config_file} is damaged: give another --name, or move it away") from None
+            remedy = "give another --name, or move it away"
+            stored = files.read_json(self.config_file, remedy).get("identity")
+            if not isinstance(stored, dict):
+                raise ConfigError(f"{self.config_file} is damaged: {remedy}")
             difference = config.difference(stored)
             if difference:
                 raise ConfigError(
@@ -67,7 +67,7 @@ class RunFolder:
     def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
         """Make the folder, keep other processes out of it until this one ends, and note what runs in it.
 
-        Raises ConfigError; also where ``check`` does now, after another process has let go of the folder.
+        Raises UserError; also where ``check`` does now, after another process has let go of the folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
         lines = []
-        for text in self.metrics_file.read_text().splitlines():
+        for text in self.metrics_file.read_text(errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
@@ -133,12 +133,7 @@ class RunFolder:
         """What ``finish`` wrote; None for a run that is not complete."""
         if not self.result_file.exists():
             return None
-        try:
-            return dict(json.loads(self.result_file.read_text()))
-        except (OSError, ValueError, TypeError):
-            raise ConfigError(
-                f"{self.result_file} is damaged: delete it, and the same command writes it anew"
-            ) from None
+        return files.read_json(self.result_file, "delete it, and the same command writes it anew")
 
 
 def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:

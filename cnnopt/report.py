@@ -2,14 +2,13 @@
 
 Prints a table of what each run was asked, what came out, and what ``cnnopt.quantize`` measured of its files. With
 ``--output`` also DIR/comparison.md and .png (accuracy by epoch; accuracy against compressed size). Reads the run
-folders alone. Exit status: 0 done, 2 wrong input.
+folders alone. Exit status: 0 done, 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -45,19 +44,16 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """A run, finished or not. Raises ComparisonError."""
+    """A run, finished or not. Raises UserError."""
     folder = RunFolder(path)
-    try:
-        identity = dict(json.loads(folder.config_file.read_text())["identity"])
-        metrics = folder.metrics() if folder.metrics_file.exists() else []
-        card_file = path / "report.json"
-        card = json.loads(card_file.read_text()) if card_file.exists() else None
-        if card is not None and card["schema"] != SCHEMA:
-            raise ComparisonError(f"{card_file} is of another version of cnnopt: quantize the run again")
-    except OSError as error:
-        raise ComparisonError(f"{error.filename}: {error.strerror}; name folders that train_hvd.py made") from None
-    except (ValueError, KeyError, TypeError):
-        raise ComparisonError(f"{path}: config.json or report.json is damaged; restore it from a copy") from None
+    identity = files.read_json(folder.config_file, "name folders that train_hvd.py made").get("identity")
+    if not isinstance(identity, dict):
+        raise ComparisonError(f"{folder.config_file} is damaged: restore it from a copy")
+    metrics = folder.metrics() if folder.metrics_file.exists() else []
+    card_file = path / "report.json"
+    card = files.read_json(card_file, "quantize the run again") if card_file.exists() else None
+    if card is not None and (card.get("schema") != SCHEMA or "files" not in card):
+        raise ComparisonError(f"{card_file} is of another version of cnnopt: quantize the run again")
     return Run(path.resolve().name, identity, metrics, folder.result_file.exists(), card)
 
 

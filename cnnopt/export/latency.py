@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from cnnopt import environment
+from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.export import tflite_file
 
@@ -107,39 +108,49 @@ def _child(connection: Connection, path: Path, threads: Sequence[int], seconds: 
     try:
         connection.send([one(path, count, seconds) for count in threads])
     except CnnoptError as error:
-        connection.send(str(error))
+        connection.send(error)
+
+
+def _measured(path: Path, threads: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """``one`` for each number of threads, in a process of its own."""
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    process = fork.Process(target=_child, args=(send, path, threads, seconds))
+    process.start()
+    send.close()
+    try:
+        outcome = receive.recv()
+    except EOFError:
+        process.join()
+        outcome = LatencyError(f"{path} ended the process that ran it (status {process.exitcode}); export it again")
+    process.join()
+    if isinstance(outcome, CnnoptError):
+        raise outcome
+    return outcome
+
+
+def _counts(text: str) -> list[int]:
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"'{text}': give numbers with commas, such as 1,2")
+    return [int(count) for count in counts]
 
 
 def main() -> int:
-    """Measure the files of the command line."""
-    parser = argparse.ArgumentParser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
+    """Measure the files of the command line; every expected failure is one line and an exit status."""
+    parser = Parser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--threads", default=f"1,{environment.cores()}", help="numbers of threads, with commas")
+    parser.add_argument("--threads", type=_counts, default=[1, environment.cores()], help="numbers, with commas")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    given = parser.parse_args()
-    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
-    with environment.quiet_stderr():
-        import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
-
-    fork = multiprocessing.get_context("fork")
-    results = []
-    for path in given.files:
-        receive, send = fork.Pipe(duplex=False)
-        counts = [int(count) for count in given.threads.split(",")]
-        process = fork.Process(target=_child, args=(send, path, counts, given.seconds))
-        process.start()
-        send.close()
-        try:
-            outcome = receive.recv()
-        except EOFError:
-            process.join()
-            outcome = f"{path} ended the process that ran it (status {process.exitcode}); export it again"
-        process.join()
-        if isinstance(outcome, str):
-            print(f"cnnopt.export.latency: {outcome}", file=sys.stderr)
-            return 1
-        results.append(outcome)
-    print(json.dumps(results))
+    try:
+        given = parser.parse_args()
+        environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+        with environment.quiet_stderr():
+            import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
+        print(json.dumps([_measured(path, given.threads, given.seconds) for path in given.files]))
+    except CnnoptError as error:
+        print(f"cnnopt.export.latency: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -144,4 +145,7 @@ def _unpack(packed: bytes) -> tuple[str, bytes]:
     if tflite_file.digest(restored) != manifest["sha256"]:
         raise ValueError("SHA-256 differs from the packed file's")
     # The name is only a name: it must not lead out of the folder that the user has chosen.
-    return Path(str(name)).name or "unpacked.tflite", restored
+    name = Path(str(name)).name
+    if not name.isprintable() or name in ("", "..") or len(os.fsencode(name)) > 255:
+        raise ValueError(f"{name!r} is no name for a file")
+    return name, restored

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cnnopt import checkpoint
+from cnnopt import checkpoint, files
 from cnnopt.errors import UserError
 from cnnopt.record import RunFolder
 
@@ -19,6 +19,9 @@ from cnnopt.record import RunFolder
 RANGE = ("moving_min:0", "moving_max:0")
 #: What the centroids of a clustered kernel are called there.
 CENTROIDS = "centroids:0"
+
+#: What of a run's identity is read here and by what exports it.
+NEEDED = {"dataset": str, "depth": int, "seed": int, "batch_size": int}
 
 
 class TrainedError(UserError):
@@ -90,18 +93,20 @@ def weight_shapes(depth: int, num_classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def read(path: Path) -> TrainedRun:
-    """The run in folder ``path``. Raises TrainedError, in well under a second, where it cannot be exported."""
+    """The run in folder ``path``. Raises UserError, in well under a second, where it cannot be exported."""
     folder = RunFolder(path)
-    if not path.is_dir():
+    # Not Path.is_dir, which raises where the name is too long.
+    if not os.path.isdir(path):
         raise TrainedError(f"{path}: no such run folder; name one that train_hvd.py made")
-    config = _json(folder.config_file, "name a folder that train_hvd.py made")
-    if not isinstance(identity := config.get("identity"), dict) or type(identity.get("depth")) is not int:
+    config = files.read_json(folder.config_file, "name a folder that train_hvd.py made")
+    identity = config.get("identity")
+    if not isinstance(identity, dict) or any(type(identity.get(name)) is not kind for name, kind in NEEDED.items()):
         raise TrainedError(f"{folder.config_file} is damaged: restore it from a copy, or train again")
     if not folder.result_file.exists():
         raise TrainedError(
             f"{path}: this run never finished (no result.json); go on with the same train_hvd.py command"
         )
-    result = _json(folder.result_file, "restore it from a copy")
+    result = files.read_json(folder.result_file, "restore it from a copy")
     found, skipped = checkpoint.newest(folder.checkpoints)
     if found is None:
         why = f" ({skipped[0][1]})" if skipped else ""
@@ -126,19 +131,9 @@ def read_baseline(path: Path, run: TrainedRun) -> TrainedRun:
             )
     if baseline.sparsity > 0.01:
         raise TrainedError(f"--baseline {path}: {baseline.sparsity:.0%} of its weights are zero; name a dense run")
+    if all(np.array_equal(kernel, run.kernels()[layer]) for layer, kernel in baseline.kernels().items()):
+        raise TrainedError(f"--baseline {path}: its weights are those of {run.path}; name another run, or leave it out")
     return baseline
-
-
-def _json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise TrainedError(f"{path}: {error.strerror}; {remedy}") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise TrainedError(f"{path} is damaged: {remedy}")
-    return content
 
 
 def _select(found: checkpoint.Checkpoint, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,11 +14,16 @@ pytestmark = pytest.mark.timeout(900)
 def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
     path = make_run(tmp_path / "run")
     run = trained.read(path)
-    job = start(2, "-m", "cnnopt.finetune", str(path), "1", "--clusters", "0", "16")
+    flags = "--qat 1 --clusters 16 --variants int8-qat,clustered-int8-qat --calibration 64"
+    job = start(2, "-m", "cnnopt.quantize", str(path), *flags.split())
     assert job.wait() == 0, job.output()
     assert "ranks: 2" in job.output()
     for clusters in (0, 16):
         check(run, trained.read(run.fine_tuned(1, clusters)), clusters)
+    # By the first rank, which has become cnnopt.quantize again.
+    report = json.loads((path / "report.json").read_text())
+    assert [entry["name"] for entry in report["files"]] == ["float32", "int8-qat", "clustered-int8-qat"]
+    assert report["calibration"]["count"] == 64
 
 
 def check(run, tuned, clusters):

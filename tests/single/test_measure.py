@@ -322,6 +322,9 @@ def test_a_forged_manifest_is_refused(small_file, changes):
 def test_a_name_in_an_archive_leads_nowhere(small_file):
     archive = rebuilt(pack(small_file[0], Path("small.tflite")), name="../../etc/passwd")
     assert unpack(archive, Path("a.zip"))[0] == "passwd"
+    for name in ("..", "", "a\0b", "\ud800", "x" * 300, "\x1b[2J"):
+        with pytest.raises(PackError):
+            unpack(rebuilt(archive, name=name), Path("a.zip"))
 
 
 def test_a_damaged_tflite_file_is_refused_or_read_but_never_crashes(small_file, tmp_path):

@@ -41,6 +41,8 @@ def trained(tmp_path_factory):
     )
     assert tuned.returncode == 0, tuned.stderr
     (folder / "horovod.py").write_text("raise ImportError('no Horovod here')")
+    (folder / "t/export").mkdir()
+    (folder / "t/export/float32.tflite.packed.zip").write_text("of an earlier file")
     flags = f"--variants {','.join(MADE)} --clusters 16 --qat 1 --calibration 64 --pack --baseline {dense}"
     done = quantize(folder / "t", *flags.split(), PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
@@ -222,6 +224,7 @@ def test_packed_files_come_back_bit_for_bit_near_the_entropy(trained, tmp_path):
         assert packed["over_weights_entropy"] <= 0.1
         assert main(["unpack", str(path / packed["file"]), "--output-dir", str(tmp_path)]) == 0
         assert (tmp_path / f"{name}.tflite").read_bytes() == (path / entry["file"]).read_bytes()
+    assert not (path / "export/float32.tflite.packed.zip").exists(), "the archive of an earlier file was left"
 
 
 def test_pack_and_unpack_on_the_command_line(trained, tmp_path):
@@ -233,6 +236,8 @@ def test_pack_and_unpack_on_the_command_line(trained, tmp_path):
     (tmp_path / "int8.tflite").unlink()
     assert main(["unpack", f"{file}.packed.zip"]) == 0
     assert (tmp_path / "int8.tflite").read_bytes() == whole
+    (tmp_path / "taken/int8.tflite").mkdir(parents=True)
+    assert main(["unpack", f"{file}.packed.zip", "--output-dir", str(tmp_path / "taken")]) == 2
 
 
 def test_terminal_and_markdown_hold_the_figures(trained):
@@ -259,8 +264,9 @@ def test_documented_keys_are_those_of_the_report(trained):
             for key, inner in value.items():
                 # Layers and packages are named by their own names, not by the schema.
                 yield from [key, *(keys(inner) if key not in ("layers", "packages") else [])]
-        elif isinstance(value, list) and value:
-            yield from keys(value[0])
+        elif isinstance(value, list):
+            for item in value:
+                yield from keys(item)
 
     assert not {key for key in keys(trained[1]) if f"`{key}`" not in text}
 
@@ -323,6 +329,7 @@ def test_wrong_flags(no_tensorflow, tmp_path, capsys, flags, words):
 def test_no_run_and_no_arguments(no_tensorflow, tmp_path, capsys):
     assert "no such run folder" in refused(capsys, tmp_path / "none")
     assert "config.json" in refused(capsys, tmp_path)
+    assert "no such run folder" in refused(capsys, "x" * 300)
     assert "run" in refused(capsys)
 
 
@@ -332,7 +339,7 @@ def test_a_run_that_never_finished(no_tensorflow, tmp_path, capsys):
     assert "never finished" in refused(capsys, run)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "null", "[" * 100_000, '{"identity": {"depth": "20"}}'], ids=repr)
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "[" * 100_000, '{"identity": {"depth": 20}}'], ids=repr)
 def test_damaged_config_and_result(no_tensorflow, tmp_path, capsys, content):
     for name in ("config.json", "result.json"):
         run = make_run(tmp_path / name)
@@ -385,6 +392,8 @@ def test_a_baseline_that_cannot_be_compared(no_tensorflow, tmp_path, capsys):
     (other / "config.json").write_text(json.dumps(config))
     checkpoint.save(other / "checkpoints", STEP, found.arrays, {"identity": config["identity"]})
     assert "dataset is digits" in refused(capsys, run, "--baseline", other)
+    dense = make_run(tmp_path / "dense", sparsity=0.0)
+    assert "its weights are those of" in refused(capsys, dense, "--baseline", dense)
 
 
 def test_nowhere_to_write(no_tensorflow, tmp_path, capsys):
@@ -425,6 +434,8 @@ def test_pack_and_unpack_refuse_other_files(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
     file.write_bytes(b"\x1c\0\0\0TFL3" + bytes(range(200)))
     assert "damaged .tflite file" in refused(capsys, "pack", file)
+    other = tmp_path / "other" / file.name
+    assert "x.tflite is named twice" in refused(capsys, "pack", file, other, "--output-dir", tmp_path)
 
 
 def test_a_mistake_is_said_by_one_rank(monkeypatch, capsys):
