@@ -30,16 +30,18 @@ def orthogonalized(matrices: tf.Tensor) -> tf.Tensor:
 
     Only about: the singular values come out between 0.7 and 1.2, which is all that a step needs. Zeros stay zeros.
     An iteration is x -> x p(x^T x), and so x^T x -> p x^T x p: all but the ends is done with matrices of
-    [columns, columns], a ninth of a kernel's size or less.
+    [columns, columns], a ninth of the kernel between equal numbers of channels.
     """
     a, b, c = QUINTIC
-    one = tf.eye(matrices.shape[-1])
+    diagonal = a * tf.eye(matrices.shape[-1])
     x = matrices / (tf.norm(matrices, axis=[-2, -1], keepdims=True) + 1e-7)
     for iterations in ITERATIONS:
-        gram, product = tf.matmul(x, x, transpose_a=True), one
-        for _ in range(iterations):
-            p = a * one + b * gram + c * tf.matmul(gram, gram)
-            gram, product = tf.matmul(tf.matmul(p, gram), p), tf.matmul(product, p)
+        gram = tf.matmul(x, x, transpose_a=True)
+        product = p = diagonal + b * gram + c * tf.matmul(gram, gram)
+        for _ in range(iterations - 1):
+            gram = tf.matmul(tf.matmul(p, gram), p)
+            p = diagonal + b * gram + c * tf.matmul(gram, gram)
+            product = tf.matmul(product, p)
         x = tf.matmul(x, product)
     return x
 
