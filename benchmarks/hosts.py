@@ -117,7 +117,7 @@ def start(
                 "RANK": rank, "SIZE": ranks, "LOCAL_RANK": local, "LOCAL_SIZE": locals_,
                 "CROSS_RANK": rank if on.names else 0, "CROSS_SIZE": ranks if on.names else 1,
                 "HOSTNAME": where[rank % len(where)], "GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port,
-                "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_TIMEOUT_SECONDS": 300,
+                "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_TIMEOUT_SECONDS": 3600,
             }  # fmt: skip
             # Where there are more ranks than cores, they take the cores in turn.
             share = slice(rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks)
@@ -134,7 +134,7 @@ def start(
                 )
             )  # fmt: skip
             processes.append(contestants[-1])
-        yield Contestant(name, contestants)
+        yield Contestant(name, contestants, restless=horovod)
     finally:
         Contestant(name, processes).end()
 

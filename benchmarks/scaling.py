@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from hosts import bits_per_second, hosts, start
 from scipy.optimize import nnls
-from side_by_side import arguments, interleave, median_and_spread, report, table
+from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
 
 WORKER = "benchmarks/workers/ours.py"
 EXCHANGES = {
@@ -75,7 +75,8 @@ def on_this_machine(args, depth: int) -> tuple[str, dict]:
         )
         kind = "weak and strong" if ranks == 1 else "weak" if batch == args.batch else "strong"
         speeds = [f"{ranks * batch / alone:.0f}", f"{ranks * batch / exchanged:.0f} ±{spread:.0%}"]
-        rows.append([kind, ranks, batch, *speeds, f"{alone / exchanged:.3f}"])
+        kept = ratio(*(seconds[f"{ranks}x{batch} {name}"] for name in ("none", "dense")), digits=3)
+        rows.append([kind, ranks, batch, *speeds, kept])
     heads = ["scaling", "ranks", "images a rank", "images/s, no exchange", "images/s", "kept"]
     return table(heads, rows), seconds
 

@@ -3,7 +3,7 @@
 Each contestant is a group of processes, one a rank, that stay up for the whole comparison. A rank reads one line of
 JSON from standard input, ``{"steps": 20, ...}``, does it, and answers ``@@ {"seconds": ...}``. A block counts with the
 seconds of its slowest rank. Whatever else the machine does hits all contestants alike, as they take turns every few
-seconds. Those that wait are stopped: Horovod's thread would look for work all the while, on the same cores.
+seconds. Those that wait and have Horovod are stopped: its thread would look for work all the while, on the same cores.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ANSWER = "@@ "
 
 
 class Contestant:
-    """Running ranks, which answer one request at a time."""
+    """Running ranks, which answer one request at a time; those that are ``restless`` take time while they wait too."""
 
-    def __init__(self, name: str, ranks: Sequence[subprocess.Popen[str]]) -> None:
-        self.name, self.ranks = name, list(ranks)
+    def __init__(self, name: str, ranks: Sequence[subprocess.Popen[str]], *, restless: bool = False) -> None:
+        self.name, self.ranks, self.restless = name, list(ranks), restless
 
     def ask(self, **request: Any) -> list[dict[str, Any]]:
         """Every rank's answer to ``request``; raises RuntimeError, with the log's place, if one ends instead."""
@@ -51,13 +51,16 @@ class Contestant:
         raise RuntimeError(f"{self.name}: rank {rank} has ended; see benchmarks/logs/{self.name}.{rank}.txt")
 
     def stop(self) -> None:
-        """Take no more of the processor until ``go_on``."""
-        for process in self.ranks:
+        """Take no more of the processor until ``go_on``.
+
+        Only where it matters: MultiWorkerMirroredStrategy gives up ranks that are silent for 10 seconds.
+        """
+        for process in self.ranks if self.restless else ():
             process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
         """After ``stop``."""
-        for process in self.ranks:
+        for process in self.ranks if self.restless else ():
             process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
@@ -84,7 +87,7 @@ def open_log(name: str, rank: int) -> Any:
 def interleave(
     turns: Mapping[str, tuple[Contestant, dict[str, Any]]], *, rounds: int, before: Any = lambda turn: None
 ) -> dict[str, list[float]]:
-    """Seconds a step of each turn in each of ``rounds`` rounds, each of which begins with another contestant.
+    """Seconds a step of each turn in each of ``rounds`` rounds, each of which begins with another turn.
 
     ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first. Two short
     rounds go before the first: one in which models are built and compiled, and one in which TensorFlow prepares again

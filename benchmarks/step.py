@@ -5,7 +5,7 @@ The whole step takes turns with the same step without pruning, with one resident
 and with another optimizer; the stages' convolutions and normalisations take turns by themselves, forward and backward.
 Saving and recording are timed as the training thread sees them.
 
-    .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --out docs/benchmarks/step.json
+    .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --rounds 10 --out docs/benchmarks/step.json
 """
 
 import sys

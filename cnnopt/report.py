@@ -49,10 +49,13 @@ def read(path: Path) -> Run:
     identity = files.read_json(folder.config_file, "name folders that train_hvd.py made").get("identity")
     if not isinstance(identity, dict):
         raise ComparisonError(f"{folder.config_file} is damaged: restore it from a copy")
-    metrics = folder.metrics() if folder.metrics_file.exists() else []
+    try:
+        metrics = folder.metrics() if folder.metrics_file.exists() else []
+    except OSError as error:
+        raise ComparisonError(f"{folder.metrics_file}: {error.strerror}; restore it from a copy") from None
     card_file = path / "report.json"
     card = files.read_json(card_file, "quantize the run again") if card_file.exists() else None
-    if card is not None and (card.get("schema") != SCHEMA or "files" not in card):
+    if card is not None and (card.get("schema") != SCHEMA or not isinstance(card.get("files"), list)):
         raise ComparisonError(f"{card_file} is of another version of cnnopt: quantize the run again")
     return Run(path.resolve().name, identity, metrics, folder.result_file.exists(), card)
 

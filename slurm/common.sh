@@ -2,8 +2,8 @@
 # What the job scripts share; sourced in the repository. Variables of the user's, before sbatch or with --export:
 #
 #   LAUNCHER          srun (default), horovodrun (needs ssh between the nodes), pmix (needs a Horovod built with MPI)
-#   CNNOPT_INTERFACE  network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
-#   CNNOPT_PORT       port of the rendezvous  [any free one]
+#   CNNOPT_INTERFACE  with srun: network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
+#   CNNOPT_PORT       with srun: port of the rendezvous  [any free one]
 #   CONTAINER         image.sif: run in Apptainer; anything else: an image for pyxis
 #   CNNOPT_MOUNTS     folders that the container sees besides this one, such as /shared/cifar,/scratch/runs
 #   MAX_RESTARTS      how often a job that was stopped or broken is queued again  [20]

@@ -121,7 +121,7 @@ def read(path: Path) -> TrainedRun:
 
 
 def read_baseline(path: Path, run: TrainedRun) -> TrainedRun:
-    """The run to compare ``run`` with. Raises TrainedError unless it is a dense run of the same network and data."""
+    """The run to compare ``run`` with. Raises UserError unless it is a dense run of the same network and data."""
     baseline = read(path)
     for field in ("dataset", "depth"):
         if baseline.identity[field] != run.identity[field]:
@@ -131,7 +131,8 @@ def read_baseline(path: Path, run: TrainedRun) -> TrainedRun:
             )
     if baseline.sparsity > 0.01:
         raise TrainedError(f"--baseline {path}: {baseline.sparsity:.0%} of its weights are zero; name a dense run")
-    if all(np.array_equal(kernel, run.kernels()[layer]) for layer, kernel in baseline.kernels().items()):
+    kernels = run.kernels()
+    if all(np.array_equal(kernel, kernels[layer]) for layer, kernel in baseline.kernels().items()):
         raise TrainedError(f"--baseline {path}: its weights are those of {run.path}; name another run, or leave it out")
     return baseline
 

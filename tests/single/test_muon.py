@@ -45,13 +45,14 @@ def test_rounding_errors_stay_small_whatever_the_singular_values(shape, smallest
         return tf.bitcast(tf.bitwise.bitwise_and(bits + 0x1000, tf.constant(0xFFFFE000, tf.uint32)), tf.float32)
 
     monkeypatch.setattr(tf, "matmul", lambda x, y, **how: matmul(tensor_float_32(x), tensor_float_32(y), **how))
-    assert 1e-4 < spectral_error(matrix) < 0.1
+    rounded = spectral_error(matrix)
+    assert 1e-4 < rounded < 0.1
     monkeypatch.setattr(muon, "ITERATIONS", (5,))
-    assert spectral_error(matrix) > 0.1 or smallest == 1
+    assert spectral_error(matrix) > 3 * rounded or smallest == 1
 
 
 def test_a_gradient_of_zeros_moves_nothing():
-    np.testing.assert_array_equal(muon.orthogonalized(tf.zeros([2, 4, 6])), np.zeros([2, 4, 6]))
+    np.testing.assert_array_equal(muon.orthogonalized(tf.zeros([2, 6, 4])), np.zeros([2, 6, 4]))
 
 
 def orthogonal(kernel: np.ndarray) -> np.ndarray:
