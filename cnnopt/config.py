@@ -210,7 +210,9 @@ def _validate(config: TrainConfig) -> None:
         every = parse_duration(config.save_every, allowed="esm")
     except ValueError as error:
         raise ConfigError(f"--save-every: {error}") from None
-    if not every.value or (every.unit != "m" and every.value % 1):
+    if not every.value:
+        refuse("save_every", "must be above 0")
+    if every.unit != "m" and every.value % 1:
         refuse("save_every", "give whole epochs or steps; steps (s) or minutes (m) for parts of an epoch")
     try:
         drops = parse_drops(config.lr_drops)

@@ -182,7 +182,7 @@ REFUSED = [
     ("--sparsity 0.8 --sparsity-schedule none", "--sparsity 0.8: ", "drop one"),
     ("--seed 4294967296", "--seed 4294967296: ", "below 2^32"),
     ("--save-every 5%", "--save-every: '5%'", "'2m' (minutes)"),
-    ("--save-every 0m", "--save-every 0m: ", "give whole epochs or steps"),
+    ("--save-every 0m", "--save-every 0m: ", "must be above 0"),
     ("--save-every 0.25e", "--save-every 0.25e: ", "give whole epochs or steps"),
     ("--sparsity 60", "--sparsity 60.0: ", "60% is 0.6"),
     ("--lr-drops 80:0.1 --lr-schedule step", "--lr-drops: '80:0.1'", "write for example '80e:0.1'"),
