@@ -25,9 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import numpy as np
+from side_by_side import command
 
 from cnnopt import data, environment, record
 from cnnopt.errors import CnnoptError, UserError
@@ -183,10 +182,9 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     settings = {"rounds": given.rounds, "seconds": given.seconds, "images": len(test)}
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     machine["commit"] = record.environment({})["commit"]
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return {
         "run": str(given.run),
-        "command": command,
+        "command": command(),
         "created": created,
         "machine": machine,
         **settings,

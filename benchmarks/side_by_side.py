@@ -143,15 +143,19 @@ def machine() -> dict[str, Any]:
     return {**found, "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "load_average": load[0]}
 
 
+def command() -> str:
+    """The command line of this process."""
+    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
 def report(out: Path | None, text: str, content: Mapping[str, Any]) -> None:
     """Print the table, and write it with all single figures to ``out``."""
     where = machine()
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
-    print(f"{text}\n\n`{command}`, {where['measured']}; {where['cpu']}, {where['cores']} cores, load before the report "
-          f"{where['load_average']:.1f}; {versions}; commit {where['commit']}")  # fmt: skip
+    print(f"{text}\n\n`{command()}`, {where['measured']}; {where['cpu']}, {where['cores']} cores, load before the "
+          f"report {where['load_average']:.1f}; {versions}; commit {where['commit']}")  # fmt: skip
     if out is not None:
-        out.write_text(json.dumps({"command": command, "machine": where, **content}, indent=1) + "\n")
+        out.write_text(json.dumps({"command": command(), "machine": where, **content}, indent=1) + "\n")
 
 
 def arguments(description: str | None, *, blocks: bool = True) -> argparse.ArgumentParser:

@@ -40,14 +40,17 @@ class RunFolder:
         assert config.name is not None
         return cls(Path(config.run_dir).expanduser() / config.name)
 
+    def identity(self, remedy: str) -> dict[str, Any]:
+        """What config.json holds of ``TrainConfig.identity``. Raises files.ReadError, with ``remedy``."""
+        identity = files.read_json(self.config_file, remedy).get("identity")
+        if not isinstance(identity, dict):
+            raise files.ReadError(f"{self.config_file} is damaged: {remedy}")
+        return identity
+
     def check(self, config: TrainConfig) -> None:
         """Raise UserError, within milliseconds, if this run cannot be written or continued here."""
         if self.config_file.exists():
-            remedy = "give another --name, or move it away"
-            stored = files.read_json(self.config_file, remedy).get("identity")
-            if not isinstance(stored, dict):
-                raise ConfigError(f"{self.config_file} is damaged: {remedy}")
-            difference = config.difference(stored)
+            difference = config.difference(self.identity("give another --name, or move it away"))
             if difference:
                 raise ConfigError(
                     f"{self.path} holds a run of another configuration ({difference}): go on as it was, or give --name"

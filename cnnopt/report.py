@@ -46,9 +46,7 @@ class Run:
 def read(path: Path) -> Run:
     """A run, finished or not. Raises UserError."""
     folder = RunFolder(path)
-    identity = files.read_json(folder.config_file, "name folders that train_hvd.py made").get("identity")
-    if not isinstance(identity, dict):
-        raise ComparisonError(f"{folder.config_file} is damaged: restore it from a copy")
+    identity = folder.identity("name folders that train_hvd.py made")
     try:
         metrics = folder.metrics() if folder.metrics_file.exists() else []
     except OSError as error:

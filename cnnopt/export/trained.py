@@ -98,9 +98,8 @@ def read(path: Path) -> TrainedRun:
     # Not Path.is_dir, which raises where the name is too long.
     if not os.path.isdir(path):
         raise TrainedError(f"{path}: no such run folder; name one that train_hvd.py made")
-    config = files.read_json(folder.config_file, "name a folder that train_hvd.py made")
-    identity = config.get("identity")
-    if not isinstance(identity, dict) or any(type(identity.get(name)) is not kind for name, kind in NEEDED.items()):
+    identity = folder.identity("name a folder that train_hvd.py made")
+    if any(type(identity.get(name)) is not kind for name, kind in NEEDED.items()):
         raise TrainedError(f"{folder.config_file} is damaged: restore it from a copy, or train again")
     if not folder.result_file.exists():
         raise TrainedError(

@@ -19,7 +19,7 @@ from cnnopt import callbacks, checkpoint, monitoring, record, resume
 from cnnopt.config import ConfigError
 from cnnopt.distributed import World
 from cnnopt.environment import versions
-from cnnopt.errors import UserError
+from cnnopt.files import ReadError
 from cnnopt.record import RunFolder, environment, summarize
 from cnnopt.schedules import Duration, Timeline
 
@@ -103,7 +103,7 @@ def test_a_result_says_that_the_run_is_complete(folder):
 
 
 def refusal(config) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises((ConfigError, ReadError)) as caught:
         RunFolder.of(config).check(config)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
@@ -251,7 +251,7 @@ def test_a_damaged_result_is_one_line(tmp_path):
     assert folder.result() == {"accuracy": 0.5}
     for damage in ("{", "[1]", ""):
         folder.result_file.write_text(damage)
-        with pytest.raises(UserError, match=r"result\.json is damaged: delete it"):
+        with pytest.raises(ReadError, match=r"result\.json is damaged: delete it"):
             folder.result()
 
 
