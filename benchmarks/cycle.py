@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""How often Horovod's background thread should look for work: what an exchange waits against what looking costs.
+"""What Horovod's threads take from those that compute: by how often they look for work, and by their priority.
 
-Two ranks on this machine for each ``HOROVOD_CYCLE_TIME``, all of which take turns, with the exchange and without. An
-exchange waits for the next cycle, or the one after it; and each cycle takes time from the thread that computes.
+Two ranks on this machine for each ``HOROVOD_CYCLE_TIME``, which take turns, with the exchange and without, Horovod's
+threads giving way, as in the program, and with the priority of all others. The latter needs root to be undone.
 
-    .venv/bin/python benchmarks/cycle.py --depth 20 44 --out docs/benchmarks/cycle.json
+    sudo .venv/bin/python benchmarks/cycle.py --depth 20 44 --out cycle.json
 """
 
 import contextlib
+import os
 import statistics
 import sys
 
@@ -20,11 +21,13 @@ WORKER = "benchmarks/workers/ours.py"
 def main() -> None:
     """Measure, print the table, write every figure."""
     parser = arguments(__doc__)
-    parser.add_argument("--cycles", type=float, nargs="+", default=[1, 2, 4, 10], help="milliseconds")
+    parser.add_argument("--cycles", type=float, nargs="+", default=[1], help="milliseconds")
     args = parser.parse_args()
+    if os.geteuid():
+        sys.exit("a thread that gives way gets its priority back from root alone: run this with sudo")
     rows, content = [], {}
     for depth in args.depth:
-        turns = {}
+        turns, shares = {}, {}
         with contextlib.ExitStack() as stack:
             for cycle in args.cycles:
                 ours = stack.enter_context(
@@ -32,24 +35,35 @@ def main() -> None:
                           environment={"HOROVOD_CYCLE_TIME": f"{cycle:g}"})
                 )  # fmt: skip
                 for exchange in ("none", "dense", "sparse"):
-                    turns[f"{cycle:g} {exchange}"] = (ours, {"steps": args.steps, "exchange": exchange})
+                    for way, gives_way in (("give way", True), ("as others", False)):
+                        request = {"steps": args.steps, "exchange": exchange, "gives_way": gives_way}
+                        turns[f"{cycle:g}/{way}/{exchange}"] = (ours, request)
             compute = ours.ask(steps=1)[0]["compute"]
             seconds = interleave(turns, rounds=args.rounds)
-        # Of the round, over all cycles: what is left out does not wait for any.
+            for contestant, _ in turns.values():
+                contestant.stop()
+            for turn, (contestant, request) in turns.items():
+                contestant.go_on()
+                shares[turn] = [found["horovods_seconds"] / found["seconds"] for found in contestant.ask(**request)]
+                contestant.stop()
+        # Of the round, over all cycles: what is left out waits for none.
         alone = [
             statistics.median(found)
-            for found in zip(*(v for k, v in seconds.items() if k.endswith("none")), strict=True)
+            for found in zip(*(v for k, v in seconds.items() if k.endswith("give way/none")), strict=True)
         ]
         for turn, values in seconds.items():
             middle, spread = median_and_spread(values)
-            cycle, exchange = turn.split()
-            kind = "left out" if exchange == "none" else exchange
+            cycle, way, exchange = turn.split("/")
             rows.append(
-                [f"ResNet-{depth}", cycle, kind, f"{1e3 * middle:.1f} ±{spread:.0%}", ratio(alone, values, digits=3)]
-            )
-        content[str(depth)] = {"compute": compute, "seconds": seconds}
+                [f"ResNet-{depth}", cycle, way, "left out" if exchange == "none" else exchange,
+                 f"{1e3 * middle:.1f} ±{spread:.0%}", ratio(alone, values, digits=3),
+                 ratio(seconds[f"{cycle}/as others/{exchange}"], values, digits=3),
+                 f"{statistics.mean(shares[turn]):.1%}"]
+            )  # fmt: skip
+        content[str(depth)] = {"compute": compute, "seconds": seconds, "horovods_share": shares}
     text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
-    heads = ["network", "cycle, ms", "exchange", "ms a step", "of the speed without exchange"]
+    heads = ["network", "cycle, ms", "Horovod's threads", "exchange", "ms a step", "of the speed without exchange",
+             "giving way makes it faster by", "Horovod's threads, of a core"]  # fmt: skip
     report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})
 
 

@@ -43,7 +43,7 @@ def start_table(
     rows = {
         "run": folder.path,
         "ranks": f"{world.size} ({', '.join(f'{host}: {len(d)} x {d[0]}' for host, d in hosts.items())})",
-        "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank; Horovod cycle {settings['HOROVOD_CYCLE_TIME']} ms",
+        "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank",
         "data": f"{config.dataset}, {timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank",
         "batch": f"{config.batch_size} ({config.batch_size // world.size} a rank)",
         "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",

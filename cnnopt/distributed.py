@@ -105,13 +105,7 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
     }
-    others = {
-        **environment.TENSORFLOW,
-        "OMP_NUM_THREADS": str(threads),
-        # An exchange waits for one cycle or two, and every cycle takes compute time from a small host
-        # (docs/benchmarks.md, "Horovod's cycle").
-        "HOROVOD_CYCLE_TIME": "2" if threads <= 2 else "1",
-    }
+    others = {**environment.TENSORFLOW, "OMP_NUM_THREADS": str(threads)}
     if deterministic:
         # Fusion order is the one source of non-determinism that Horovod's maintainers name.
         numbers["HOROVOD_FUSION_THRESHOLD"] = "0"
@@ -147,8 +141,10 @@ def start(*, verbose: bool) -> World:
     said, launcher = launched()
     tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TF_NUM_INTRAOP_THREADS"]))
     tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TF_NUM_INTEROP_THREADS"]))
+    before = environment.threads()
     # Horovod: initialise before anything that needs the rank.
     hvd.init()
+    horovods = environment.threads() - before
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if world.size != said.size:
         raise LaunchError(
@@ -156,6 +152,9 @@ def start(*, verbose: bool) -> World:
             "horovodrun or cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
         )
     _pin(world)
+    if device() == "CPU":
+        # They look for work a thousand times a second, on the cores that compute.
+        environment.give_way(horovods)
     return world
 
 

@@ -1,4 +1,4 @@
-"""What must be set before TensorFlow is imported, and how to keep its C++ code from talking over the output."""
+"""What a rank asks of its host, and what must be set before TensorFlow is imported."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 #: The variable by which malloc asks for huge pages.
 ASKS_FOR_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 CPUINFO = Path("/proc/cpuinfo")
+#: What is added to the nice value of a thread that gives way: it gets a tenth of a core that another wants too.
+NICER = 10
 #: Which programs the kernel gives memory in pages of 2 MB: all, those that ask, or none.
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -87,6 +89,24 @@ def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
         if name not in os.environ and "[madvise]" in policy.read_text():
             os.environ[name] = value
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def threads() -> set[int]:
+    """The threads of this process, by the kernel's ids."""
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def give_way(waiting: Iterable[int]) -> None:
+    """Keep threads that wake often from interrupting those that compute; they run on once a core is free, or by turns.
+
+    By SCHED_BATCH, which preempts nobody (sched(7)). Not by SCHED_IDLE: beside one busy program of anybody's on the
+    same core, the exchange would wait for that (docs/benchmarks.md, "Horovod's threads"). Where the kernel refuses,
+    or the thread has ended, nothing but speed is lost.
+    """
+    for thread in waiting:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ Usage: horovodrun -np N python ranks_worker.py DEST [WEIGHTS_OF_ONE_RANK]
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from cnnopt import distributed
+from cnnopt import distributed, environment
 from cnnopt.config import TrainConfig
 
 distributed.prepare(distributed.launched()[0], deterministic=True, verbose=False)
@@ -109,9 +110,18 @@ def overflow_on_one_rank(optimizer: str) -> dict[str, bool]:
     return {"finite": bool(logs["finite"]), "unchanged": unchanged, "skipped": skipped, "moved_after": moved}
 
 
+def gives_way(thread: int) -> bool:
+    """Whether the kernel lets ``thread`` wait for those that compute; False of one that has ended by now."""
+    try:
+        return os.sched_getscheduler(thread) == os.SCHED_BATCH
+    except ProcessLookupError:
+        return False
+
+
 def main(dest: Path, weights: Path | None) -> None:
     model, losses = train("float32")
     found = {"rank": world.rank, "size": world.size, "losses": losses, "epoch": images_of_an_epoch()}
+    found["threads"] = [(thread, gives_way(thread)) for thread in sorted(environment.threads())]
     arrays = {name: v.numpy() for name, v in model.named_state().items()}
     if world.size > 1:
         found["wrong_mask"] = wrong_mask_is_named(model)

@@ -70,6 +70,16 @@ def test_each_image_is_seen_once_an_epoch(worlds, size):
     assert counts.sum() == 500 + extra
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_horovods_threads_give_way_to_those_that_compute(worlds, size):
+    # Horovod's loop, and with other ranks Gloo's; those of TensorFlow and Python are more.
+    least = 1 if size == 1 else 2
+    for found in worlds[size].found:
+        giving_way = [thread for thread, gives_way in found["threads"] if gives_way]
+        assert least <= len(giving_way) <= 4 < len(found["threads"]) - len(giving_way)
+        assert found["threads"][0][0] not in giving_way
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_evaluation_equals_that_of_one_process_exactly(worlds, size):
     alone = worlds[1].found[0]["evaluation"]

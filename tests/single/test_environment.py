@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def test_huge_pages_are_asked_for_once_where_the_kernel_waits_for_it(policy, giv
         output, _ = process.communicate(timeout=60)
     # The same process goes on, which launchers and signals know by its id.
     assert output.splitlines() == ["start"] * starts + [f"{process.pid} ['--name', 'a b'] {tunables}"]
+
+
+def scheduling(thread: int) -> tuple[int, int]:
+    return os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)
+
+
+def test_a_thread_gives_way_and_no_other_thread_does():
+    done = threading.Event()
+    before = environment.threads()
+    waiting = threading.Thread(target=done.wait)
+    waiting.start()
+    try:
+        (started,) = environment.threads() - before
+        mine = scheduling(os.getpid())
+        # One that has ended since is nobody's loss.
+        environment.give_way([started, 2**22 + 1])
+        assert scheduling(started) == (os.SCHED_BATCH, min(19, mine[1] + 10))
+        assert scheduling(os.getpid()) == mine != scheduling(started)
+    finally:
+        done.set()
+        waiting.join()
 
 
 def test_what_is_imported_is_not_searched_for_garbage_and_what_comes_after_is():
