@@ -79,12 +79,18 @@ def main() -> None:
                 )  # fmt: skip
                 turns[peer] = (stack.enter_context(contestant), steps)
             seconds = interleave(turns, rounds=args.rounds)
+            exchanges = {
+                name: contestant.ask(**{**request, "steps": 1})[0]["exchange"]
+                for name, (contestant, request) in turns.items()
+                if name in ("ours", "muon", "small")
+            }
         for name, values in seconds.items():
             middle, spread = median_and_spread(values)
             speed = f"{2 * args.batch / middle:.0f} ±{spread:.0%}"
             ratios = [ratio(values, seconds[mine]) for mine in ("ours", "muon")]
-            rows.append([f"ResNet-{depth}", NAMES[name], speed, *ratios])
-        content[str(depth)] = {"compute": compute, "seconds": seconds}
+            sent = f" ({exchanges[name]} exchange)" if name in exchanges else ""
+            rows.append([f"ResNet-{depth}", NAMES[name] + sent, speed, *ratios])
+        content[str(depth)] = {"compute": compute, "seconds": seconds, "exchanges": exchanges}
     text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
     heads = ["network", "trainer", "images/s", "ours is faster by", "with Muon by"]
     report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})

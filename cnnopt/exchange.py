@@ -51,8 +51,8 @@ class Exchange:
         # Its length changes with the masks, and no step must be traced anew for that.
         dense = choice.kind == "dense"
         self._kept = tf.Variable(
-            np.ones(self.size, bool) if dense else np.arange(self.size), trainable=False,
-            shape=[self.size] if dense else [None],
+            np.ones(self.size, bool) if dense else np.arange(self.size)[:, np.newaxis], trainable=False,
+            shape=[self.size] if dense else [None, 1],
         )  # fmt: skip
 
     def follow_masks(self) -> None:
@@ -65,7 +65,7 @@ class Exchange:
 
     def keep(self, kept: np.ndarray) -> None:
         """Keep the entries that are True in ``kept``, bool [size]; the same on all ranks."""
-        self._kept.assign(kept if self.choice.kind == "dense" else np.flatnonzero(kept))
+        self._kept.assign(kept if self.choice.kind == "dense" else np.argwhere(kept))
 
     def restart(self) -> None:
         """Count ``seconds`` and ``bytes`` from 0."""
@@ -89,16 +89,16 @@ class Exchange:
         with tf.control_dependencies([before]):
             flat = tf.identity(flat)
             sparse = self.choice.kind == "sparse"
-            sent = tf.cast(tf.gather(flat, self._kept) if sparse else flat, self.wire)
+            sent = tf.cast(tf.gather_nd(flat, self._kept) if sparse else flat, self.wire)
             if self.ranks > 1:
                 self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
             summed = tf.cast(distributed.allreduce_sum(sent, name="step"), tf.float32)
-            # Not scatter_nd, which takes twice as long on a CPU, as it adds.
-            total = (
-                tf.tensor_scatter_nd_update(tf.zeros([self.size]), self._kept[:, tf.newaxis], summed)
-                if sparse
-                else tf.where(self._kept, summed, 0.0)
-            )
+            if sparse:
+                # A fifth of the time of tensor_scatter_nd_update on a CPU.
+                placed = tf.sparse.SparseTensor(self._kept.read_value(), summed, [self.size])
+                total = tf.sparse.to_dense(placed, validate_indices=False)
+            else:
+                total = tf.where(self._kept, summed, 0.0)
         with tf.control_dependencies([total]):
             self.seconds.assign_add(self.clock() - before)
         return total

@@ -99,6 +99,7 @@ def block(
         "horovods_seconds": processor_seconds() - before,
         "bytes": int(mine.exchange.bytes.numpy()) / steps,
         "compute": COMPUTE.compute,
+        "exchange": mine.exchange.choice.kind,
     }
 
 
