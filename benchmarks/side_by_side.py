@@ -89,15 +89,19 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a step of each turn in each of ``rounds`` rounds, each of which begins with another turn.
 
-    ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first. Two short
-    rounds go before the first: one in which models are built and compiled, and one in which TensorFlow prepares again
-    those whose caches the seed of a later model has emptied.
+    ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first. Two steps
+    that do not count begin each block: the caches hold another's data. Two short rounds go before the first: one in
+    which models are built and compiled, and one in which TensorFlow prepares again those whose caches the seed of a
+    later model has emptied.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     contestants = {contestant for contestant, _ in turns.values()}
-    for contestant, request in [*turns.values()] * 2:
-        contestant.ask(**{**request, "steps": 2})
+    # From the first block on, in which ours may measure what to choose.
     for contestant in contestants:
+        contestant.stop()
+    for contestant, request in [*turns.values()] * 2:
+        contestant.go_on()
+        contestant.ask(**{**request, "steps": 2})
         contestant.stop()
     order = list(turns)
     for number in range(1, rounds + 1):
@@ -105,7 +109,6 @@ def interleave(
             contestant, request = turns[name]
             before(name)
             contestant.go_on()
-            # Not counted: another's data is in the caches, and a rank that was stopped has missed a beat.
             contestant.ask(**{**request, "steps": 2})
             slowest = max(answer["seconds"] for answer in contestant.ask(**request))
             contestant.stop()

@@ -124,6 +124,8 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
 def start(*, verbose: bool) -> World:
     """Import TensorFlow and Horovod, start the latter, pin this rank to its GPU.
 
+    On CPUs Horovod's threads give way to those that compute.
+
     Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
     ranks, and nothing else would tell.
     """

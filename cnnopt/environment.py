@@ -1,4 +1,4 @@
-"""What a rank asks of its host, and what must be set before TensorFlow is imported."""
+"""What a rank asks of its host, what must be set before TensorFlow is imported, and how to keep it quiet."""
 
 from __future__ import annotations
 
@@ -92,21 +92,24 @@ def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
 
 
 def threads() -> set[int]:
-    """The threads of this process, by the kernel's ids."""
-    return {int(name) for name in os.listdir("/proc/self/task")}
+    """The threads of this process, by the kernel's ids; none where it does not list them."""
+    with contextlib.suppress(OSError):
+        return {int(name) for name in os.listdir("/proc/self/task")}
+    return set()
 
 
 def give_way(waiting: Iterable[int]) -> None:
     """Keep threads that wake often from interrupting those that compute; they run on once a core is free, or by turns.
 
     By SCHED_BATCH, which preempts nobody (sched(7)). Not by SCHED_IDLE: beside one busy program of anybody's on the
-    same core, the exchange would wait for that (docs/benchmarks.md, "Horovod's threads"). Where the kernel refuses,
-    or the thread has ended, nothing but speed is lost.
+    same core, the exchange would wait for that (docs/benchmarks.md, "Horovod's threads"). A policy that the user has
+    chosen is left alone. Where the kernel refuses, or the thread has ended, nothing but speed is lost.
     """
     for thread in waiting:
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
+            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ class Exchange:
             # Its kernel of to_dense is said to access memory that is not its own (b/184077412, in TensorFlow's
             # sparse_to_dense_op.cc).
             return tf.tensor_scatter_nd_update(tf.zeros([self.size]), kept, summed)
-        # A fifth of the time of the above.
+        # A fifth of the time of the above (docs/benchmarks.md, "Horovod's threads").
         return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [self.size]), validate_indices=False)
 
 
@@ -131,7 +131,7 @@ def choose(
 def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) -> tuple[float, float]:
     """Seconds that an exchange of ``size`` entries takes, dense, and of ``kept`` of them, sparse: rank 0's medians.
 
-    That includes the gathering and scattering, and Horovod's cycle.
+    That includes gathering and putting back, and Horovod's cycle.
     """
     exchanges = []
     for kind in ("dense", "sparse"):

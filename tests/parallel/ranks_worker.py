@@ -110,18 +110,19 @@ def overflow_on_one_rank(optimizer: str) -> dict[str, bool]:
     return {"finite": bool(logs["finite"]), "unchanged": unchanged, "skipped": skipped, "moved_after": moved}
 
 
-def gives_way(thread: int) -> bool:
-    """Whether the kernel lets ``thread`` wait for those that compute; False of one that has ended by now."""
+def scheduling(thread: int) -> tuple[int, int] | None:
+    """The kernel's policy and nice value of ``thread``; None of one that has ended by now."""
     try:
-        return os.sched_getscheduler(thread) == os.SCHED_BATCH
+        return os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)
     except ProcessLookupError:
-        return False
+        return None
 
 
 def main(dest: Path, weights: Path | None) -> None:
     model, losses = train("float32")
     found = {"rank": world.rank, "size": world.size, "losses": losses, "epoch": images_of_an_epoch()}
-    found["threads"] = [(thread, gives_way(thread)) for thread in sorted(environment.threads())]
+    found["threads"] = [how for how in map(scheduling, environment.threads()) if how is not None]
+    found["main thread"] = scheduling(os.getpid())
     arrays = {name: v.numpy() for name, v in model.named_state().items()}
     if world.size > 1:
         found["wrong_mask"] = wrong_mask_is_named(model)

@@ -67,8 +67,8 @@ def test_a_thread_gives_way_and_no_other_thread_does():
     waiting = threading.Thread(target=done.wait)
     waiting.start()
     try:
-        (started,) = environment.threads() - before
-        mine = scheduling(os.getpid())
+        started, mine = waiting.native_id, scheduling(os.getpid())
+        assert started in environment.threads() - before
         # One that has ended since is nobody's loss.
         environment.give_way([started, 2**22 + 1])
         assert scheduling(started) == (os.SCHED_BATCH, min(19, mine[1] + 10))

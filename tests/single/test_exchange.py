@@ -21,13 +21,19 @@ def exchange(kind: str, mask: np.ndarray, wire: str = "float32") -> Exchange:
     return made
 
 
-@pytest.mark.parametrize(("kind", "device"), [("dense", "CPU"), ("sparse", "CPU"), ("sparse", "GPU")])
-def test_what_is_pruned_comes_back_as_zero_and_the_rest_as_it_was(kind, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "device", "puts_back"),
+    [("dense", "CPU", "SelectV2"), ("sparse", "CPU", "SparseToDense"), ("sparse", "GPU", "TensorScatterUpdate")],
+)
+def test_what_is_pruned_comes_back_as_zero_and_the_rest_as_it_was(kind, device, puts_back, monkeypatch):
     # The operations that a GPU gets, on this CPU.
     monkeypatch.setattr("cnnopt.distributed.device", lambda: device)
     mask = np.float32([[1, 0, 1], [0, 0, 1]])
     gradient, other = tf.constant([[1.5, 2, 3], [4, 5, 6]]), tf.constant([7.0, -8.0])
-    (found, kept), finite = exchange(kind, mask)([gradient, other])
+    step = tf.function(exchange(kind, mask), autograph=False)
+    used = {operation.type for operation in step.get_concrete_function([gradient, other]).graph.get_operations()}
+    assert used & {"SelectV2", "SparseToDense", "TensorScatterUpdate"} == {puts_back}
+    (found, kept), finite = step([gradient, other])
     np.testing.assert_array_equal(found, gradient * mask)
     np.testing.assert_array_equal(kept, other)
     assert finite
