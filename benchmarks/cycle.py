@@ -11,6 +11,7 @@ import contextlib
 import os
 import statistics
 import sys
+from typing import Any
 
 from hosts import start
 from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
@@ -27,7 +28,7 @@ def main() -> None:
         sys.exit("a thread that gives way gets its priority back from root alone: run this with sudo")
     rows, content = [], {}
     for depth in args.depth:
-        turns, shares = {}, {}
+        turns = {}
         with contextlib.ExitStack() as stack:
             for cycle in args.cycles:
                 ours = stack.enter_context(
@@ -40,14 +41,14 @@ def main() -> None:
                         request = {"steps": args.steps, "exchange": exchange, "gives_way": gives_way}
                         turns[f"{cycle:g}/{way}/{exchange}"] = (ours, request)
             compute = ours.ask(steps=1)[0]["compute"]
-            seconds = interleave(turns, rounds=args.rounds)
-            for contestant, _ in turns.values():
-                contestant.stop()
-            for turn, (contestant, request) in turns.items():
-                contestant.go_on()
-                contestant.ask(**{**request, "steps": 2})
-                shares[turn] = [found["horovods_seconds"] / found["seconds"] for found in contestant.ask(**request)]
-                contestant.stop()
+            heard: dict[str, list[dict[str, Any]]] = {turn: [] for turn in turns}
+            seconds = interleave(
+                turns, rounds=args.rounds, after=lambda turn, answers, heard=heard: heard[turn].extend(answers)
+            )
+        shares = {
+            turn: [answer["horovods_seconds"] / answer["seconds"] for answer in answers]
+            for turn, answers in heard.items()
+        }
         # Of the round, over all cycles: what is left out waits for none.
         alone = [
             statistics.median(found)

@@ -13,6 +13,7 @@ tfmot's ``prune_low_magnitude``, which knows float32 only.
 import contextlib
 import socket
 import sys
+from typing import Any
 
 from hosts import start
 from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
@@ -78,12 +79,9 @@ def main() -> None:
                     environment={"MULTIWORKER_PORT": ports, "DDP_PORT": ports},
                 )  # fmt: skip
                 turns[peer] = (stack.enter_context(contestant), steps)
-            seconds = interleave(turns, rounds=args.rounds)
-            exchanges = {
-                name: contestant.ask(**{**request, "steps": 1})[0]["exchange"]
-                for name, (contestant, request) in turns.items()
-                if name in ("ours", "muon", "small")
-            }
+            heard: dict[str, list[dict[str, Any]]] = {}
+            seconds = interleave(turns, rounds=args.rounds, after=heard.__setitem__)
+        exchanges = {name: heard[name][0]["exchange"] for name in ("ours", "muon", "small")}
         for name, values in seconds.items():
             middle, spread = median_and_spread(values)
             speed = f"{2 * args.batch / middle:.0f} ±{spread:.0%}"

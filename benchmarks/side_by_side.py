@@ -85,14 +85,18 @@ def open_log(name: str, rank: int) -> Any:
 
 
 def interleave(
-    turns: Mapping[str, tuple[Contestant, dict[str, Any]]], *, rounds: int, before: Any = lambda turn: None
+    turns: Mapping[str, tuple[Contestant, dict[str, Any]]],
+    *,
+    rounds: int,
+    before: Any = lambda turn: None,
+    after: Any = lambda turn, answers: None,
 ) -> dict[str, list[float]]:
     """Seconds a step of each turn in each of ``rounds`` rounds, each of which begins with another turn.
 
-    ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first. Two steps
-    that do not count begin each block: the caches hold another's data. Two short rounds go before the first: one in
-    which models are built and compiled, and one in which TensorFlow prepares again those whose caches the seed of a
-    later model has emptied.
+    ``turns`` names a contestant and what it is asked, with ``steps`` among it; ``before(name)`` comes first, and
+    ``after(name, answers)`` hears the ranks. Two steps that do not count begin each block: the caches hold another's
+    data. Two short rounds go before the first: one in which models are built and compiled, and one in which TensorFlow
+    prepares again those whose caches the seed of a later model has emptied.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     contestants = {contestant for contestant, _ in turns.values()}
@@ -110,8 +114,10 @@ def interleave(
             before(name)
             contestant.go_on()
             contestant.ask(**{**request, "steps": 2})
-            slowest = max(answer["seconds"] for answer in contestant.ask(**request))
+            answers = contestant.ask(**request)
             contestant.stop()
+            after(name, answers)
+            slowest = max(answer["seconds"] for answer in answers)
             seconds[name].append(slowest / request["steps"])
             print(f"  round {number}/{rounds} {name}: {1e3 * slowest / request['steps']:.1f} ms", file=sys.stderr)
         order.append(order.pop(0))

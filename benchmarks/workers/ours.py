@@ -4,8 +4,8 @@ Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
 Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|float16", "sparsity": 0.6,
           "optimizer": "sgd|muon", "gives_way": true}
 
-With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; the answer to
-either names the time that they took of a core. Left out, they are as the program has them.
+With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root. Left out,
+they stay as they are.
 """
 
 import functools
