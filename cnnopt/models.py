@@ -88,14 +88,18 @@ class IdentityShortcut(layers.Layer):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a network is made of. ``cnnopt.export.qat`` has others, which compute as int8 arithmetic does.
+    """What a network is made of. ``cnnopt.fused`` has others, which compute the same faster, and ``cnnopt.export.qat``
+    has those that compute as int8 arithmetic does.
 
+    ``join`` takes [shortcut, branch] to relu(shortcut + branch), twice; without it that is Add and ``relu``.
     ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
     """
 
     standardize: Callable[..., layers.Layer] = Standardize
     convolution: Callable[..., layers.Layer] = Conv2D
     dense: Callable[..., layers.Layer] = layers.Dense
+    relu: Callable[..., layers.Layer] = layers.ReLU
+    join: Callable[..., layers.Layer] | None = None
     rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
 
 
@@ -129,19 +133,26 @@ def resnet(
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
 
     def relu(x: tf.Tensor, name: str) -> tf.Tensor:
-        return parts.rounded(layers.ReLU(name=name)(x), name)
+        return parts.rounded(parts.relu(name=name)(x), name)
+
+    def join(shortcut: tf.Tensor, branch: tf.Tensor, block: str) -> tuple[tf.Tensor, tf.Tensor]:
+        if parts.join is not None:
+            return parts.join(name=f"{block}_relu2")([shortcut, branch])
+        x = relu(layers.Add(name=f"{block}_add")([shortcut, branch]), f"{block}_relu2")
+        return x, x
 
     images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
     x = parts.standardize(mean, std, name="standardize")(images)
-    x = relu(conv_bn(x, 16, 1, "stem"), "stem_relu")
+    x = shortcut = relu(conv_bn(x, 16, 1, "stem"), "stem_relu")
     for stage, filters in enumerate((16, 32, 64), start=1):
         for block in range(1, (depth - 2) // 6 + 1):
             prefix = f"stage{stage}_block{block}"
             down = stage > 1 and block == 1
-            shortcut = IdentityShortcut(name=f"{prefix}_shortcut")(x) if down else x
+            if down:
+                shortcut = IdentityShortcut(name=f"{prefix}_shortcut")(shortcut)
             y = relu(conv_bn(x, filters, 2 if down else 1, f"{prefix}_conv1"), f"{prefix}_relu1")
             y = parts.rounded(conv_bn(y, filters, 1, f"{prefix}_conv2"), f"{prefix}_conv2")
-            x = relu(layers.Add(name=f"{prefix}_add")([shortcut, y]), f"{prefix}_relu2")
+            x, shortcut = join(shortcut, y, prefix)
     x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
     # Logits stay float32 under any policy: the softmax of half-precision logits loses small probabilities.
     x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt import distributed, muon
+from cnnopt import distributed, fused, muon
 from cnnopt.config import ConfigError, TrainConfig
 from cnnopt.data import Dataset
 from cnnopt.exchange import Exchange, choose
@@ -226,17 +226,21 @@ def _optimizer(name: str, rate: float, decay: float) -> keras.optimizers.Optimiz
 
 
 def build(
-    config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int, parts: Parts = FLOAT
-) -> SynchronousModel:
+    config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int,
+    parts: Parts | None = None,
+) -> SynchronousModel:  # fmt: skip
     """The network, its optimizer, masks and schedules, as ``config`` says; weights are those of ``config.seed``.
 
-    ``parts``: the layers that the network is made of.
+    ``parts``: the layers that the network is made of, if not those that ``precision`` asks for.
     """
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     precision.apply()
     mean, std = pixel_statistics(data.train_images, config.normalize)
+    if precision.fuse and not config.verbose:
+        fused.start()
+    parts = parts or (fused.PARTS if precision.fuse else FLOAT)
     network = resnet(config.depth, data.num_classes, mean=mean, std=std, widen=precision.widen, parts=parts)
     model = SynchronousModel(network.inputs, network.outputs, name=network.name)
 
