@@ -35,14 +35,19 @@ from cnnopt.schedules import Timeline  # noqa: E402
 
 # Kinds that take less of a step than this are added up.
 SMALL = 0.004
+XLA = "compiled by XLA"
+
+
+def lines_of(space: xplane_pb2.XSpace, threads: str) -> list[tuple[xplane_pb2.XPlane, xplane_pb2.XLine]]:
+    """What the threads that are called so did, and the plane that it is on."""
+    return [(plane, line) for plane in space.planes for line in plane.lines if line.name.startswith(threads)]
 
 
 def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
     """Seconds by kind of operation, and how many there were, of the thread that computes in a trace's folder."""
     space = xplane_pb2.XSpace()
     space.ParseFromString(next(trace.rglob("*.xplane.pb")).read_bytes())
-    lines = [(plane, line) for plane in space.planes for line in plane.lines if line.name.startswith("tf_Compute")]
-    plane, line = max(lines, key=lambda found: len(found[1].events))
+    plane, line = max(lines_of(space, "tf_Compute"), key=lambda found: len(found[1].events))
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     around: list[tuple[int, str]] = []
@@ -57,6 +62,12 @@ def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
         seconds[kind] += event.duration_ps * 1e-12
         counts[kind] += 1
         around.append((event.offset_ps + event.duration_ps, kind))
+    # XLA computes in a thread of its own, for which the executor waits.
+    for _, compiled in lines_of(space, "host_executor"):
+        spent = sum(event.duration_ps for event in compiled.events) * 1e-12
+        seconds[XLA] += spent
+        seconds["executor"] -= spent
+        counts[XLA] += len(compiled.events)
     return seconds, counts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from cnnopt import distributed
+from cnnopt import distributed, environment
 from cnnopt.config import TrainConfig
 from cnnopt.precision import Precision
 from cnnopt.record import RunFolder
@@ -40,10 +40,11 @@ def start_table(
         if pruner.enabled
         else "none"
     )
+    bound = ", on cores of its own" if environment.is_bound() else ""
     rows = {
         "run": folder.path,
         "ranks": f"{world.size} ({', '.join(f'{host}: {len(d)} x {d[0]}' for host, d in hosts.items())})",
-        "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank",
+        "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank{bound}",
         "data": f"{config.dataset}, {timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank",
         "batch": f"{config.batch_size} ({config.batch_size // world.size} a rank)",
         "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",

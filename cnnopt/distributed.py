@@ -124,7 +124,7 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
 def start(*, verbose: bool) -> World:
     """Import TensorFlow and Horovod, start the latter, pin this rank to its GPU.
 
-    On CPUs Horovod's threads give way to those that compute.
+    On CPUs Horovod's threads give way to those that compute, and ranks that share cores divide them.
 
     Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
     ranks, and nothing else would tell.
@@ -157,7 +157,19 @@ def start(*, verbose: bool) -> World:
     if device() == "CPU":
         # They look for work a thousand times a second, on the cores that compute.
         environment.give_way(horovods)
+        _bind(world)
     return world
+
+
+def _bind(world: World) -> None:
+    """Keep this rank to cores of its own, where it has one for each of its threads.
+
+    Where a launcher has divided them already, no two ranks have the same.
+    """
+    everyone, cores = gather_objects((hostname(), environment.ALLOWED)), environment.ALLOWED
+    sharing = [rank for rank, given in enumerate(everyone) if given == everyone[world.rank]]
+    if len(sharing) > 1 and len(cores) // len(sharing) >= int(os.environ["TF_NUM_INTRAOP_THREADS"]):
+        environment.bind(environment.part(cores, sharing.index(world.rank), len(sharing)))
 
 
 def _pin(world: World) -> None:

@@ -2,10 +2,10 @@
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
 Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|float16", "sparsity": 0.6,
-          "optimizer": "sgd|muon", "gives_way": true}
+          "optimizer": "sgd|muon", "gives_way": true, "bound": true}
 
-With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root. Left out,
-they stay as they are.
+With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; with
+``"bound": false`` all threads may run on all cores of the host. Left out, they stay as they are.
 """
 
 import functools
@@ -81,11 +81,13 @@ def set_priority(gives_way: bool) -> None:
 
 def block(
     steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6, optimizer: str = "sgd",
-    gives_way: bool | None = None,
+    gives_way: bool | None = None, bound: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train for some steps, with the peers' optimizer unless told; tell how long that took and what was sent."""
     if gives_way is not None:
         set_priority(gives_way)
+    if bound is not None:
+        environment.bind(environment.ALLOWED if bound else range(os.cpu_count() or 1))
     mine = model(exchange, wire, optimizer)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))

@@ -118,11 +118,20 @@ def scheduling(thread: int) -> tuple[int, int] | None:
         return None
 
 
+def cores_of(thread: int) -> list[int] | None:
+    """The cores that ``thread`` may run on; None of one that has ended by now."""
+    try:
+        return sorted(os.sched_getaffinity(thread))
+    except ProcessLookupError:
+        return None
+
+
 def main(dest: Path, weights: Path | None) -> None:
     model, losses = train("float32")
     found = {"rank": world.rank, "size": world.size, "losses": losses, "epoch": images_of_an_epoch()}
     found["threads"] = [how for how in map(scheduling, environment.threads()) if how is not None]
     found["main thread"] = scheduling(os.getpid())
+    found["cores"] = [cores_of(thread) for thread in environment.threads()]
     arrays = {name: v.numpy() for name, v in model.named_state().items()}
     if world.size > 1:
         found["wrong_mask"] = wrong_mask_is_named(model)

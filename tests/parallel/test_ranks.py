@@ -48,6 +48,20 @@ def mean_losses(ranks: Ranks, name: str) -> np.ndarray:
     return np.mean([found[name] for found in ranks.found], axis=0)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_divide_the_cores_where_there_is_one_for_each(worlds, size):
+    cores = os.sched_getaffinity(0)
+    theirs = [{tuple(found) for found in rank["cores"] if found is not None} for rank in worlds[size].found]
+    # All threads of a rank, those that TensorFlow has started since too, have one set.
+    assert {len(sets) for sets in theirs} == {1}
+    parts = [set(*sets) for sets in theirs]
+    if size == 1 or size > len(cores):
+        assert parts == [cores] * size
+    else:
+        assert sum(map(len, parts)) == len(cores)
+        assert set.union(*parts) == cores
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["losses", "float32/muon"])
 def test_loss_curve_does_not_depend_on_the_number_of_ranks(worlds, size, name):

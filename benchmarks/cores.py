@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""What Horovod's threads take from those that compute: by how often they look for work, and by their priority.
+"""Whose core it is: what it costs that Horovod's threads do not give way, and that ranks are not kept to their cores.
 
-Two ranks on this machine for each ``HOROVOD_CYCLE_TIME``, which take turns, with the exchange and without, Horovod's
-threads giving way, as in the program, and with the priority of all others. The latter needs root to be undone.
+Two ranks on this machine for each ``HOROVOD_CYCLE_TIME``, which take turns, with the exchange and without: as in the
+program, with Horovod's threads at the priority of all others, which needs root to be undone, and with ranks that may
+run on all cores.
 
-    sudo .venv/bin/python benchmarks/cycle.py --depth 20 44 --out cycle.json
+    sudo .venv/bin/python benchmarks/cores.py --depth 20 44 --out cores.json
 """
 
 import contextlib
@@ -17,6 +18,12 @@ from hosts import start
 from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
 
 WORKER = "benchmarks/workers/ours.py"
+PROGRAM = "as the program"
+WAYS = {
+    PROGRAM: {"gives_way": True, "bound": True},
+    "Horovod's do not give way": {"gives_way": False, "bound": True},
+    "ranks on all cores": {"gives_way": True, "bound": False},
+}
 
 
 def main() -> None:
@@ -32,14 +39,15 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             for cycle in args.cycles:
                 ours = stack.enter_context(
-                    start(f"cycle-{depth}-{cycle:g}", [WORKER, str(depth), str(args.batch), args.precision], 2,
+                    start(f"cores-{depth}-{cycle:g}", [WORKER, str(depth), str(args.batch), args.precision], 2,
                           environment={"HOROVOD_CYCLE_TIME": f"{cycle:g}"})
                 )  # fmt: skip
                 # Of one exchange the ways do not follow each other, or the second would find its data in the caches.
-                for way, gives_way in (("give way", True), ("as others", False)):
+                for way, request in WAYS.items():
                     for exchange in ("none", "dense", "sparse"):
-                        request = {"steps": args.steps, "exchange": exchange, "gives_way": gives_way}
-                        turns[f"{cycle:g}/{way}/{exchange}"] = (ours, request)
+                        turns[f"{cycle:g}/{way}/{exchange}"] = (
+                            ours, {"steps": args.steps, "exchange": exchange, **request}
+                        )  # fmt: skip
             compute = ours.ask(steps=1)[0]["compute"]
             heard: dict[str, list[dict[str, Any]]] = {turn: [] for turn in turns}
             seconds = interleave(
@@ -52,21 +60,21 @@ def main() -> None:
         # Of the round, over all cycles: what is left out waits for none.
         alone = [
             statistics.median(found)
-            for found in zip(*(v for k, v in seconds.items() if k.endswith("give way/none")), strict=True)
+            for found in zip(*(v for k, v in seconds.items() if k.endswith(f"{PROGRAM}/none")), strict=True)
         ]
         for turn, values in seconds.items():
             middle, spread = median_and_spread(values)
             cycle, way, exchange = turn.split("/")
-            gain = ratio(seconds[f"{cycle}/as others/{exchange}"], values, digits=3) if way == "give way" else ""
+            slower = ratio(values, seconds[f"{cycle}/{PROGRAM}/{exchange}"], digits=3) if way != PROGRAM else ""
             rows.append(
                 [f"ResNet-{depth}", cycle, way, "left out" if exchange == "none" else exchange,
-                 f"{1e3 * middle:.1f} ±{spread:.0%}", ratio(alone, values, digits=3), gain,
+                 f"{1e3 * middle:.1f} ±{spread:.0%}", ratio(alone, values, digits=3), slower,
                  f"{statistics.mean(shares[turn]):.1%}"]
             )  # fmt: skip
         content[str(depth)] = {"compute": compute, "seconds": seconds, "horovods_share": shares}
     text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
-    heads = ["network", "cycle, ms", "Horovod's threads", "exchange", "ms a step", "of the speed without exchange",
-             "giving way makes it faster by", "Horovod's threads, of a core"]  # fmt: skip
+    heads = ["network", "cycle, ms", "threads", "exchange", "ms a step", "of the speed without exchange",
+             "the program is faster by", "Horovod's threads, of a core"]  # fmt: skip
     report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})
 
 
