@@ -15,7 +15,7 @@ import os
 import sys
 from typing import NoReturn
 
-from cnnopt import distributed, environment, program
+from cnnopt import distributed, program
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
@@ -86,8 +86,6 @@ def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
     data_dir = ["--data-dir", config.data_dir] if config.data_dir else []
     command = [sys.executable, "-m", "cnnopt.quantize", str(folder.path.resolve()), *data_dir]
     sys.stdout.flush()
-    # The files are measured on all cores, and not on those of one rank.
-    environment.bind(environment.ALLOWED)
     search = [os.path.dirname(os.path.abspath(__file__)), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))})
 

@@ -2,8 +2,8 @@
 """Where the time of a step goes, in one process: against the rate of matrix products, and what each part costs.
 
 The whole step takes turns with the same step without pruning, with one resident batch in place of the input pipeline,
-and with another optimizer; the stages' convolutions and normalisations take turns by themselves, forward and backward.
-Saving and recording are timed as the training thread sees them.
+with another optimizer, and without what XLA compiles; the stages' convolutions and normalisations take turns by
+themselves, forward and backward. Saving and recording are timed as the training thread sees them.
 
     .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --rounds 10 --out docs/benchmarks/step.json
 """
@@ -29,7 +29,7 @@ import tf_keras as keras  # noqa: E402
 from arithmetic import GEMM, floating_point_operations, matrix_product  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from cnnopt import checkpoint, data, fused, loop, monitoring, precision, training  # noqa: E402
+from cnnopt import checkpoint, data, loop, monitoring, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
 from cnnopt.models import IdentityShortcut  # noqa: E402
 from cnnopt.record import RunFolder  # noqa: E402
@@ -54,19 +54,6 @@ def strided(images: tf.Tensor) -> tf.Tensor:
     return tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
 
-class Ending(keras.layers.Layer):
-    """The sum and the ReLU that end a block, read by two, as in ``cnnopt.fused`` or as TensorFlow has them."""
-
-    def __init__(self, *, compiled: bool) -> None:
-        super().__init__()
-        self.join = fused.Join() if compiled else lambda both, training: [tf.nn.relu(tf.add(*both))] * 2
-
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Of the inputs and what is as large."""
-        one, other = self.join([inputs, 2 * inputs], training=training)
-        return tf.stack([one, other])
-
-
 def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
     """A matrix product, and the layers that a network is made of, forward and backward, by stage."""
     found = {"GEMM": matrix_product(compute)}
@@ -76,8 +63,7 @@ def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[st
             filters, 3, padding="same", use_bias=False, widen=model.get_layer("stem").widen
         )
         norm = keras.Sequential([keras.layers.BatchNormalization(), type(model.get_layer("stem_relu"))()])
-        layers = {"convolution": convolution, "BatchNorm, ReLU": norm, "end of a block": Ending(compiled=True),
-                  "the same, not compiled": Ending(compiled=False)}  # fmt: skip
+        layers = {"convolution": convolution, "BatchNorm, ReLU": norm}
         if stage < 3:
             layers["shortcut after it"] = IdentityShortcut()
             layers["the same by a strided slice"] = keras.layers.Lambda(strided)
@@ -143,6 +129,9 @@ def profile(
         "without the input pipeline": lambda: pruned.train_function(resident),
         "with Muon": lambda: orthogonal.train_function(orthogonal_stream),
     }
+    if compute.fuse:
+        plain, plain_stream = build(config, images, replace(compute, fuse=False), streams)
+        whole["without what XLA compiles"] = lambda: plain.train_function(plain_stream)
     seconds = turns(whole, rounds) | turns(parts(pruned, batch, compute.compute), rounds)
     seconds |= saving_and_recording(pruned, max(3, rounds // 10))
     medians = {name: median_and_spread(values) for name, values in seconds.items()}

@@ -124,7 +124,7 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
 def start(*, verbose: bool) -> World:
     """Import TensorFlow and Horovod, start the latter, pin this rank to its GPU.
 
-    On CPUs Horovod's threads give way to those that compute, and ranks that share cores divide them.
+    On CPUs Horovod's threads give way to those that compute, and ranks that have the same cores divide them.
 
     Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
     ranks, and nothing else would tell.
@@ -157,19 +157,37 @@ def start(*, verbose: bool) -> World:
     if device() == "CPU":
         # They look for work a thousand times a second, on the cores that compute.
         environment.give_way(horovods)
-        _bind(world)
+    mine = Given(hostname(), environment.ALLOWED, int(os.environ["TF_NUM_INTRAOP_THREADS"]), device())
+    # All ranks take part, whatever they compute on.
+    if (place := share(gather_objects(mine), world.rank)) is not None:
+        environment.bind(environment.part(mine.cores, *place))
     return world
 
 
-def _bind(world: World) -> None:
-    """Keep this rank to cores of its own, where it has one for each of its threads.
+@dataclass(frozen=True)
+class Given:
+    """What a rank has been given: its host and cores, how many threads it computes with, and ``GPU`` or ``CPU``."""
 
-    Where a launcher has divided them already, no two ranks have the same.
+    host: str
+    cores: frozenset[int]
+    threads: int
+    device: str
+
+
+def share(everyone: Sequence[Given], rank: int) -> tuple[int, int] | None:
+    """Which part of its cores, of how many, a rank is to keep to; None where it may run on all.
+
+    Ranks that have the same cores divide them, where parts are of one size, as all wait for the slowest, and have a
+    core for each thread. Ranks that a launcher has bound apart have not the same. With GPUs little runs on cores.
     """
-    everyone, cores = gather_objects((hostname(), environment.ALLOWED)), environment.ALLOWED
-    sharing = [rank for rank, given in enumerate(everyone) if given == everyone[world.rank]]
-    if len(sharing) > 1 and len(cores) // len(sharing) >= int(os.environ["TF_NUM_INTRAOP_THREADS"]):
-        environment.bind(environment.part(cores, sharing.index(world.rank), len(sharing)))
+    mine = everyone[rank]
+    sharing = [other for other, given in enumerate(everyone) if (given.host, given.cores) == (mine.host, mine.cores)]
+    # 0 threads are as many as there are cores.
+    threads = max(everyone[other].threads or len(mine.cores) for other in sharing)
+    fits = len(mine.cores) % len(sharing) == 0 and threads * len(sharing) <= len(mine.cores)
+    if len(sharing) == 1 or not fits or any(everyone[other].device == "GPU" for other in sharing):
+        return None
+    return sharing.index(rank), len(sharing)
 
 
 def _pin(world: World) -> None:
@@ -296,7 +314,8 @@ def agree(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def shutdown() -> None:
-    """Leave the exchange; the other ranks must do the same."""
+    """Leave the exchange, and take all cores that this process was given; the other ranks must do the same."""
     import horovod.tensorflow as hvd
 
     hvd.shutdown()
+    environment.unbind()

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 #: What TensorFlow reads when it starts.
@@ -100,8 +100,8 @@ def threads() -> set[int]:
     return set()
 
 
-def part(cores: Iterable[int], index: int, count: int, system: Path = Path("/sys/devices/system/cpu")) -> set[int]:
-    """Part ``index`` of ``count`` equal ones of cores that are next to each other: hyperthreads, then a socket's."""
+def part(given: Iterable[int], index: int, count: int, system: Path = Path("/sys/devices/system/cpu")) -> set[int]:
+    """Part ``index`` of ``count`` of the given cores, next to each other: hyperthreads of a core, cores of a socket."""
 
     def place(core: int) -> tuple[int, ...]:
         names = ("physical_package_id", "core_id")
@@ -109,22 +109,28 @@ def part(cores: Iterable[int], index: int, count: int, system: Path = Path("/sys
             return (*(int((system / f"cpu{core}/topology/{name}").read_text()) for name in names), core)
         return (0, core, core)
 
-    ordered = sorted(cores, key=place)
+    ordered = sorted(given, key=place)
     return set(ordered[index * len(ordered) // count : (index + 1) * len(ordered) // count])
 
 
-def bind(cores: Iterable[int]) -> None:
-    """Let all threads of this process, and those that they start, run on these cores alone.
+def bind(mine: Set[int], instead_of: Set[int] = ALLOWED) -> None:
+    """Let all threads that run on the cores ``instead_of``, and what they start, run on those of ``mine`` alone.
 
-    Where the kernel refuses, nothing but speed is lost.
+    A thread that the user has bound elsewhere is left alone. Where the kernel refuses, nothing but speed is lost.
     """
     for thread in threads():
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(thread, cores)
+            if os.sched_getaffinity(thread) == instead_of:
+                os.sched_setaffinity(thread, mine)
+
+
+def unbind() -> None:
+    """After ``bind``: let these threads run on all cores that this process was started with."""
+    bind(ALLOWED, instead_of=os.sched_getaffinity(0))
 
 
 def is_bound() -> bool:
-    """True after ``bind`` to fewer cores than this process was started with."""
+    """Whether this thread runs on other cores than those that this process was started with."""
     return os.sched_getaffinity(0) != ALLOWED
 
 
@@ -132,7 +138,7 @@ def give_way(waiting: Iterable[int]) -> None:
     """Keep threads that wake often from interrupting those that compute; they run on once a core is free, or by turns.
 
     By SCHED_BATCH, which preempts nobody (sched(7)). Not by SCHED_IDLE: beside one busy program of anybody's on the
-    same core, the exchange would wait for that (docs/benchmarks.md, "Horovod's threads"). A policy that the user has
+    same core, the exchange would wait for that (docs/benchmarks.md, "Whose core it is"). A policy that the user has
     chosen is left alone. Where the kernel refuses, or the thread has ended, nothing but speed is lost.
     """
     for thread in waiting:

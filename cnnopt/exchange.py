@@ -105,7 +105,7 @@ class Exchange:
             # Its kernel of to_dense is said to access memory that is not its own (b/184077412, in TensorFlow's
             # sparse_to_dense_op.cc).
             return tf.tensor_scatter_nd_update(tf.zeros([self.size]), kept, summed)
-        # A fifth of the time of the above (docs/benchmarks.md, "Horovod's threads").
+        # A fifth of the time of the above (docs/benchmarks.md, "Whose core it is").
         return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [self.size]), validate_indices=False)
 
 

@@ -2,8 +2,9 @@
 
 For bfloat16 on a CPU alone. There TensorFlow's kernels for sums and ReLU, built for AVX, widen every number, compute
 and round it again, operation by operation: an eighth of a step (docs/benchmarks.md, "A step"). XLA compiles them for
-the processor at hand, and together. Values are rounded where TensorFlow rounds them, so results are the same, bit for
-bit, but for the sign of a gradient that is zero. In float32, for which TensorFlow's kernels are fast, it is slower.
+the processor at hand, and together. Values are rounded where TensorFlow rounds them, so of finite gradients the results
+are the same, bit for bit, but for the sign of a gradient that is zero. In float32, for which TensorFlow's kernels are
+fast, it is slower.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ def join(shortcut: tf.Tensor, branch: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Te
     return (output, tf.identity(output)), gradient
 
 
-class ReLU(layers.ReLU):
-    """As Keras' own."""
+class ReLU(layers.Layer):
+    """``relu``."""
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """As in Keras."""
+        """A tensor of any shape, to one of its shape and type."""
         return relu(inputs)
 
 

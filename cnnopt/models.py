@@ -91,7 +91,8 @@ class Parts:
     """What a network is made of. ``cnnopt.fused`` has others, which compute the same faster, and ``cnnopt.export.qat``
     has those that compute as int8 arithmetic does.
 
-    ``join`` takes [shortcut, branch] to relu(shortcut + branch), twice; without it that is Add and ``relu``.
+    ``join`` takes [shortcut, branch] to relu(shortcut + branch), twice; without it that is Add, ``relu`` and
+    ``rounded``, which is not called on what ``join`` returns.
     ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
     """
 

@@ -87,7 +87,8 @@ def block(
     if gives_way is not None:
         set_priority(gives_way)
     if bound is not None:
-        environment.bind(environment.ALLOWED if bound else range(os.cpu_count() or 1))
+        cores = environment.ALLOWED if bound else set(range(os.cpu_count() or 1))
+        environment.bind(cores, instead_of=os.sched_getaffinity(0))
     mine = model(exchange, wire, optimizer)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from exported_run import make_run
 
+from cnnopt.environment import cores
 from cnnopt.export import trained
 
 pytestmark = pytest.mark.timeout(900)
@@ -24,6 +25,8 @@ def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
     report = json.loads((path / "report.json").read_text())
     assert [entry["name"] for entry in report["files"]] == ["float32", "int8-qat", "clustered-int8-qat"]
     assert report["calibration"]["count"] == 64
+    # And which has all cores again, not a rank's part of them.
+    assert report["machine"]["cores"] == cores()
 
 
 def check(run, tuned, clusters):

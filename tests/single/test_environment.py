@@ -88,9 +88,10 @@ def test_bound_are_all_threads_and_what_they_start_until_the_process_gets_its_co
     program = (
         "import os, threading; from cnnopt import environment as e\n"
         "done = threading.Event(); early = threading.Thread(target=done.wait); early.start()\n"
-        "one = {min(e.ALLOWED)}; e.bind(one); late = threading.Thread(target=done.wait); late.start()\n"
+        "one = {min(e.ALLOWED)}; e.bind(one); e.bind({max(e.ALLOWED)}, instead_of=set())\n"
+        "late = threading.Thread(target=done.wait); late.start()\n"
         "assert len(e.threads()) == 3 and all(os.sched_getaffinity(t) == one for t in e.threads())\n"
-        "print(e.is_bound()); e.bind(e.ALLOWED); print(e.is_bound()); done.set()"
+        "print(e.is_bound()); e.unbind(); print(e.is_bound()); done.set()"
     )
     command = [sys.executable, "-c", program]
     output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=60).stdout

@@ -63,9 +63,20 @@ def test_what_is_not_a_number_is_handed_on():
         assert list(map(str, tf.cast(output, tf.float32).numpy()[:3])) == ["nan", "inf", "0.0"]
 
 
+def test_where_a_relu_is_0_no_gradient_passes_not_even_one_that_is_not_finite():
+    # TensorFlow's own makes NaN of it, as it multiplies by 0.
+    x = bfloat16(np.float32([-1, -1, 1]))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        output, (one, other) = fused.relu(x), fused.Join(dtype="bfloat16")([x, tf.zeros_like(x)], training=True)
+    gradient = bfloat16(np.float32([np.nan, np.inf, np.inf]))
+    for found in (tape.gradient(output, x, gradient), tape.gradient([one, other], x, [gradient, 0 * output])):
+        assert list(map(str, tf.cast(found, tf.float32).numpy())) == ["0.0", "0.0", "inf"]
+
+
 def trained(parts) -> tuple[dict[str, np.ndarray], training.SynchronousModel]:
     """The state after three steps in bfloat16, and the model."""
-    config = small_runs.settings(precision="bfloat16")
+    config = small_runs.settings(precision="bfloat16", deterministic=True)
     compute = precision.Precision("bfloat16", widen=False, reason="")
     model = training.build(config, small_runs.IMAGES, small_runs.timeline_of(config), compute, ranks=1, parts=parts)
     model.make_train_function()
