@@ -1,6 +1,9 @@
 """What is compiled between convolutions is what TensorFlow computes operation by operation, bit for bit."""
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +75,20 @@ def test_where_a_relu_is_0_no_gradient_passes_not_even_one_that_is_not_finite():
     gradient = bfloat16(np.float32([np.nan, np.inf, np.inf]))
     for found in (tape.gradient(output, x, gradient), tape.gradient([one, other], x, [gradient, 0 * output])):
         assert list(map(str, tf.cast(found, tf.float32).numpy())) == ["0.0", "0.0", "inf"]
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_xla_says_nothing_of_itself_once_it_is_started(started):
+    program = (
+        "from cnnopt import distributed as d; d.prepare(d.World(), deterministic=False, verbose=False)\n"
+        "d.start(verbose=False); import tensorflow as tf; from cnnopt import fused\n"
+        f"if {started}: fused.start()\n"
+        "fused.Join()([tf.ones([2]), tf.ones([2])], training=True)"
+    )
+    command, root = [sys.executable, "-c", program], Path(__file__).parents[2]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, timeout=120)
+    # What it says otherwise, so that this would be seen to be needless.
+    assert ("XLA" in ended.stderr) != started
 
 
 def trained(parts) -> tuple[dict[str, np.ndarray], training.SynchronousModel]:
