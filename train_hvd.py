@@ -20,25 +20,26 @@ from cnnopt.config import TrainConfig, parse_args
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.signals import STOPPED, StopRequest
+from cnnopt.world import launched
 
 
 def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     """One run, from its configuration to its result line; returns the exit status."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet -------------------------------------------
-    launched, _ = distributed.launched()
-    config.check_ranks(launched.size)
+    said, _ = launched()
+    config.check_ranks(said.size)
     folder = RunFolder.of(config)
     folder.check(config)
     if (done := folder.result()) is not None:
-        if launched.first:
+        if said.first:
             print(f"{folder.path} is complete: {done['line']}", flush=True)
-        return quantize(config, folder) if config.quantize and launched.first else 0
+        return quantize(config, folder) if config.quantize and said.first else 0
     from cnnopt import data
 
     data.check(config.dataset, config.data_dir)
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
-    settings = distributed.prepare(launched, deterministic=config.deterministic, verbose=config.verbose)
+    settings = distributed.prepare(said, deterministic=config.deterministic, verbose=config.verbose)
     world = distributed.start(verbose=config.verbose)
     config.check_ranks(world.size)
     distributed.meet(presence)

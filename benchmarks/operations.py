@@ -19,10 +19,11 @@ from pathlib import Path
 from side_by_side import arguments, report, table
 
 from cnnopt import distributed, environment
+from cnnopt.world import World
 
 environment.with_huge_pages()
 os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-distributed.prepare(distributed.World(), deterministic=False, verbose=False)
+distributed.prepare(World(), deterministic=False, verbose=False)
 distributed.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

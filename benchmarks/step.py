@@ -19,9 +19,10 @@ from pathlib import Path
 from side_by_side import arguments, median_and_spread, report, table
 
 from cnnopt import distributed, environment
+from cnnopt.world import World
 
 environment.with_huge_pages()
-distributed.prepare(distributed.World(), deterministic=False, verbose=False)
+distributed.prepare(World(), deterministic=False, verbose=False)
 WORLD = distributed.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

@@ -14,13 +14,13 @@ from tf_keras.callbacks import Callback
 from cnnopt import checkpoint, distributed
 from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset
-from cnnopt.distributed import World
 from cnnopt.errors import RunError
 from cnnopt.loop import evaluate
 from cnnopt.presence import Presence
 from cnnopt.schedules import Duration, Timeline
 from cnnopt.signals import StopRequest
 from cnnopt.training import SynchronousModel
+from cnnopt.world import World
 
 
 class Prune(Callback):

@@ -16,13 +16,14 @@ from cnnopt.precision import Precision
 from cnnopt.record import RunFolder
 from cnnopt.schedules import Timeline
 from cnnopt.training import SynchronousModel
+from cnnopt.world import World
 
 
 def start_table(
     console: Console,
     config: TrainConfig,
     folder: RunFolder,
-    world: distributed.World,
+    world: World,
     settings: Mapping[str, str],
     compute: Precision,
     model: SynchronousModel,

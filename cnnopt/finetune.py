@@ -25,6 +25,7 @@ from cnnopt.export.options import CLUSTERS
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.signals import STOPPED, StopRequest
+from cnnopt.world import launched
 
 if TYPE_CHECKING:
     from cnnopt.schedules import Timeline
@@ -69,8 +70,8 @@ def fine_tune(
 ) -> int:
     """Fine-tune the run in ``path`` once for each of ``codebooks``, clusters or 0; returns the exit status."""
     # ---- Start the ranks; the first one reads the run, which the others need not have on their disks -------------
-    launched, _ = distributed.launched()
-    settings = distributed.prepare(launched, deterministic=False, verbose=False)
+    said, _ = launched()
+    settings = distributed.prepare(said, deterministic=False, verbose=False)
     world = distributed.start(verbose=False)
     distributed.meet(presence)
     outcome: tuple[trained.TrainedRun, list[int]] | str | None = None
@@ -161,7 +162,7 @@ def main() -> int:
             if clusters and clusters not in CLUSTERS:
                 raise UserError(f"--clusters {clusters}: give 0, or {CLUSTERS[0]} to {CLUSTERS[-1]}")
         status = fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, presence)
-        if status == 0 and given.then and distributed.launched()[0].first:
+        if status == 0 and given.then and launched()[0].first:
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", "cnnopt.quantize", *given.then])
         return status

@@ -16,13 +16,14 @@ from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset, batches
 from cnnopt.schedules import Timeline
 from cnnopt.training import SynchronousModel
+from cnnopt.world import World
 
 _kept: list[tf.data.Iterator] = []
 
 
 @contextlib.contextmanager
 def training_stream(
-    config: TrainConfig, data: Dataset, world: distributed.World, *, first_step: int, last_step: int
+    config: TrainConfig, data: Dataset, world: World, *, first_step: int, last_step: int
 ) -> Iterator[tf.data.Iterator]:
     """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
 
@@ -84,7 +85,7 @@ def fit(
 
 
 def evaluate(
-    model: SynchronousModel, images: np.ndarray, labels: np.ndarray, world: distributed.World, *, batch_size: int = 200
+    model: SynchronousModel, images: np.ndarray, labels: np.ndarray, world: World, *, batch_size: int = 200
 ) -> dict[str, float]:
     """Exact top-1 accuracy and mean loss over all images, uint8 [n, 32, 32, 3], each evaluated by one rank.
 

@@ -14,6 +14,7 @@ from cnnopt import distributed, environment
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.presence import Presence
 from cnnopt.signals import StopRequest
+from cnnopt.world import launched
 
 
 def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
@@ -33,7 +34,7 @@ def run(name: str, body: Callable[[StopRequest, Presence], int]) -> int:
         if not distributed.is_exchange_failure(error):
             traceback.print_exc()
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if distributed.launched()[0].size > 1:
+        if launched()[0].size > 1:
             _speak(presence, why, RunError.exit_status, of_one_rank=bool(why))
         return RunError.exit_status
 
@@ -58,7 +59,7 @@ def leave(status: int) -> NoReturn:
 def _speak(presence: Presence, why: str, status: int, *, of_one_rank: bool) -> None:
     # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    world = distributed.launched()[0]
+    world = launched()[0]
     if presence.places:
         presence.speak(world.rank, why)
     else:

@@ -22,6 +22,7 @@ from cnnopt import files
 from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
+from cnnopt.world import launched
 
 
 def writable(folder: Path, remedy: str) -> Path:
@@ -51,7 +52,7 @@ def fine_tune(options: Options) -> NoReturn:
 def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Export and measure the variants of a run; returns the content of report.json."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
-    from cnnopt import data, distributed, environment
+    from cnnopt import data, environment
     from cnnopt.export import trained
     from cnnopt.record import RunFolder
 
@@ -66,7 +67,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
     done = all(RunFolder(folder).result() is not None for folder in folders.values())
     # Other ranks cannot know that it is done, and wait to be told.
-    if folders and not options.tuned and (not done or distributed.launched()[0].size > 1):
+    if folders and not options.tuned and (not done or launched()[0].size > 1):
         fine_tune(options)
     tuned = {variant: trained.read(folder) for variant, folder in folders.items()}
 
@@ -214,10 +215,9 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-    from cnnopt import distributed
 
     argv = sys.argv[1:] if argv is None else argv
-    first = distributed.launched()[0].first
+    first = launched()[0].first
     try:
         if argv and argv[0] in ("pack", "unpack"):
             if first:

@@ -9,13 +9,14 @@ from cnnopt import checkpoint, distributed
 from cnnopt.config import TrainConfig
 from cnnopt.record import RunFolder
 from cnnopt.training import SynchronousModel
+from cnnopt.world import World
 
 
 def restore(
     model: SynchronousModel,
     config: TrainConfig,
     folder: RunFolder,
-    world: distributed.World,
+    world: World,
     say: Callable[[str], None],
 ) -> int:
     """Set ``model`` to the state that ``--resume`` names, on all ranks; returns the number of steps done.

@@ -11,12 +11,12 @@ from tf_keras.callbacks import Callback
 from cnnopt import callbacks, distributed, loop, monitoring
 from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset
-from cnnopt.distributed import World
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.schedules import Timeline, parse_duration
 from cnnopt.signals import StopRequest
 from cnnopt.training import SynchronousModel
+from cnnopt.world import World
 
 
 @dataclass(frozen=True)

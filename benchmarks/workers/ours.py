@@ -20,11 +20,11 @@ from side_by_side import serve
 
 from cnnopt import data, distributed, environment
 from cnnopt.config import TrainConfig
+from cnnopt.world import launched
 
 environment.with_huge_pages()
 depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-launched, _ = distributed.launched()
-distributed.prepare(launched, deterministic=False, verbose=False)
+distributed.prepare(launched()[0], deterministic=False, verbose=False)
 world = distributed.start(verbose=False)
 HOROVODS = [thread for thread in environment.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from cnnopt import distributed
 from cnnopt.config import TrainConfig
+from cnnopt.world import launched
 
-distributed.prepare(distributed.launched()[0], deterministic=True, verbose=False)
+distributed.prepare(launched()[0], deterministic=True, verbose=False)
 world = distributed.start(verbose=False)
 
 import tf_keras as keras  # noqa: E402

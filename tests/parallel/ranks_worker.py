@@ -13,8 +13,9 @@ import numpy as np
 
 from cnnopt import distributed, environment
 from cnnopt.config import TrainConfig
+from cnnopt.world import launched
 
-distributed.prepare(distributed.launched()[0], deterministic=True, verbose=False)
+distributed.prepare(launched()[0], deterministic=True, verbose=False)
 world = distributed.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 
 from cnnopt import distributed
+from cnnopt.world import World
 
 #: What a user's shell has set, for tests that start the program.
 SHELL = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -17,7 +18,7 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 # Test files import TensorFlow while pytest collects them.
-SETTINGS = distributed.prepare(distributed.World(), deterministic=False, verbose=False)
+SETTINGS = distributed.prepare(World(), deterministic=False, verbose=False)
 
 
 def pytest_collection_finish() -> None:

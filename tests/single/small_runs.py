@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from cnnopt import data, loop, precision, training
 from cnnopt.config import TrainConfig
-from cnnopt.distributed import World
 from cnnopt.schedules import Timeline
+from cnnopt.world import World
 
 IMAGES = data.load("synthetic", seed=0, synthetic_sizes=(256, 75))
 

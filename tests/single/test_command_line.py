@@ -15,8 +15,9 @@ from cifar_copies import BINARY_10, small_copy
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from cnnopt import checkpoint, distributed
+from cnnopt import checkpoint
 from cnnopt.pruning import num_pruned
+from cnnopt.world import World, launched
 
 PROGRAM = Path(__file__).parents[2] / "train_hvd.py"
 
@@ -117,19 +118,19 @@ def test_a_flag_with_a_line_break_is_still_one_line(shell):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, (distributed.World(), None)),
+        ({}, (World(), None)),
         ({"HOROVOD_RANK": "3", "HOROVOD_SIZE": "8", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
-         (distributed.World(3, 8, 1, 2), "horovodrun")),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (distributed.World(1, 4, 0, 1), "mpirun")),
+         (World(3, 8, 1, 2), "horovodrun")),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (World(1, 4, 0, 1), "mpirun")),
         ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2,1",
-          "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}, (distributed.World(2, 3, 0, 1), "srun")),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (distributed.World(), None)),  # a batch script: no srun
+          "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}, (World(2, 3, 0, 1), "srun")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (World(), None)),  # a batch script: no srun
         ({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-         (distributed.World(1, 4, 1, 2), "mpiexec")),
+         (World(1, 4, 1, 2), "mpiexec")),
     ],
 )  # fmt: skip
 def test_what_the_launchers_say(variables, expected):
-    assert distributed.launched(variables) == expected
+    assert launched(variables) == expected
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from cnnopt import distributed
-from cnnopt.distributed import World
+from cnnopt.world import World, threads_per_rank
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ ALONE = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SL
 )  # fmt: skip
 def test_the_threads_of_a_rank_are_its_part_of_the_cores(environ, cores, threads, monkeypatch):
     monkeypatch.setattr(distributed.environment, "cores", lambda: cores)
-    assert distributed.threads_per_rank(World(rank=5, size=8, local_rank=1, local_size=4), environ) == threads
+    assert threads_per_rank(World(rank=5, size=8, local_rank=1, local_size=4), environ) == threads
 
 
 def given(host: str = "a", cores: int = 8, threads: int = 2, device: str = "CPU", first: int = 0) -> distributed.Given:

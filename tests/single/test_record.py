@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from cnnopt import callbacks, checkpoint, monitoring, record, resume
 from cnnopt.config import ConfigError
-from cnnopt.distributed import World
 from cnnopt.environment import versions
 from cnnopt.files import ReadError
 from cnnopt.record import RunFolder, environment, summarize
 from cnnopt.schedules import Duration, Timeline
+from cnnopt.world import World
 
 # Results -------------------------------------------------------------------------------------------------------
 

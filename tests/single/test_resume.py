@@ -14,12 +14,12 @@ from rich.console import Console
 from tf_keras.callbacks import Callback
 
 from cnnopt import callbacks, checkpoint, monitoring, resume, session
-from cnnopt.distributed import World
 from cnnopt.files import WriteError
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
 from cnnopt.schedules import parse_duration
 from cnnopt.signals import StopRequest
+from cnnopt.world import World
 
 
 class Tell(Callback):

@@ -11,7 +11,7 @@ import tf_keras as keras
 from cnnopt import loop
 from cnnopt.callbacks import DivergedError, Prune, StopIfDiverged
 from cnnopt.config import ConfigError
-from cnnopt.distributed import World
+from cnnopt.world import World
 
 pytestmark = pytest.mark.usefixtures("float32_policy")
 
