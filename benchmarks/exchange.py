@@ -17,16 +17,11 @@ WORKER = "benchmarks/workers/ours.py"
 
 def requests(sparsities: list[float]) -> dict[str, dict]:
     """What is compared on each link."""
-    whole = {"dense": ("dense", "float32"), "dense, float16": ("dense", "float16")}
-    found = {"none": {"exchange": "none"}}
-    found |= {name: {"exchange": kind, "wire": wire} for name, (kind, wire) in whole.items()}
+    found: dict[str, dict] = {"none": {"exchange": "none"}, "dense": {"exchange": "dense"}}
     for sparsity in sparsities:
         found[f"sparse {sparsity:.0%}"] = {"exchange": "sparse", "sparsity": sparsity}
-    found[f"sparse {sparsities[-1]:.0%}, float16"] = {
-        "exchange": "sparse",
-        "wire": "float16",
-        "sparsity": sparsities[-1],
-    }
+    for name in ("dense", f"sparse {sparsities[-1]:.0%}"):
+        found |= {f"{name}, {wire}": {**found[name], "wire": wire} for wire in ("bfloat16", "float16")}
     return found
 
 

@@ -90,8 +90,8 @@ class TrainConfig:
         "send all gradients, or those of the kept weights only; auto measures at the start which is faster",
         identity=False,
     )
-    wire_dtype: Literal["float32", "float16"] = _flag(
-        "float32", "type of what is sent; float16 halves the bytes. Horovod 0.28 has no bfloat16 allreduce"
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = _flag(
+        "float32", "type of what is sent; the other two halve the bytes, and float16 brings a loss scale along"
     )
 
     seed: int = _flag(0, "of initial weights, data order and augmentation")

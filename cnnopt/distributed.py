@@ -177,11 +177,27 @@ def callbacks() -> list[Any]:
 
 
 def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
-    """The sum over all ranks of a tensor that has one shape on all of them."""
-    import horovod.tensorflow as hvd
+    """The sum over all ranks of a vector that has one length on all of them.
 
-    # Horovod: the one exchange of a step.
-    return flat if hvd.size() == 1 else hvd.allreduce(flat, op=hvd.Sum, name=name)
+    Of bfloat16 and float16 each rank sums its part of the vector, in float32, and hands the rounded sums to all: a
+    reduce-scatter and an allgather (Thakur, Rabenseifner and Gropp 2005, for long messages), which send as many bytes
+    as a ring. Horovod 0.28.1 has no allreduce of bfloat16 (horovod 4047), and Gloo's of float16 is slower.
+    """
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    ranks = hvd.size()
+    if ranks == 1:
+        return flat
+    if flat.dtype not in (tf.bfloat16, tf.float16):
+        # Horovod: the one exchange of a step.
+        return hvd.allreduce(flat, op=hvd.Sum, name=name)
+    # Both hand on bits, and know float16 whatever they are built with.
+    padded = tf.bitcast(tf.pad(flat, [[0, -tf.size(flat) % ranks]]), tf.float16)
+    everyones = tf.bitcast(hvd.alltoall(padded, name=f"{name}.parts"), flat.dtype)
+    mine = tf.reduce_sum(tf.cast(tf.reshape(everyones, [ranks, -1]), tf.float32), axis=0)
+    sums = hvd.allgather(tf.bitcast(tf.cast(mine, flat.dtype), tf.float16), name=f"{name}.sums")
+    return tf.bitcast(sums, flat.dtype)[: tf.size(flat)]
 
 
 def meet(presence: Presence) -> None:

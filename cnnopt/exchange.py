@@ -36,7 +36,7 @@ class Exchange:
     """The sum over all ranks of a flat float32 vector, zero where ``masks`` are.
 
     ``sizes`` are the lengths of its parts and ``masks`` the variables, 1 or 0, that belong to them; None where a part
-    is always kept. ``wire`` is the type that is sent and summed.
+    is always kept. ``wire`` is the type that is sent.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """One rank of this program: its model, stream and step, with what each request names.
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
-Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|float16", "sparsity": 0.6,
+Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|bfloat16|float16", "sparsity": 0.6,
           "optimizer": "sgd|muon", "gives_way": true, "bound": true}
 
 With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; with

@@ -1,9 +1,12 @@
 """What one rank sees of its exchange, written to DEST/rank<r>.{json,npz} for test_exchange.py to compare.
 
+Without a variant it is the sums alone.
+
 Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE/OPTIMIZER...
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
@@ -18,6 +21,7 @@ from cnnopt.world import launched
 distributed.prepare(launched()[0], deterministic=True, verbose=False)
 world = distributed.start(verbose=False)
 
+import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
 from cnnopt import callbacks, data, loop, precision, training  # noqa: E402
@@ -52,6 +56,17 @@ def collectives(model: training.SynchronousModel, stream) -> dict[str, int]:
     return Counter(node.op for node in nodes if node.op.startswith("Horovod"))
 
 
+def summed() -> dict[str, np.ndarray]:
+    """Sums over the ranks of vectors that their parts do not fit into, and what each rank gave to them."""
+    found = {}
+    for wire, size in itertools.product(["float32", "bfloat16", "float16"], [1, 2, 7, 1001]):
+        given = tf.random.stateless_normal([size], [world.rank, size])
+        sent = tf.cast(given, wire)
+        found[f"{wire}/{size}"] = tf.cast(distributed.allreduce_sum(sent, name="sum"), tf.float32).numpy()
+        found[f"{wire}/{size}/given"] = tf.cast(sent, tf.float32).numpy()
+    return found
+
+
 def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], dict]:
     keras.backend.clear_session()
     config = dataclasses.replace(CONFIG, exchange=kind, wire_dtype=wire, optimizer=optimizer)
@@ -76,7 +91,7 @@ def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], 
 
 
 def main(dest: Path, variants: list[str]) -> None:
-    arrays, found = {}, {}
+    arrays, found = summed(), {}
     for variant in variants:
         state, found[variant] = train(*variant.split("/"))
         arrays |= {f"{variant}:{name}": value for name, value in state.items()}

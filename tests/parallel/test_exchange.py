@@ -1,14 +1,17 @@
-"""The exchange of two ranks: what it sends, counted; that sparse is dense bit for bit; one collective, one trace."""
+"""The exchange of ranks: what it sends, counted; that sparse is dense bit for bit; its collectives, and one trace."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 pytestmark = pytest.mark.timeout(900)
 WORKER = str(Path(__file__).with_name("exchange_worker.py"))
 VARIANTS = ["dense/float32/muon", "sparse/float32/muon", "sparse/float16/muon",
+            "dense/bfloat16/muon", "sparse/bfloat16/muon",
             "dense/float32/sgd", "sparse/float32/sgd"]  # fmt: skip
 
 
@@ -26,10 +29,10 @@ def state(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:
     return {name.split(":", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{variant}:")}
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
-def test_sparse_training_is_dense_training_bit_for_bit(ranks, optimizer):
+@pytest.mark.parametrize("trained", ["float32/muon", "float32/sgd", "bfloat16/muon"])
+def test_sparse_training_is_dense_training_bit_for_bit(ranks, trained):
     found, arrays = ranks
-    dense, sparse = (f"{kind}/float32/{optimizer}" for kind in ("dense", "sparse"))
+    dense, sparse = (f"{kind}/{trained}" for kind in ("dense", "sparse"))
     assert found[0][sparse]["losses"] == found[0][dense]["losses"]
     dense, sparse = state(arrays[0], dense), state(arrays[0], sparse)
     assert any(name.startswith("optimizer/") for name in dense)
@@ -48,7 +51,7 @@ def test_ranks_hold_the_same_bits(ranks, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_on_the_wire_are_those_of_what_is_kept(ranks, variant):
     for found in (rank[variant] for rank in ranks[0]):
-        each = 2 if "float16" in variant else 4
+        each = 4 if "float32" in variant else 2
         always = found["size"] - found["prunable"]
         kept = found["kept"] if variant.startswith("sparse") else [found["prunable"]] * 16
         # The masks change at steps 2, 4, 6, 8 and 10 of 16.
@@ -60,16 +63,41 @@ def test_bytes_on_the_wire_are_those_of_what_is_kept(ranks, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_is_one_collective_and_is_traced_once(ranks, variant):
+def test_a_step_is_one_collective_or_two_of_halves_and_is_traced_once(ranks, variant):
     for found in (rank[variant] for rank in ranks[0]):
-        assert found["collectives"] == {"HorovodAllreduce": 1}
+        one, two = {"HorovodAllreduce": 1}, {"HorovodAlltoall": 1, "HorovodAllgather": 1}
+        assert found["collectives"] == (one if "float32" in variant else two)
         assert found["traces"] == 1
 
 
-def test_a_float16_wire_learns_what_float32_does(ranks):
-    whole, half = (ranks[0][0][f"sparse/{wire}/muon"]["losses"] for wire in ("float32", "float16"))
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_a_wire_of_halves_learns_what_float32_does(ranks, wire):
+    whole, half = (ranks[0][0][f"sparse/{name}/muon"]["losses"] for name in ("float32", wire))
     np.testing.assert_allclose(half, whole, rtol=0.02)
     assert half != whole
+
+
+def check_sums(arrays: list[dict[str, np.ndarray]]) -> None:
+    """Of halves the sum in float32, where a few of them lose nothing, rounded once; equal on all ranks."""
+    for wire, size in itertools.product(["float32", "bfloat16", "float16"], [1, 2, 7, 1001]):
+        total = np.sum([rank[f"{wire}/{size}/given"] for rank in arrays], axis=0, dtype=np.float32)
+        found = arrays[0][f"{wire}/{size}"]
+        if wire == "float32":
+            # Its order is that of Gloo's ring.
+            np.testing.assert_allclose(found, total, rtol=1e-6, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(found, tf.cast(tf.cast(total, wire), tf.float32))
+        assert all(rank[f"{wire}/{size}"].tobytes() == found.tobytes() for rank in arrays)
+
+
+def test_sums_of_two_ranks_are_those_of_float32_rounded_once(ranks):
+    check_sums(ranks[1])
+
+
+def test_sums_of_three_ranks_too_which_divide_no_vector_here(start, tmp_path):
+    job = start(3, WORKER, str(tmp_path))
+    assert job.wait() == 0, job.output()
+    check_sums([dict(np.load(tmp_path / f"rank{rank}.npz")) for rank in range(3)])
 
 
 def test_auto_measures_and_all_ranks_choose_alike(ranks):
