@@ -92,11 +92,11 @@ def hosts(count: int) -> Iterator[Hosts]:
 @contextlib.contextmanager
 def start(
     name: str, command: Sequence[str], ranks: int, *, on: Hosts | None = None, horovod: bool = True,
-    python: str = sys.executable, environment: Mapping[str, str] | None = None,
+    pinned: bool = True, python: str = sys.executable, environment: Mapping[str, str] | None = None,
 ) -> Iterator[Contestant]:  # fmt: skip
     """Ranks that run ``command``, each with its share of the cores: rank i on host i of ``on``, or all of them here.
 
-    Without ``horovod`` they get no rendezvous server.
+    Without ``horovod`` they get no rendezvous server; not ``pinned`` they have all cores, and no word of threads.
     """
     on = on or Hosts(0)
     where = on.names or ["localhost"]
@@ -122,13 +122,13 @@ def start(
             # Where there are more ranks than cores, they take the cores in turn.
             share = slice(rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks)
             mine = cores[share] if ranks <= len(cores) else [cores[rank % len(cores)]]
-            pin = ["taskset", "-c", ",".join(map(str, mine))]
+            pin = ["taskset", "-c", ",".join(map(str, mine))] if pinned else []
+            # A rank of ours would take its part of cores that are its own already.
+            threads = {"TF_NUM_INTRAOP_THREADS": str(len(mine))} if pinned else {}
             contestants.append(
                 subprocess.Popen(
                     [*on.enter(rank), *pin, python, *command],
-                    # A rank of ours would take its part of cores that are its own already.
-                    env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
-                         "TF_NUM_INTRAOP_THREADS": str(len(mine)), **(environment or {}),
+                    env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", **threads, **(environment or {}),
                          **{f"HOROVOD_{key}": str(value) for key, value in variables.items()}},
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open_log(name, rank), text=True,
                 )

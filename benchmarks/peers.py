@@ -7,6 +7,10 @@ peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, 
 --torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the latter with
 tfmot's ``prune_low_magnitude``, which knows float32 only.
 
+All are given a core each and as many threads, which is what the program does by itself. With --as-shipped they are
+given nothing, and run as their guides start them: ours divides the cores, torchrun gives a rank one thread, and
+TensorFlow's peers take as many threads as there are cores.
+
     .venv/bin/python benchmarks/peers.py --depth 20 44 --torch-python .venv-peers/bin/python
 """
 
@@ -48,6 +52,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--torch-python", help="a Python that has PyTorch; without it DDP is left out")
     parser.add_argument("--exchange", default="auto", choices=["auto", "dense", "sparse"], help="of our own ranks")
+    parser.add_argument("--as-shipped", action="store_true", help="no rank is given cores or a number of threads")
     peers = [name for name in NAMES if name not in ("ours", "muon", "none", "small")]
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     args = parser.parse_args()
@@ -56,8 +61,9 @@ def main() -> None:
         size = [str(depth), str(args.batch)]
         with contextlib.ExitStack() as stack:
             worker = ["benchmarks/workers/ours.py", *size, args.precision]
-            ours = stack.enter_context(start(f"ours-{depth}", worker, 2))
-            small = stack.enter_context(start(f"small-{depth}", worker, 2, environment=SMALL_PAGES))
+            pinned = not args.as_shipped
+            ours = stack.enter_context(start(f"ours-{depth}", worker, 2, pinned=pinned))
+            small = stack.enter_context(start(f"small-{depth}", worker, 2, pinned=pinned, environment=SMALL_PAGES))
             compute = ours.ask(steps=1)[0]["compute"]
             steps = {"steps": args.steps}
             turns = {
@@ -74,7 +80,7 @@ def main() -> None:
                 if peer == "ddp" and not args.torch_python:
                     continue
                 contestant = start(
-                    f"{peer}-{depth}", worker, 2, horovod=peer in ("horovod", "tfmot"),
+                    f"{peer}-{depth}", worker, 2, horovod=peer in ("horovod", "tfmot"), pinned=pinned,
                     python=args.torch_python if peer == "ddp" else sys.executable,
                     environment={"MULTIWORKER_PORT": ports, "DDP_PORT": ports},
                 )  # fmt: skip
@@ -89,7 +95,8 @@ def main() -> None:
             sent = f" ({exchanges[name]} exchange)" if name in exchanges else ""
             rows.append([f"ResNet-{depth}", NAMES[name] + sent, speed, *ratios])
         content[str(depth)] = {"compute": compute, "seconds": seconds, "exchanges": exchanges}
-    text = f"Two ranks, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
+    given = "as shipped" if args.as_shipped else "a core each"
+    text = f"Two ranks, {given}, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
     heads = ["network", "trainer", "images/s", "ours is faster by", "with Muon by"]
     report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})
 

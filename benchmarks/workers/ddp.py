@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 depth, batch, precision = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+# Without the first it is as under torchrun, which gives each of several ranks one.
+torch.set_num_threads(int(os.environ.get("TF_NUM_INTRAOP_THREADS", "1")))
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """One rank of a stock Keras loop: the same network, SGD and images, trained by ``fit`` as a library's guide says.
 
-Usage: python keras_peers.py DEPTH BATCH_A_RANK PRECISION {fit,horovod,multiworker,tfmot}
+Usage: python keras_peers.py DEPTH BATCH_A_RANK PRECISION {fit,horovod,multiworker,tfmot}; where the environment has
+TF_NUM_INTRAOP_THREADS it sets all that our own ranks set, else nothing.
 Request: {"steps": 10}
 """
 
@@ -13,10 +14,10 @@ from side_by_side import serve
 
 depth, batch, asked, peer = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
-threads = str(len(os.sched_getaffinity(0)))
-# What our own ranks set too (cnnopt/distributed.py): the comparison is not one of defaults.
-os.environ.update(TF_USE_LEGACY_KERAS="1", TF_ENABLE_ONEDNN_OPTS="1", OMP_NUM_THREADS=threads,
-                  TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS="2", TF_CPP_MIN_LOG_LEVEL="3")  # fmt: skip
+os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
+if threads := os.environ.get("TF_NUM_INTRAOP_THREADS"):
+    # As cnnopt/distributed.py: the comparison is not one of defaults.
+    os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", OMP_NUM_THREADS=threads, TF_NUM_INTEROP_THREADS="2")
 if peer == "multiworker":
     first_port = int(os.environ["MULTIWORKER_PORT"])
     workers = [f"127.0.0.1:{first_port + i}" for i in range(size)]
@@ -32,8 +33,9 @@ sys.modules["keras"] = keras
 from cnnopt.models import resnet  # noqa: E402
 from cnnopt.precision import choose  # noqa: E402
 
-tf.config.threading.set_intra_op_parallelism_threads(int(threads))
-tf.config.threading.set_inter_op_parallelism_threads(2)
+if threads:
+    tf.config.threading.set_intra_op_parallelism_threads(int(threads))
+    tf.config.threading.set_inter_op_parallelism_threads(2)
 compute = choose("float32" if peer == "tfmot" else asked, has_gpu=False)
 scope: contextlib.AbstractContextManager = contextlib.nullcontext()
 callbacks: list[keras.callbacks.Callback] = []
