@@ -19,6 +19,7 @@ from cnnopt import distributed, program
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.presence import Presence
 from cnnopt.record import RunFolder
+from cnnopt.schedules import Timeline
 from cnnopt.signals import STOPPED, StopRequest
 from cnnopt.world import launched
 
@@ -37,6 +38,7 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     from cnnopt import data
 
     data.check(config.dataset, config.data_dir)
+    config.check_durations(Timeline(data.DATASETS[config.dataset], config.batch_size, config.epochs))
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
     settings = distributed.prepare(said, deterministic=config.deterministic, verbose=config.verbose)
@@ -45,7 +47,6 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
     distributed.meet(presence)
     from cnnopt import callbacks, precision, record, resume, session, training
     from cnnopt.console import Console, final_line, start_table, tensorboard_command
-    from cnnopt.schedules import Timeline
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
 

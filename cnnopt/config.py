@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from cnnopt.command_line import Parser
 from cnnopt.errors import UserError
-from cnnopt.schedules import parse_drops, parse_duration
+from cnnopt.schedules import Timeline, parse_drops, parse_duration
 
 
 class ConfigError(UserError):
@@ -155,6 +155,20 @@ class TrainConfig:
             below = self.batch_size // ranks * ranks
             sizes = f"{below} or {below + ranks}" if below else f"{ranks}"
             raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
+
+    def check_durations(self, timeline: Timeline) -> None:
+        """Raise ConfigError where masks would change in no order or beyond the run, or warm-up is longer than it."""
+        begin, end = (timeline.steps(parse_duration(d)) for d in (self.prune_begin, self.prune_end))
+        if self.sparsity and not begin <= end <= timeline.total_steps:
+            raise ConfigError(
+                f"--prune-begin {self.prune_begin} --prune-end {self.prune_end}: steps {begin} to {end} of "
+                f"{timeline.total_steps}; let pruning end after it begins and by the end of the run"
+            )
+        if (steps := timeline.steps(parse_duration(self.warmup))) > timeline.total_steps:
+            raise ConfigError(
+                f"--warmup {self.warmup}: {steps} steps, but the run has {timeline.total_steps}; give a shorter one, "
+                "or a share of the run such as 5%"
+            )
 
     def difference(self, identity: dict[str, Any]) -> str | None:
         """The fields in which a stored ``identity()`` differs, as text; None where all agree."""

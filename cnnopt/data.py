@@ -25,7 +25,8 @@ from cnnopt.cifar_files import DataError
 __all__ = ["AUGMENTATIONS", "DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download",
            "batches", "check", "indices", "load"]  # fmt: skip
 
-DATASETS = ("cifar10", "cifar100", "digits", "synthetic")
+#: The data sets, and how many images each has to train on.
+DATASETS = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "synthetic": 2_048}
 AUGMENTATIONS = ("none", "standard", "shift")
 CONNECT_SECONDS = 15
 
@@ -74,7 +75,7 @@ def load(
     seed: int = 0,
     show_progress: bool = False,
     share: bool = False,
-    synthetic_sizes: tuple[int, int] = (2048, 512),
+    synthetic_sizes: tuple[int, int] = (DATASETS["synthetic"], 512),
 ) -> Dataset:
     """Load a data set, downloading CIFAR where no `data_dir` is given and it is not there yet.
 

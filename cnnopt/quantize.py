@@ -62,6 +62,8 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     folder = writable(options.run / "export", "copy the run to a writable folder")
     name, seed = run.identity["dataset"], run.identity["seed"]
     data.check(name, options.data_dir)
+    if options.calibration > data.DATASETS[name]:
+        raise OptionError(f"--calibration {options.calibration}: {name} has {data.DATASETS[name]} training images")
 
     # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
     folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
@@ -75,8 +77,6 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     images = data.load(name, options.data_dir, seed=seed, show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
-    if options.calibration > len(images.train_images):
-        raise OptionError(f"--calibration {options.calibration}: {name} has {len(images.train_images)} training images")
 
     import numpy as np
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from cnnopt import distributed, fused, muon
-from cnnopt.config import ConfigError, TrainConfig
+from cnnopt.config import TrainConfig
 from cnnopt.data import Dataset
 from cnnopt.exchange import Exchange, choose
 from cnnopt.models import FLOAT, Parts, pixel_statistics, resnet
@@ -247,11 +247,6 @@ def build(
     begin, end, frequency = (
         timeline.steps(parse_duration(d)) for d in (config.prune_begin, config.prune_end, config.prune_frequency)
     )
-    if config.sparsity and not begin <= end <= timeline.total_steps:
-        raise ConfigError(
-            f"--prune-begin {config.prune_begin} --prune-end {config.prune_end}: steps {begin} to {end} of "
-            f"{timeline.total_steps}; let pruning end after it begins and by the end of the run"
-        )
     pruner = Pruner(
         prunable_kernels(model),
         schedule=config.sparsity_schedule,
@@ -260,15 +255,9 @@ def build(
         window=PruningWindow.aligned(begin, end, frequency),
         scope=config.sparsity_scope,
     )
-    warmup_steps = timeline.steps(parse_duration(config.warmup))
-    if warmup_steps > timeline.total_steps:
-        raise ConfigError(
-            f"--warmup {config.warmup}: {warmup_steps} steps, but the run has {timeline.total_steps}; "
-            "give a shorter one, or a share of the run such as 5%"
-        )
     rate = LearningRate(
         peak=config.peak_rate(),
-        warmup_steps=warmup_steps,
+        warmup_steps=timeline.steps(parse_duration(config.warmup)),
         total_steps=timeline.total_steps,
         schedule=config.lr_schedule,
         drops=tuple((timeline.steps(when), factor) for when, factor in parse_drops(config.lr_drops)),

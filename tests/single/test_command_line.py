@@ -54,6 +54,7 @@ def refusal(arguments: list[str], shell: dict[str, str]) -> str:
         ("--expect-ranks 2", "--expect-ranks 2: 1 started"),
         ("--data-dir /no/such/folder", "--data-dir /no/such/folder: does not exist"),
         ("--dataset synthetic --resume /no/such", "--resume /no/such: no such checkpoint folder"),
+        ("--dataset digits --epochs 1 --warmup 2e", "--warmup 2e: 22 steps, but the run has 12; give a shorter one"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, expected, shell, tmp_path):
@@ -61,7 +62,8 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, expected, shell
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("arguments", ["--depth 43", "--dataset synthetic --expect-ranks 2", "--help"])
+@pytest.mark.parametrize("arguments", ["--depth 43", "--dataset synthetic --expect-ranks 2",
+                                       "--dataset digits --epochs 1 --prune-end 15s", "--help"])  # fmt: skip
 def test_tensorflow_is_not_loaded_to_say_so(arguments, shell):
     done = program(arguments.split(), shell, "-X", "importtime")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cnnopt.config import PRESETS, ConfigError, TrainConfig, parse_args
 from cnnopt.errors import UserError
-from cnnopt.schedules import parse_drops, parse_duration
+from cnnopt.schedules import Timeline, parse_drops, parse_duration
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 FLAGS = [f"--{name.replace('_', '-')}" for name in FIELDS]
@@ -230,6 +230,30 @@ def test_another_number_of_ranks_than_expected_is_refused():
     TrainConfig(expect_ranks=2).check_ranks(2)
     with pytest.raises(ConfigError, match=r"^--expect-ranks 2: 1 started; check -np, --ntasks"):
         TrainConfig(expect_ranks=2).check_ranks(1)
+
+
+RUN = Timeline(num_images=256, batch_size=32, epochs=3)  # 8 steps an epoch
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "steps"),
+    [("2e", "4s", "16 to 4 of 24"), ("50%", "1e", "12 to 8 of 24"), ("0s", "25s", "0 to 25 of 24"),
+     ("1e", "4e", "8 to 32 of 24")],
+)  # fmt: skip
+@pytest.mark.parametrize("schedule", ["constant", "polynomial"])
+def test_a_pruning_window_that_would_never_end_is_refused(begin, end, steps, schedule):
+    config = TrainConfig(prune_begin=begin, prune_end=end, sparsity_schedule=schedule)
+    with pytest.raises(ConfigError, match=rf"^--prune-begin {begin} --prune-end {end}: steps {steps};") as caught:
+        config.check_durations(RUN)
+    assert len(str(caught.value).splitlines()) == 1
+    TrainConfig(prune_begin=begin, prune_end=end, sparsity=0.0).check_durations(RUN)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [("25s", 25), ("4e", 32)])
+def test_a_warm_up_that_is_longer_than_the_run_is_refused(warmup, steps):
+    with pytest.raises(ConfigError, match=rf"^--warmup {warmup}: {steps} steps, but the run has 24; "):
+        TrainConfig(warmup=warmup).check_durations(RUN)
+    TrainConfig(warmup="24s").check_durations(RUN)
 
 
 TEXTS = st.one_of(

@@ -497,3 +497,5 @@ def test_binary_files_of_random_bytes(raw, tmp_path):
 def test_the_layout_tables_agree_with_the_published_sizes():
     assert [layout.record for layout in LAYOUTS["cifar10"]][1] * 10_000 == 30_730_000
     assert [layout.record for layout in LAYOUTS["cifar100"]][1] * 50_000 == 153_700_000
+    for name, layouts in LAYOUTS.items():
+        assert {len(layout.train) * layout.images_per_file for layout in layouts} == {data.DATASETS[name]}

@@ -10,7 +10,6 @@ import tf_keras as keras
 
 from cnnopt import loop
 from cnnopt.callbacks import DivergedError, Prune, StopIfDiverged
-from cnnopt.config import ConfigError
 from cnnopt.world import World
 
 pytestmark = pytest.mark.usefixtures("float32_policy")
@@ -243,32 +242,7 @@ def test_evaluation_counts_every_image_once_with_the_average_where_there_is_one(
     assert (found["accuracy"], found["loss"]) == (plain[0], pytest.approx(plain[1], rel=1e-5))
 
 
-# What cannot be built ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("begin", "end", "steps"),
-    [("2e", "4s", "16 to 4 of 24"), ("50%", "1e", "12 to 8 of 24"), ("0s", "25s", "0 to 25 of 24"),
-     ("1e", "4e", "8 to 32 of 24")],
-)  # fmt: skip
-@pytest.mark.parametrize("schedule", ["constant", "polynomial"])
-def test_a_pruning_window_that_would_never_end_is_refused(begin, end, steps, schedule):
-    config = small_runs.settings(prune_begin=begin, prune_end=end, sparsity_schedule=schedule)
-    with pytest.raises(ConfigError, match=rf"^--prune-begin {begin} --prune-end {end}: steps {steps};") as caught:
-        small_runs.build(config)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(("warmup", "steps"), [("25s", 25), ("4e", 32)])
-def test_a_warm_up_that_is_longer_than_the_run_is_refused(warmup, steps):
-    with pytest.raises(ConfigError, match=rf"^--warmup {warmup}: {steps} steps, but the run has 24; "):
-        small_runs.build(small_runs.settings(warmup=warmup))
-    small_runs.build(small_runs.settings(warmup="24s"))
-
-
-def test_a_dense_run_takes_any_window():
-    small_runs.build(small_runs.settings(prune_begin="2e", prune_end="99e", sparsity=0.0))
-    small_runs.build(small_runs.settings(prune_begin="60%", prune_end="5%", sparsity=0.0))
+# What is built ------------------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_weights():
