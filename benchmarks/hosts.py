@@ -24,6 +24,11 @@ class Hosts:
     def __init__(self, count: int) -> None:
         self.names = [f"cnnopt{i}" for i in range(count)]
 
+    @property
+    def addresses(self) -> list[str]:
+        """One of each host."""
+        return [f"10.77.0.{i + 1}" for i in range(len(self.names))] or ["127.0.0.1"]
+
     def enter(self, host: int) -> list[str]:
         """The start of a command line that runs what follows on ``host``."""
         if not self.names:
@@ -72,12 +77,12 @@ def hosts(count: int) -> Iterator[Hosts]:
             _run("ip", "netns", "add", name)
             _run("ip", "link", "add", f"cnnopt-v{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
             _run("ip", "link", "set", f"cnnopt-v{i}", "master", "cnnopt-br", "up")
-            for command in (f"addr add 10.77.0.{i + 1}/24 dev eth0", "link set eth0 up", "link set lo up"):
+            for command in (f"addr add {made.addresses[i]}/24 dev eth0", "link set eth0 up", "link set lo up"):
                 _run("ip", "-n", name, *command.split())
             # Gloo binds the address that the host's own name resolves to; it must not be 127.0.0.1.
             folder = Path("/etc/netns") / name
             folder.mkdir(parents=True, exist_ok=True)
-            known = "".join(f"10.77.0.{j + 1} {other}\n" for j, other in enumerate(made.names))
+            known = "".join(f"{address} {other}\n" for address, other in zip(made.addresses, made.names, strict=True))
             (folder / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
         yield made
     finally:
@@ -100,7 +105,6 @@ def start(
     """
     on = on or Hosts(0)
     where = on.names or ["localhost"]
-    address = "10.77.0.1" if on.names else "127.0.0.1"
     processes: list[subprocess.Popen[str]] = []
     try:
         port = "0"
@@ -116,7 +120,8 @@ def start(
             variables = {
                 "RANK": rank, "SIZE": ranks, "LOCAL_RANK": local, "LOCAL_SIZE": locals_,
                 "CROSS_RANK": rank if on.names else 0, "CROSS_SIZE": ranks if on.names else 1,
-                "HOSTNAME": where[rank % len(where)], "GLOO_RENDEZVOUS_ADDR": address, "GLOO_RENDEZVOUS_PORT": port,
+                "HOSTNAME": where[rank % len(where)],
+                "GLOO_RENDEZVOUS_ADDR": on.addresses[0], "GLOO_RENDEZVOUS_PORT": port,
                 "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_TIMEOUT_SECONDS": 3600,
             }  # fmt: skip
             # Where there are more ranks than cores, they take the cores in turn.

@@ -2,7 +2,7 @@
 """This program and its peers, two ranks each, on the same network in the same minutes.
 
 All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
-that it chooses; with the peers' optimizer, SGD, and with Muon, its default; once more with memory in pages of 4 KB. The
+that it chooses; with the peers' optimizer, SGD, and with Muon, its default; once more with bfloat16 on the wire. The
 peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, gloo; in a Python of its own,
 --torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the latter with
 tfmot's ``prune_low_magnitude``, which knows float32 only.
@@ -10,6 +10,8 @@ tfmot's ``prune_low_magnitude``, which knows float32 only.
 All are given a core each and as many threads, which is what the program does by itself. With --as-shipped they are
 given nothing, and run as their guides start them: ours divides the cores, torchrun gives a rank one thread, and
 TensorFlow's peers take as many threads as there are cores.
+
+With --link the two ranks are on hosts of their own (network namespaces), joined by such a link; this needs root.
 
     .venv/bin/python benchmarks/peers.py --depth 20 44 --torch-python .venv-peers/bin/python
 """
@@ -19,17 +21,15 @@ import socket
 import sys
 from typing import Any
 
-from hosts import start
+from hosts import Hosts, hosts, start
 from side_by_side import arguments, interleave, median_and_spread, ratio, report, table
 
-# As the program without its wish for huge pages (cnnopt/environment.py).
-SMALL_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
 KERAS, DDP = "benchmarks/workers/keras_peers.py", "benchmarks/workers/ddp.py"
 NAMES = {
     "ours": "cnnopt, 60% sparse",
     "muon": "cnnopt, 60% sparse, Muon",
     "none": "cnnopt, 60% sparse, exchange left out",
-    "small": "cnnopt, 60% sparse, pages of 4 KB",
+    "half": "cnnopt, 60% sparse, bfloat16 on the wire",
     "multiworker": "MultiWorkerMirroredStrategy, dense",
     "ddp": "PyTorch DDP, dense",
     "horovod": "Horovod Keras fit, dense",
@@ -53,41 +53,48 @@ def main() -> None:
     parser.add_argument("--torch-python", help="a Python that has PyTorch; without it DDP is left out")
     parser.add_argument("--exchange", default="auto", choices=["auto", "dense", "sparse"], help="of our own ranks")
     parser.add_argument("--as-shipped", action="store_true", help="no rank is given cores or a number of threads")
-    peers = [name for name in NAMES if name not in ("ours", "muon", "none", "small")]
+    parser.add_argument("--link", help="between the ranks, such as 1gbit [none]")
+    peers = [name for name in NAMES if name not in ("ours", "muon", "none", "half")]
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     args = parser.parse_args()
     rows, content = [], {}
     for depth in args.depth:
         size = [str(depth), str(args.batch)]
         with contextlib.ExitStack() as stack:
+            on = stack.enter_context(hosts(2)) if args.link else Hosts(0)
+            if args.link:
+                on.limit(args.link)
+            place = {"on": on, "pinned": not args.as_shipped}
             worker = ["benchmarks/workers/ours.py", *size, args.precision]
-            pinned = not args.as_shipped
-            ours = stack.enter_context(start(f"ours-{depth}", worker, 2, pinned=pinned))
-            small = stack.enter_context(start(f"small-{depth}", worker, 2, pinned=pinned, environment=SMALL_PAGES))
+            ours = stack.enter_context(start(f"ours-{depth}", worker, 2, **place))
             compute = ours.ask(steps=1)[0]["compute"]
             steps = {"steps": args.steps}
             turns = {
                 "ours": (ours, {**steps, "exchange": args.exchange}),
                 "muon": (ours, {**steps, "exchange": args.exchange, "optimizer": "muon"}),
                 "none": (ours, {**steps, "exchange": "none"}),
-                "small": (small, {**steps, "exchange": args.exchange}),
+                "half": (ours, {**steps, "exchange": args.exchange, "wire": "bfloat16"}),
             }
             # At once, as a peer that starts takes its ports seconds later.
             first_port = free_ports(2 * len(args.peers))
             for i, peer in enumerate(args.peers):
-                ports = str(first_port + 2 * i)
+                # Of one address the second rank takes the second port.
+                ports = first_port + 2 * i, first_port + 2 * i + 1
+                addresses = ",".join(
+                    f"{on.addresses[rank % len(on.addresses)]}:{port}" for rank, port in enumerate(ports)
+                )
                 worker = [DDP, *size, compute] if peer == "ddp" else [KERAS, *size, compute, peer]
                 if peer == "ddp" and not args.torch_python:
                     continue
                 contestant = start(
-                    f"{peer}-{depth}", worker, 2, horovod=peer in ("horovod", "tfmot"), pinned=pinned,
+                    f"{peer}-{depth}", worker, 2, horovod=peer in ("horovod", "tfmot"), **place,
                     python=args.torch_python if peer == "ddp" else sys.executable,
-                    environment={"MULTIWORKER_PORT": ports, "DDP_PORT": ports},
+                    environment={"PEER_ADDRESSES": addresses},
                 )  # fmt: skip
                 turns[peer] = (stack.enter_context(contestant), steps)
             heard: dict[str, list[dict[str, Any]]] = {}
             seconds = interleave(turns, rounds=args.rounds, after=heard.__setitem__)
-        exchanges = {name: heard[name][0]["exchange"] for name in ("ours", "muon", "small")}
+        exchanges = {name: heard[name][0]["exchange"] for name in ("ours", "muon", "half")}
         for name, values in seconds.items():
             middle, spread = median_and_spread(values)
             speed = f"{2 * args.batch / middle:.0f} ±{spread:.0%}"
@@ -96,6 +103,7 @@ def main() -> None:
             rows.append([f"ResNet-{depth}", NAMES[name] + sent, speed, *ratios])
         content[str(depth)] = {"compute": compute, "seconds": seconds, "exchanges": exchanges}
     given = "as shipped" if args.as_shipped else "a core each"
+    given += f", a link of {args.link}" if args.link else ""
     text = f"Two ranks, {given}, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
     heads = ["network", "trainer", "images/s", "ours is faster by", "with Muon by"]
     report(args.out, text + table(heads, rows), {"batch": args.batch, "steps": args.steps, "runs": content})

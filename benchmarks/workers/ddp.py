@@ -1,6 +1,7 @@
 """One rank of PyTorch's DistributedDataParallel over gloo: channels_last, the same network and SGD.
 
-Usage: python ddp.py DEPTH BATCH_A_RANK PRECISION; needs PyTorch (dependency group ``peers``).
+Usage: python ddp.py DEPTH BATCH_A_RANK PRECISION; needs PyTorch (dependency group ``peers``), and PEER_ADDRESSES, the
+first of which is the first rank's.
 Request: {"steps": 10}
 """
 
@@ -49,7 +50,7 @@ network = nn.Sequential(
     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
 ).to(memory_format=torch.channels_last)  # fmt: skip
 torch.distributed.init_process_group(
-    "gloo", init_method=f"tcp://127.0.0.1:{os.environ['DDP_PORT']}", rank=int(os.environ["HOROVOD_RANK"]),
+    "gloo", init_method=f"tcp://{os.environ['PEER_ADDRESSES'].split(',')[0]}", rank=int(os.environ["HOROVOD_RANK"]),
     world_size=int(os.environ["HOROVOD_SIZE"]),
 )  # fmt: skip
 model = nn.parallel.DistributedDataParallel(network)

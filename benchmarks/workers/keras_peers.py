@@ -1,7 +1,8 @@
 """One rank of a stock Keras loop: the same network, SGD and images, trained by ``fit`` as a library's guide says.
 
 Usage: python keras_peers.py DEPTH BATCH_A_RANK PRECISION {fit,horovod,multiworker,tfmot}; where the environment has
-TF_NUM_INTRAOP_THREADS it sets all that our own ranks set, else nothing.
+TF_NUM_INTRAOP_THREADS it sets all that our own ranks set, else nothing. multiworker needs PEER_ADDRESSES, one of each
+rank.
 Request: {"steps": 10}
 """
 
@@ -19,9 +20,8 @@ if threads := os.environ.get("TF_NUM_INTRAOP_THREADS"):
     # As cnnopt/distributed.py: the comparison is not one of defaults.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", OMP_NUM_THREADS=threads, TF_NUM_INTEROP_THREADS="2")
 if peer == "multiworker":
-    first_port = int(os.environ["MULTIWORKER_PORT"])
-    workers = [f"127.0.0.1:{first_port + i}" for i in range(size)]
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}})
+    workers = {"worker": os.environ["PEER_ADDRESSES"].split(",")}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": workers, "task": {"type": "worker", "index": rank}})
 
 import contextlib  # noqa: E402
 
