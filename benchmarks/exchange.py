@@ -2,7 +2,8 @@
 """What it buys to send the gradients of kept weights only, on links of 10 Gbit/s, 1 Gbit/s and 100 Mbit/s.
 
 Ranks on hosts of their own (network namespaces, an equal share of the cores each), whose links ``tc tbf`` limits. All
-links, exchanges and sparsities take turns in the same processes. Needs root.
+links, exchanges and sparsities take turns in the same processes; "in one" is one vector, sent when the last gradient is
+there. Needs root.
 
     sudo .venv/bin/python benchmarks/exchange.py --batch 16 --out docs/benchmarks/exchange.json
 """
@@ -22,6 +23,8 @@ def requests(sparsities: list[float]) -> dict[str, dict]:
         found[f"sparse {sparsity:.0%}"] = {"exchange": "sparse", "sparsity": sparsity}
     for name in ("dense", f"sparse {sparsities[-1]:.0%}"):
         found |= {f"{name}, {wire}": {**found[name], "wire": wire} for wire in ("bfloat16", "float16")}
+    for name in ("dense", f"sparse {sparsities[0]:.0%}", f"sparse {sparsities[-1]:.0%}"):
+        found[f"{name}, in one"] = {**found[name], "apart": False}
     return found
 
 

@@ -44,11 +44,11 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         # A hung rank must end the job, so that it can be started again.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
+        # What it joins, and so the order of a sum, would depend on when things are ready. We join tensors ourselves.
+        "HOROVOD_FUSION_THRESHOLD": "0",
     }
     others = {**environment.TENSORFLOW, "OMP_NUM_THREADS": str(threads)}
     if deterministic:
-        # Fusion order is the one source of non-determinism that Horovod's maintainers name.
-        numbers["HOROVOD_FUSION_THRESHOLD"] = "0"
         others["TF_DETERMINISTIC_OPS"] = "1"
     if not verbose:
         others |= {**environment.QUIET, "HOROVOD_LOG_LEVEL": "error"}
@@ -190,7 +190,7 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     if ranks == 1:
         return flat
     if flat.dtype not in (tf.bfloat16, tf.float16):
-        # Horovod: the one exchange of a step.
+        # Horovod: what is exchanged in a step.
         return hvd.allreduce(flat, op=hvd.Sum, name=name)
     # Both hand on bits, and know float16 whatever they are built with.
     padded = tf.bitcast(tf.pad(flat, [[0, -tf.size(flat) % ranks]]), tf.float16)

@@ -1,4 +1,4 @@
-"""The one allreduce of a step: one vector with everything that the ranks must share.
+"""The allreduces of a step: few vectors with everything that the ranks must share, sent as soon as each is there.
 
 It may leave out the gradients of pruned weights. All ranks hold the same masks, so no indices need to travel: the kept
 entries are gathered, summed over the ranks, and put back. A pruned weight stays zero whatever its gradient, so nothing
@@ -32,81 +32,103 @@ class Choice:
     reason: str
 
 
-class Exchange:
-    """The sum over all ranks of a flat float32 vector, zero where ``masks`` are.
+class _Vector:
+    """Some of the tensors, joined to be sent together: which ones, and the entries that are kept; all at first."""
 
-    ``sizes`` are the lengths of its parts and ``masks`` the variables, 1 or 0, that belong to them; None where a part
-    is always kept. ``wire`` is the type that is sent.
-    """
-
-    def __init__(
-        self, sizes: Sequence[int], masks: Sequence[tf.Variable | None], *, ranks: int, choice: Choice, wire: str,
-        clock: Callable[[], tf.Tensor],
-    ) -> None:  # fmt: skip
-        self.sizes, self.masks = list(sizes), list(masks)
-        self.size = sum(sizes)
-        self.ranks, self.choice, self.wire, self.clock = ranks, choice, tf.as_dtype(wire), clock
-        self.seconds = tf.Variable(0, trainable=False, dtype=tf.float64)
-        self.bytes = tf.Variable(0, trainable=False, dtype=tf.int64)
+    def __init__(self, members: Sequence[int], sizes: Sequence[int], *, dense: bool, name: str) -> None:
+        self.members, self.sizes, self.name = members, [sizes[i] for i in members], name
+        self.size, self.dense = sum(self.sizes), dense
         # Its length changes with the masks, and no step must be traced anew for that.
-        dense = choice.kind == "dense"
         self._kept = tf.Variable(
             np.ones(self.size, bool) if dense else np.arange(self.size)[:, np.newaxis], trainable=False,
             shape=[self.size] if dense else [None, 1],
         )  # fmt: skip
 
-    def follow_masks(self) -> None:
-        """Keep from now on what the masks keep."""
-        parts = [
-            np.ones(n, bool) if m is None else m.numpy().ravel() != 0
-            for n, m in zip(self.sizes, self.masks, strict=True)
-        ]
-        self.keep(np.concatenate(parts))
-
     def keep(self, kept: np.ndarray) -> None:
         """Keep the entries that are True in ``kept``, bool [size]; the same on all ranks."""
-        self._kept.assign(kept if self.choice.kind == "dense" else np.argwhere(kept))
+        self._kept.assign(kept if self.dense else np.argwhere(kept))
 
-    def restart(self) -> None:
-        """Count ``seconds`` and ``bytes`` from 0."""
-        self.seconds.assign(0.0)
-        self.bytes.assign(0)
+    def join(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+        """What is to be sent of all the tensors, float32 [kept]."""
+        flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in self.members], axis=0)
+        return flat if self.dense else tf.gather_nd(flat, self._kept)
 
-    def __call__(self, parts: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Means over all ranks of tensors that have ``sizes`` entries, and whether all are finite on all ranks.
-
-        What is pruned comes back as 0, and is not asked whether it is finite: it would not have come here.
-        """
-        total = self.total(tf.concat([tf.reshape(part, [-1]) for part in parts], axis=0))
-        means = tf.split(total / self.ranks, self.sizes)
-        shaped = [tf.reshape(mean, part.shape) for mean, part in zip(means, parts, strict=True)]
-        return shaped, tf.reduce_all(tf.math.is_finite(total))
-
-    def total(self, flat: tf.Tensor) -> tf.Tensor:
-        """The sum over all ranks of ``flat``, float32 [size]; timed and counted."""
-        with tf.control_dependencies([flat]):
-            before = self.clock()
-        with tf.control_dependencies([before]):
-            flat = tf.identity(flat)
-            sparse = self.choice.kind == "sparse"
-            sent = tf.cast(tf.gather_nd(flat, self._kept) if sparse else flat, self.wire)
-            if self.ranks > 1:
-                self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
-            summed = tf.cast(distributed.allreduce_sum(sent, name="step"), tf.float32)
-            total = self._put_back(summed) if sparse else tf.where(self._kept, summed, 0.0)
-        with tf.control_dependencies([total]):
-            self.seconds.assign_add(self.clock() - before)
-        return total
-
-    def _put_back(self, summed: tf.Tensor) -> tf.Tensor:
+    def put_back(self, summed: tf.Tensor) -> tf.Tensor:
         """The kept entries where they belong, float32 [size], and 0 elsewhere."""
         kept = self._kept.read_value()
+        if self.dense:
+            return tf.where(kept, summed, 0.0)
         if distributed.device() == "GPU":
             # Its kernel of to_dense is said to access memory that is not its own (b/184077412, in TensorFlow's
             # sparse_to_dense_op.cc).
             return tf.tensor_scatter_nd_update(tf.zeros([self.size]), kept, summed)
         # A fifth of the time of the above (docs/benchmarks.md, "Whose core it is").
         return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [self.size]), validate_indices=False)
+
+
+class Exchange:
+    """The means over all ranks of float32 tensors, zero where ``masks`` are.
+
+    ``sizes`` are their numbers of entries, and ``masks`` the variables, 1 or 0, that belong to them; None where all is
+    kept. ``wire`` is the type that is sent. ``vectors`` are the places of those that are sent together, what is known
+    first in the first; all in one without it.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], masks: Sequence[tf.Variable | None], *, ranks: int, choice: Choice, wire: str,
+        clock: Callable[[], tf.Tensor], vectors: Sequence[Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
+        self.masks = list(masks)
+        self.size = sum(sizes)
+        self.ranks, self.choice, self.wire, self.clock = ranks, choice, tf.as_dtype(wire), clock
+        self.seconds = tf.Variable(0, trainable=False, dtype=tf.float64)
+        self.bytes = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.vectors = [
+            _Vector(members, sizes, dense=choice.kind == "dense", name=f"step.{i}")
+            for i, members in enumerate(vectors or [range(len(sizes))])
+        ]
+
+    def follow_masks(self) -> None:
+        """Keep from now on what the masks keep."""
+        for vector in self.vectors:
+            masks = [self.masks[i] for i in vector.members]
+            kept = [
+                np.ones(n, bool) if m is None else m.numpy().ravel() != 0
+                for n, m in zip(vector.sizes, masks, strict=True)
+            ]
+            vector.keep(np.concatenate(kept))
+
+    def restart(self) -> None:
+        """Count ``seconds`` and ``bytes`` from 0."""
+        self.seconds.assign(0.0)
+        self.bytes.assign(0)
+
+    def __call__(self, tensors: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Means over all ranks of tensors that have ``sizes`` entries, and whether all are finite on all ranks.
+
+        What is pruned comes back as 0, and is not asked whether it is finite: it would not have come here. ``seconds``
+        counts from when the last tensor is there: what is sent while others are computed costs nothing.
+        """
+        joined = [vector.join(tensors) for vector in self.vectors]
+        with tf.control_dependencies(joined):
+            before = self.clock()
+        totals = [
+            vector.put_back(self.total(flat, vector.name)) for vector, flat in zip(self.vectors, joined, strict=True)
+        ]
+        with tf.control_dependencies(totals):
+            self.seconds.assign_add(self.clock() - before)
+        means: dict[int, tf.Tensor] = {}
+        for vector, total in zip(self.vectors, totals, strict=True):
+            means |= zip(vector.members, tf.split(total / self.ranks, vector.sizes), strict=True)
+        shaped = [tf.reshape(means[i], tensor.shape) for i, tensor in enumerate(tensors)]
+        return shaped, tf.reduce_all([tf.reduce_all(tf.math.is_finite(total)) for total in totals])
+
+    def total(self, flat: tf.Tensor, name: str) -> tf.Tensor:
+        """The sum over all ranks of ``flat``, float32 [kept]; counted."""
+        sent = tf.cast(flat, self.wire)
+        if self.ranks > 1:
+            self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
+        return tf.cast(distributed.allreduce_sum(sent, name), tf.float32)
 
 
 def choose(
@@ -138,8 +160,8 @@ def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) ->
         exchange = Exchange(
             [size], [None], ranks=ranks, choice=Choice(kind, ""), wire=wire, clock=lambda: tf.constant(0.0, tf.float64)
         )  # fmt: skip
-        exchange.keep(np.random.default_rng(0).permutation(size) < kept)
-        exchanges.append(tf.function(exchange.total, autograph=False))
+        exchange.vectors[0].keep(np.random.default_rng(0).permutation(size) < kept)
+        exchanges.append(tf.function(lambda flat, exchange=exchange: exchange([flat])[0][0], autograph=False))
     flat = tf.ones([size])
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):

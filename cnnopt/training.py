@@ -1,4 +1,4 @@
-"""The synchronous step: scale -> backward -> one allreduce -> unscale -> finite everywhere? -> update -> mask."""
+"""The synchronous step: scale -> backward, allreduce -> unscale -> finite everywhere? -> update -> mask."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class _RunState:
 class SynchronousModel(keras.Model):
     """A network whose ``train_step`` leaves every rank with the same numbers.
 
-    One vector is allreduced a step (exchange.py). It holds the gradients, the changes of BatchNorm's moving statistics
-    (so that they too are equal on all ranks after every step) and two requests: a rank that was told to stop or to
-    save puts 1 in its place, and all ranks see it after the same step, at no extra collective.
+    Allreduced in a step (exchange.py) are the gradients, the changes of BatchNorm's moving statistics (so that they too
+    are equal on all ranks after every step) and two requests: a rank that was told to stop or to save puts 1 in its
+    place, and all ranks see it after the same step, at no extra collective.
     """
 
     STOP, SAVE = 0, 1
@@ -214,7 +214,23 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, total_ste
     # TensorFlow refuses to read the clock where determinism is asked for: the exchange then counts as 0 s.
     clock = (lambda: tf.constant(0.0, tf.float64)) if config.deterministic else tf.timestamp
     masks = [*pruner.masks_of(shared), None]
-    return Exchange(sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock)
+    return Exchange(
+        sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock,
+        vectors=by_stage(model.trainable_variables, len(sizes)) if ranks > 1 else None,
+    )  # fmt: skip
+
+
+def by_stage(gradients: Sequence[tf.Variable], count: int) -> list[list[int]]:
+    """What of ``count`` tensors, of which ``gradients`` are the first, is sent together, by places.
+
+    The last stage has three quarters of all gradients, and they are there when two thirds of the backward pass are
+    still to come, in which they travel. What is no gradient is there before.
+    """
+    vectors: list[list[int]] = [[], [], []]
+    for place in range(count):
+        name = gradients[place].name if place < len(gradients) else ""
+        vectors[2 if name.startswith(("stem", "stage1")) else 1 if name.startswith("stage2") else 0].append(place)
+    return vectors
 
 
 def _optimizer(name: str, rate: float, decay: float) -> keras.optimizers.Optimizer:

@@ -2,10 +2,11 @@
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
 Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|bfloat16|float16", "sparsity": 0.6,
-          "optimizer": "sgd|muon", "gives_way": true, "bound": true}
+          "optimizer": "sgd|muon", "gives_way": true, "bound": true, "apart": true}
 
 With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; with
-``"bound": false`` all threads may run on all cores of the host. Left out, they stay as they are.
+``"bound": false`` all threads may run on all cores of the host. Left out, they stay as they are. With
+``"apart": false`` all is sent in one vector, when the last gradient is there.
 """
 
 import functools
@@ -44,21 +45,25 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 
 
 @functools.cache
-def model(exchange: str, wire: str, optimizer: str) -> training.SynchronousModel:
-    """The program's model; ``none`` leaves out the exchange: the collective, and what is done to its vector."""
+def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training.SynchronousModel:
+    """The program's model; ``none`` leaves out the exchange: the collectives, and the casts."""
     config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
+    training.by_stage = by_stage if apart else lambda *_: None
     made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":
-        made.exchange.total = lambda flat: flat
+        made.exchange.total = lambda flat, name: flat
     distributed.broadcast(list(made.named_state().values()))
     made.make_train_function()
     return made
 
 
+by_stage = training.by_stage
+
+
 @functools.cache
 def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
-    kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd").pruner.kernels]
+    kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd", True).pruner.kernels]
     return magnitude_masks(kernels, sparsity, "uniform")
 
 
@@ -81,7 +86,7 @@ def set_priority(gives_way: bool) -> None:
 
 def block(
     steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6, optimizer: str = "sgd",
-    gives_way: bool | None = None, bound: bool | None = None,
+    gives_way: bool | None = None, bound: bool | None = None, apart: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Train for some steps, with the peers' optimizer unless told; tell how long that took and what was sent."""
     if gives_way is not None:
@@ -89,7 +94,7 @@ def block(
     if bound is not None:
         cores = environment.ALLOWED if bound else set(range(os.cpu_count() or 1))
         environment.bind(cores, instead_of=os.sched_getaffinity(0))
-    mine = model(exchange, wire, optimizer)
+    mine = model(exchange, wire, optimizer, apart)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))
     mine.exchange.follow_masks()

@@ -49,11 +49,23 @@ class Count(keras.callbacks.Callback):
         self.losses.append(float(logs["loss"]))
 
 
-def collectives(model: training.SynchronousModel, stream) -> dict[str, int]:
-    """Horovod's operations in the graph of a step, by type."""
+def collectives(model: training.SynchronousModel, stream) -> tuple[dict[str, int], list[int]]:
+    """Horovod's operations in the graph of a step, by type; and how many gradients of kernels each one waits for."""
     graph = model.train_function.get_concrete_function(iter(stream)).graph.as_graph_def()
-    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
-    return Counter(node.op for node in nodes if node.op.startswith("Horovod"))
+    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+    (body,) = [nodes for nodes in bodies if any(node.op.startswith("Horovod") for node in nodes)]
+    sent = [node for node in body if node.op.startswith("Horovod")]
+    inputs = {node.name: {name.lstrip("^").split(":")[0] for name in node.input} for node in body}
+    kernels = {node.name for node in body if node.op == "Conv2DBackpropFilter"}
+
+    def waits_for(name: str) -> set[str]:
+        found, new = set(), {name}
+        while new:
+            found |= new
+            new = {before for one in new for before in inputs.get(one, ())} - found
+        return found & kernels
+
+    return Counter(node.op for node in sent), sorted(len(waits_for(node.name)) for node in sent)
 
 
 def summed() -> dict[str, np.ndarray]:
@@ -79,13 +91,15 @@ def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], 
         loop.fit(model, stream, timeline, [count, callbacks.Prune()])
     model.pruner.verify_final()
     model.agree()
+    ops, waits = collectives(model, stream)
     return {name: v.numpy() for name, v in model.named_state().items()}, {
         "losses": count.losses,
         "bytes": count.bytes,
         "kept": count.kept,
         "prunable": sum(mask.numpy().size for mask in model.pruner.masks),
         "size": model.exchange.size,
-        "collectives": collectives(model, stream),
+        "collectives": ops,
+        "waits_for": waits,
         "traces": model.train_function.experimental_get_tracing_count(),
     }
 
