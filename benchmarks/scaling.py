@@ -10,6 +10,7 @@ links of --fit, and compared with those of --held-out, which it has not seen. Ne
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,28 @@ EXCHANGES = {
 }
 
 
+#: When the vectors are there that are sent apart, of a step without exchange: forward takes a third of it, and each of
+#: three stages a third of what is left, the last one first.
+READY = (5 / 9, 7 / 9, 1)
+
+
+def on_the_link(compute: float, sizes: Sequence[float], link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
+    """Seconds until the last of vectors of ``sizes`` bytes has come, each after the other and not before it is there.
+
+    It travels in Gloo's ring: each rank sends 2 (n - 1) / n of it, in 2 (n - 1) messages. These take ``hop`` seconds
+    each, but for the two between two ranks, which are part of what is fitted.
+    """
+    done = 0.0
+    for ready, size in zip(READY, sizes, strict=True):
+        done = max(done, ready * compute) + 2 * (ranks - 1) / ranks * 8 * size / link + 2 * (ranks - 2) * hop
+    return done
+
+
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a step: ``compute + fixed[kind] + a_byte x bytes + ring(bytes)``.
+    """Seconds of a step: ``on_the_link(...) + fixed[kind] + a_byte x bytes``.
 
-    ``ring`` is Gloo's: each rank sends 2 (n - 1) / n of the vector, in 2 (n - 1) messages of ``hop`` seconds each;
-    the hops between two ranks are part of ``fixed``. ``a_byte`` is what casting, joining, summing and copying cost.
+    ``a_byte`` is what casting, joining, summing and copying cost. All but the link is work of the core that computes.
     """
 
     compute: float
@@ -40,21 +57,19 @@ class CostModel:
     a_byte: float
 
     @classmethod
-    def fit(cls, compute: float, samples: list[tuple[str, float, float, float]]) -> "CostModel":
+    def fit(cls, compute: float, samples: list[tuple[str, list[float], float, float]]) -> "CostModel":
         """By non-negative least squares, from (kind, bytes, bits a second of the link, seconds) of two ranks."""
         kinds = sorted({kind for kind, *_ in samples})
         # In megabytes, so that the columns are of one size.
-        left = [[*(kind == k for k in kinds), size / 1e6] for kind, size, _, _ in samples]
-        right = [seconds - compute - 8 * size / link for _, size, link, seconds in samples]
+        left = [[*(kind == k for k in kinds), sum(sizes) / 1e6] for kind, sizes, _, _ in samples]
+        right = [seconds - on_the_link(compute, sizes, link) for _, sizes, link, seconds in samples]
         *fixed, a_byte = nnls(np.array(left, float), np.array(right))[0]
         return cls(compute, dict(zip(kinds, map(float, fixed), strict=True)), float(a_byte) / 1e6)
 
-    def seconds(self, kind: str, size: float, link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
-        """Of one step of ``ranks`` ranks that exchange ``size`` bytes over links of ``link`` bits a second."""
-        if ranks == 1:
-            return self.compute
-        ring = 2 * (ranks - 1) / ranks * 8 * size / link + 2 * (ranks - 2) * hop
-        return self.compute + self.fixed[kind] + self.a_byte * size + ring
+    def seconds(self, kind: str, sizes: list[float], link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
+        """Of one step of ``ranks`` ranks that exchange ``sizes`` bytes over links of ``link`` bits a second."""
+        sent = on_the_link(self.compute, sizes, link, ranks=ranks, hop=hop)
+        return sent + self.fixed[kind] + self.a_byte * sum(sizes)
 
 
 def on_this_machine(args, depth: int) -> tuple[str, dict]:
@@ -81,8 +96,8 @@ def on_this_machine(args, depth: int) -> tuple[str, dict]:
     return table(heads, rows), seconds
 
 
-def on_links(args, depth: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Two ranks on limited links: seconds of each turn, and bytes of each exchange."""
+def on_links(args, depth: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Two ranks on limited links: seconds of each turn, and bytes of the vectors of each exchange."""
     links = [*args.fit, *args.held_out]
     command = [WORKER, str(depth), str(args.batch), args.precision]
     with hosts(2) as pair, start(f"scaling-{depth}", command, 2, on=pair) as ours:
@@ -92,10 +107,10 @@ def on_links(args, depth: int) -> tuple[dict[str, list[float]], dict[str, float]
             for name, request in EXCHANGES.items()
         }
         seconds = interleave(turns, rounds=args.rounds, before=lambda turn: pair.limit(turn.split()[0]))
-        return seconds, {name: ours.ask(**request, steps=1)[0]["bytes"] for name, request in EXCHANGES.items()}
+        return seconds, {name: ours.ask(**request, steps=1)[0]["vectors"] for name, request in EXCHANGES.items()}
 
 
-def compare(args, seconds: dict[str, list[float]], size: dict[str, float]) -> tuple[str, CostModel]:
+def compare(args, seconds: dict[str, list[float]], sizes: dict[str, list[float]]) -> tuple[str, CostModel]:
     """The steps that ``on_links`` measured beside those of the model, which is fitted to some of them."""
     links = [*args.fit, *args.held_out]
     medians = {turn: median_and_spread(values)[0] for turn, values in seconds.items()}
@@ -105,7 +120,7 @@ def compare(args, seconds: dict[str, list[float]], size: dict[str, float]) -> tu
     model = CostModel.fit(
         compute,
         [
-            (name.split()[0], size[name], bits_per_second(link), medians[f"{link} {name}"])
+            (name.split()[0], sizes[name], bits_per_second(link), medians[f"{link} {name}"])
             for link in args.fit
             for name in sent
         ],
@@ -114,19 +129,19 @@ def compare(args, seconds: dict[str, list[float]], size: dict[str, float]) -> tu
     for link in links:
         for name in sent:
             found = medians[f"{link} {name}"]
-            said = model.seconds(name.split()[0], size[name], bits_per_second(link))
+            said = model.seconds(name.split()[0], sizes[name], bits_per_second(link))
             use = "fitted" if link in args.fit else "held out"
             rows.append([link, name, f"{1e3 * found:.0f}", f"{1e3 * said:.0f}", f"{said / found - 1:+.1%}", use])
     return table(["link", "exchange", "ms measured", "ms of the model", "error", ""], rows), model
 
 
-def extrapolation(args, model: CostModel, size: dict[str, float]) -> tuple[str, dict[str, list[float]]]:
+def extrapolation(args, model: CostModel, sizes: dict[str, list[float]]) -> tuple[str, dict[str, list[float]]]:
     """Share of the speed without exchange that is left, to 1,024 ranks."""
     counts = [2**i for i in range(1, 11)]
     curves = {
         f"{name}, {link}": [
             model.compute
-            / model.seconds(name.split()[0], size[name], bits_per_second(link), ranks=n, hop=args.hop * 1e-6)
+            / model.seconds(name.split()[0], sizes[name], bits_per_second(link), ranks=n, hop=args.hop * 1e-6)
             for n in counts
         ]
         for link in args.predict
@@ -167,9 +182,9 @@ def main() -> None:
     parts, content = [], {}
     for depth in args.depth:
         local, local_seconds = on_this_machine(args, depth)
-        link_seconds, size = on_links(args, depth)
-        linked, model = compare(args, link_seconds, size)
-        beyond, curves = extrapolation(args, model, size)
+        link_seconds, sizes = on_links(args, depth)
+        linked, model = compare(args, link_seconds, sizes)
+        beyond, curves = extrapolation(args, model, sizes)
         fitted = f"compute {1e3 * model.compute:.1f} ms, " + ", ".join(
             f"{kind} {1e3 * value:+.1f} ms" for kind, value in model.fixed.items()
         )
@@ -178,7 +193,7 @@ def main() -> None:
             f"Two hosts; fitted: {fitted}, {1e9 * model.a_byte:+.2f} ns a byte\n\n{linked}",
             f"Of the model, with {args.hop:g} us a message (assumed, not measured)\n\n{beyond}",
         ]
-        content[str(depth)] = {"local": local_seconds, "links": link_seconds, "bytes": size, "model": vars(model)}
+        content[str(depth)] = {"local": local_seconds, "links": link_seconds, "bytes": sizes, "model": vars(model)}
         if args.out is not None:
             draw(args.out.with_suffix(".png"), f"ResNet-{depth}, batch {args.batch} a rank: model", curves)
     report(args.out, "\n\n".join(parts), {"batch": args.batch, "hop_microseconds": args.hop, "runs": content})

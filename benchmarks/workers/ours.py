@@ -30,6 +30,7 @@ world = distributed.start(verbose=False)
 HOROVODS = [thread for thread in environment.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 
 from cnnopt import loop, precision, training  # noqa: E402
+from cnnopt.exchange import Exchange  # noqa: E402
 from cnnopt.pruning import magnitude_masks  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 
@@ -65,6 +66,16 @@ def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
     kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd", True).pruner.kernels]
     return magnitude_masks(kernels, sparsity, "uniform")
+
+
+def sent(exchange: Exchange) -> list[int]:
+    """Bytes of each of its vectors."""
+    found = []
+    for vector in exchange.vectors:
+        of = zip(vector.sizes, (exchange.masks[i] for i in vector.members), strict=True)
+        kept = [size if vector.dense or mask is None else int(np.sum(mask.numpy())) for size, mask in of]
+        found.append(sum(kept) * exchange.wire.size)
+    return found
 
 
 def processor_seconds() -> float:
@@ -111,6 +122,7 @@ def block(
         "seconds": seconds,
         "horovods_seconds": processor_seconds() - before,
         "bytes": int(mine.exchange.bytes.numpy()) / steps,
+        "vectors": sent(mine.exchange),
         "compute": COMPUTE.compute,
         "exchange": mine.exchange.choice.kind,
     }
