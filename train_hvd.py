@@ -55,6 +55,8 @@ def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
         config.dataset, config.data_dir, seed=config.seed, show_progress=world.first, share=world.local_size > 1
     )
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
+    # A copy of a data set may hold fewer images than the published one.
+    config.check_durations(timeline)
     compute = precision.choose(config.precision, has_gpu=distributed.device() == "GPU")
     distributed.same(f"--precision {config.precision}", compute.compute)
     model = training.build(config, images, timeline, compute, ranks=world.size)

@@ -130,10 +130,11 @@ def start(
             pin = ["taskset", "-c", ",".join(map(str, mine))] if pinned else []
             # A rank of ours would take its part of cores that are its own already.
             threads = {"TF_NUM_INTRAOP_THREADS": str(len(mine))} if pinned else {}
+            kept = {name: value for name, value in os.environ.items() if pinned or not name.endswith("_THREADS")}
             contestants.append(
                 subprocess.Popen(
                     [*on.enter(rank), *pin, python, *command],
-                    env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", **threads, **(environment or {}),
+                    env={**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", **threads, **(environment or {}),
                          **{f"HOROVOD_{key}": str(value) for key, value in variables.items()}},
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open_log(name, rank), text=True,
                 )

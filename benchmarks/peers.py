@@ -7,9 +7,9 @@ peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, 
 --torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the latter with
 tfmot's ``prune_low_magnitude``, which knows float32 only.
 
-All are given a core each and as many threads, which is what the program does by itself. With --as-shipped they are
-given nothing, and run as their guides start them: ours divides the cores, torchrun gives a rank one thread, and
-TensorFlow's peers take as many threads as there are cores.
+All ranks are given their part of the cores and as many threads, which is what the program does by itself. With
+--as-shipped they are given nothing, and run as their guides start them: ours divides the cores, torchrun gives a rank
+one thread, and TensorFlow's peers take as many threads as there are cores.
 
 With --link the two ranks are on hosts of their own (network namespaces), joined by such a link; this needs root.
 
@@ -57,6 +57,8 @@ def main() -> None:
     peers = [name for name in NAMES if name not in ("ours", "muon", "none", "half")]
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     args = parser.parse_args()
+    if args.link and args.as_shipped:
+        parser.error("--link gives each rank its cores: leave out --as-shipped")
     rows, content = [], {}
     for depth in args.depth:
         size = [str(depth), str(args.batch)]
@@ -102,7 +104,7 @@ def main() -> None:
             sent = f" ({exchanges[name]} exchange)" if name in exchanges else ""
             rows.append([f"ResNet-{depth}", NAMES[name] + sent, speed, *ratios])
         content[str(depth)] = {"compute": compute, "seconds": seconds, "exchanges": exchanges}
-    given = "as shipped" if args.as_shipped else "a core each"
+    given = "as shipped" if args.as_shipped else "cores of their own"
     given += f", a link of {args.link}" if args.link else ""
     text = f"Two ranks, {given}, {compute}, batch {args.batch} a rank, {args.steps} steps x {args.rounds} rounds\n\n"
     heads = ["network", "trainer", "images/s", "ours is faster by", "with Muon by"]

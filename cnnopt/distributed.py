@@ -179,9 +179,9 @@ def callbacks() -> list[Any]:
 def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     """The sum over all ranks of a vector that has one length on all of them.
 
-    Of bfloat16 and float16 each rank sums its part of the vector, in float32, and hands the rounded sums to all: a
-    reduce-scatter and an allgather (Thakur, Rabenseifner and Gropp 2005, for long messages), which send as many bytes
-    as a ring. Horovod 0.28.1 has no allreduce of bfloat16 (horovod 4047), and Gloo's of float16 is slower.
+    Horovod 0.28.1 has no allreduce of bfloat16 (horovod 4047). So each rank sums its part of such a vector, in float32,
+    and hands the rounded sums to all: a reduce-scatter and an allgather (Thakur, Rabenseifner and Gropp 2005, for long
+    messages), which send as many bytes as a ring.
     """
     import horovod.tensorflow as hvd
     import tensorflow as tf
@@ -189,7 +189,7 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     ranks = hvd.size()
     if ranks == 1:
         return flat
-    if flat.dtype not in (tf.bfloat16, tf.float16):
+    if flat.dtype != tf.bfloat16:
         # Horovod: what is exchanged in a step.
         return hvd.allreduce(flat, op=hvd.Sum, name=name)
     # Both hand on bits, and know float16 whatever they are built with.

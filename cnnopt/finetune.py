@@ -57,6 +57,7 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
         deterministic=False,
         # With 8 significant bits bfloat16 is as coarse as the levels that are to be learned.
         precision="float32",
+        wire_dtype="float32",
         sparsity_schedule="constant" if config.sparsity else "none",
         prune_begin="0s",
         prune_end="0s",

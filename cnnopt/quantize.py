@@ -62,8 +62,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     folder = writable(options.run / "export", "copy the run to a writable folder")
     name, seed = run.identity["dataset"], run.identity["seed"]
     data.check(name, options.data_dir)
-    if options.calibration > data.DATASETS[name]:
-        raise OptionError(f"--calibration {options.calibration}: {name} has {data.DATASETS[name]} training images")
+    options.check_calibration(name, data.DATASETS[name])
 
     # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
     folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
@@ -77,6 +76,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     images = data.load(name, options.data_dir, seed=seed, show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
+    options.check_calibration(name, len(images.train_images))
 
     import numpy as np
 
@@ -215,7 +215,6 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-
     argv = sys.argv[1:] if argv is None else argv
     first = launched()[0].first
     try:

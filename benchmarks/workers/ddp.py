@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 depth, batch, precision = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-# Without the first it is as under torchrun, which gives each of several ranks one.
+# Where nothing is said it is as under torchrun, which gives each of several ranks one.
 torch.set_num_threads(int(os.environ.get("TF_NUM_INTRAOP_THREADS", "1")))
 
 

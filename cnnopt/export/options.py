@@ -59,6 +59,11 @@ class Options:
         given = {flag for flag in ("clusters", "qat") if getattr(self, flag) is not None}
         return [name for name in VARIANTS if given.issuperset(NEEDS.get(name, ()))]
 
+    def check_calibration(self, dataset: str, images: int) -> None:
+        """Raise OptionError where ``dataset`` has fewer training images than are asked for."""
+        if self.calibration > images:
+            raise OptionError(f"--calibration {self.calibration}: {dataset} has {images} training images")
+
     def fine_tunings(self) -> dict[str, int]:
         """The variants that are fine-tuned, and the clusters of each; 0 is none."""
         needs = {name: NEEDS.get(name, ()) for name in self.asked()}

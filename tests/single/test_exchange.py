@@ -118,7 +118,7 @@ def operations(config: training.TrainConfig) -> int:
 
 
 def test_the_graph_of_a_step_stays_small():
-    # 98 operations a layer when this was written. Each costs microseconds, and a second collective much more.
+    # 98 operations a layer when this was written. Each costs microseconds.
     dense = operations(small_runs.settings(exchange="dense", optimizer="sgd"))
     assert dense <= 105 * 8
     assert operations(small_runs.settings(exchange="sparse", optimizer="sgd")) <= dense + 12

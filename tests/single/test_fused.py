@@ -80,8 +80,8 @@ def test_where_a_relu_is_0_no_gradient_passes_not_even_one_that_is_not_finite():
 @pytest.mark.parametrize("started", [True, False])
 def test_xla_says_nothing_of_itself_once_it_is_started(started):
     program = (
-        "from cnnopt import distributed as d\n"
-        "d.prepare(d.World(), deterministic=False, verbose=False)\n"
+        "from cnnopt import distributed as d, world\n"
+        "d.prepare(world.World(), deterministic=False, verbose=False)\n"
         "d.start(verbose=False); import tensorflow as tf; from cnnopt import fused\n"
         f"if {started}: fused.start()\n"
         "fused.Join()([tf.ones([2]), tf.ones([2])], training=True)"

@@ -308,7 +308,7 @@ def refused(capsys, *arguments):
         (["--variants", "int8", "--clusters", "16"], ["--clusters 16 is for clustered-int8", "leave --clusters out"]),
         (["--clusters", "1"], ["--clusters 1", "4 to 256"]),
         (["--calibration", "3"], ["--calibration 3", "at least 32"]),
-        (["--calibration", "4000"], ["--calibration 4000", "2048"]),
+        (["--calibration", "4000", "--qat", "1"], ["--calibration 4000", "2048"]),  # before it fine-tunes
         (["--calibration", "many"], ["--calibration", "many"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--data-dir", "/nowhere"], ["--data-dir /nowhere"]),
