@@ -3,7 +3,8 @@
 
 TensorFlow's own profiler writes a trace each round; what is printed is the time of each kind of operation without what
 it calls, the median of the rounds, beside the rate of a matrix product in the same process. The step trains one
-resident batch, as the input pipeline's thread would take turns with what is measured.
+resident batch, as the input pipeline's thread would take turns with what is measured. A second table has the bytes that
+each kind reads and writes, by the shapes of its inputs and outputs, before TensorFlow fuses any.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
 """
@@ -37,6 +38,8 @@ from cnnopt.schedules import Timeline  # noqa: E402
 # Kinds that take less of a step than this are added up.
 SMALL = 0.004
 XLA = "compiled by XLA"
+# They hand on what they are given, or ask for its shape, or are gone when TensorFlow has simplified the graph.
+MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill")
 
 
 def lines_of(space: xplane_pb2.XSpace, threads: str) -> list[tuple[xplane_pb2.XPlane, xplane_pb2.XLine]]:
@@ -70,6 +73,29 @@ def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
         seconds["executor"] -= spent
         counts[XLA] += len(compiled.events)
     return seconds, counts
+
+
+def bytes_moved(graph: tf.Graph) -> tuple[Counter[str], Counter[str]]:
+    """Bytes of inputs and outputs by kind of operation, in a graph and what it calls, and how many there are."""
+    moved: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for operation in graph.get_operations():
+        kind = operation.type
+        if kind in ("PartitionedCall", "StatefulPartitionedCall"):
+            called = graph._get_function(operation.get_attr("f").name)
+            if not called.definition.attr["_XlaMustCompile"].b:
+                found, number = bytes_moved(called.graph)
+                moved += found
+                counts += number
+                continue
+            kind = XLA
+        if kind in MOVES_NOTHING:
+            continue
+        tensors = [*operation.inputs, *operation.outputs]
+        known = [t for t in tensors if t.shape.is_fully_defined() and t.dtype.is_floating]
+        moved[kind] += sum(t.shape.num_elements() * t.dtype.size for t in known)
+        counts[kind] += 1
+    return moved, counts
 
 
 def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tuple[str, dict]:
@@ -117,6 +143,9 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
         f"{multiplied / convolutions / gemm:.2f} of that, over the whole step {multiplied / total / gemm:.2f}\n\n"
     )
     text += table(["operation", "a step", "ms", "of a step"], rows)
+    moved, number = bytes_moved(model.train_function.get_concrete_function(stream).graph)
+    most = [[kind, number[kind], f"{size / 1e6:.0f}"] for kind, size in moved.most_common(12)]
+    text += "\n\n" + table(["operation of the graph", "a step", "MB read and written"], most)
     return text, {
         "compute": compute.compute,
         "steps": steps,
@@ -125,6 +154,7 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
         "multiplied": multiplied,
         "seconds": dict(seconds),
         "counts": dict(counts),
+        "bytes": dict(moved),
     }
 
 
