@@ -230,7 +230,7 @@ def by_stage(gradients: Sequence[tf.Variable], count: int) -> list[list[int]]:
     for place in range(count):
         name = gradients[place].name if place < len(gradients) else ""
         vectors[2 if name.startswith(("stem", "stage1")) else 1 if name.startswith("stage2") else 0].append(place)
-    return vectors
+    return [vector for vector in vectors if vector]
 
 
 def _optimizer(name: str, rate: float, decay: float) -> keras.optimizers.Optimizer:

@@ -1,8 +1,8 @@
 """One rank of a stock Keras loop: the same network, SGD and images, trained by ``fit`` as a library's guide says.
 
 Usage: python keras_peers.py DEPTH BATCH_A_RANK PRECISION {fit,horovod,multiworker,tfmot}; where the environment has
-TF_NUM_INTRAOP_THREADS it sets all that our own ranks set, else nothing. multiworker needs PEER_ADDRESSES, one of each
-rank.
+TF_NUM_INTRAOP_THREADS it sets the threads and the oneDNN switch that our own ranks set, else nothing. multiworker needs
+PEER_ADDRESSES, one of each rank.
 Request: {"steps": 10}
 """
 

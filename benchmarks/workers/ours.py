@@ -53,6 +53,8 @@ def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training.Syn
     made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":
         made.exchange.total = lambda flat, name: flat
+        for vector in made.exchange.vectors:
+            vector.put_back = lambda summed: summed
     distributed.broadcast(list(made.named_state().values()))
     made.make_train_function()
     return made
