@@ -80,11 +80,9 @@ def main() -> None:
             # At once, as a peer that starts takes its ports seconds later.
             first_port = free_ports(2 * len(args.peers))
             for i, peer in enumerate(args.peers):
-                # Of one address the second rank takes the second port.
-                ports = first_port + 2 * i, first_port + 2 * i + 1
-                addresses = ",".join(
-                    f"{on.addresses[rank % len(on.addresses)]}:{port}" for rank, port in enumerate(ports)
-                )
+                # A port for each rank, as both may have one address.
+                both = zip(on.addresses * 2, (first_port + 2 * i, first_port + 2 * i + 1), strict=False)
+                addresses = ",".join(f"{address}:{port}" for address, port in both)
                 worker = [DDP, *size, compute] if peer == "ddp" else [KERAS, *size, compute, peer]
                 if peer == "ddp" and not args.torch_python:
                     continue

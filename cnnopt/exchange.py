@@ -39,23 +39,23 @@ class _Vector:
         self.members, self.sizes, self.name = members, [sizes[i] for i in members], name
         self.size, self.dense = sum(self.sizes), dense
         # Its length changes with the masks, and no step must be traced anew for that.
-        self._kept = tf.Variable(
+        self.kept = tf.Variable(
             np.ones(self.size, bool) if dense else np.arange(self.size)[:, np.newaxis], trainable=False,
             shape=[self.size] if dense else [None, 1],
         )  # fmt: skip
 
     def keep(self, kept: np.ndarray) -> None:
         """Keep the entries that are True in ``kept``, bool [size]; the same on all ranks."""
-        self._kept.assign(kept if self.dense else np.argwhere(kept))
+        self.kept.assign(kept if self.dense else np.argwhere(kept))
 
     def join(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
         """What is to be sent of all the tensors, float32 [kept]."""
         flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in self.members], axis=0)
-        return flat if self.dense else tf.gather_nd(flat, self._kept)
+        return flat if self.dense else tf.gather_nd(flat, self.kept)
 
     def put_back(self, summed: tf.Tensor) -> tf.Tensor:
         """The kept entries where they belong, float32 [size], and 0 elsewhere."""
-        kept = self._kept.read_value()
+        kept = self.kept.read_value()
         if self.dense:
             return tf.where(kept, summed, 0.0)
         if distributed.device() == "GPU":

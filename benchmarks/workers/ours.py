@@ -30,11 +30,11 @@ world = distributed.start(verbose=False)
 HOROVODS = [thread for thread in environment.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 
 from cnnopt import loop, precision, training  # noqa: E402
-from cnnopt.exchange import Exchange  # noqa: E402
 from cnnopt.pruning import magnitude_masks  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 
 IMAGES = data.load("synthetic", synthetic_sizes=(2048, 64))
+BY_STAGE = training.by_stage
 COMPUTE = precision.choose(asked, has_gpu=distributed.device() == "GPU")
 
 
@@ -47,9 +47,9 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 
 @functools.cache
 def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training.SynchronousModel:
-    """The program's model; ``none`` leaves out the exchange: the collectives, and the casts."""
+    """The program's model; ``none`` leaves out the exchange: the collectives, and what is done to their sums."""
     config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
-    training.by_stage = by_stage if apart else lambda *_: None
+    training.by_stage = BY_STAGE if apart else lambda *_: None
     made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":
         made.exchange.total = lambda flat, name: flat
@@ -60,24 +60,11 @@ def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training.Syn
     return made
 
 
-by_stage = training.by_stage
-
-
 @functools.cache
 def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
     kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd", True).pruner.kernels]
     return magnitude_masks(kernels, sparsity, "uniform")
-
-
-def sent(exchange: Exchange) -> list[int]:
-    """Bytes of each of its vectors."""
-    found = []
-    for vector in exchange.vectors:
-        of = zip(vector.sizes, (exchange.masks[i] for i in vector.members), strict=True)
-        kept = [size if vector.dense or mask is None else int(np.sum(mask.numpy())) for size, mask in of]
-        found.append(sum(kept) * exchange.wire.size)
-    return found
 
 
 def processor_seconds() -> float:
@@ -124,7 +111,7 @@ def block(
         "seconds": seconds,
         "horovods_seconds": processor_seconds() - before,
         "bytes": int(mine.exchange.bytes.numpy()) / steps,
-        "vectors": sent(mine.exchange),
+        "vectors": [len(vector.kept.numpy()) * mine.exchange.wire.size for vector in mine.exchange.vectors],
         "compute": COMPUTE.compute,
         "exchange": mine.exchange.choice.kind,
     }
