@@ -18,9 +18,11 @@ STEP = 7
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 
 
-def make_run(path: Path, *, sparsity: float = 0.6, seed: int = 0, **settings: object) -> Path:
-    """A complete run folder of an untrained ResNet-8 on synthetic images, its kernels pruned to ``sparsity``."""
-    config = TrainConfig(dataset="synthetic", depth=8, sparsity=sparsity, seed=seed, **settings)
+def make_run(
+    path: Path, *, sparsity: float = 0.6, seed: int = 0, dataset: str = "synthetic", **settings: object
+) -> Path:
+    """A complete run folder of an untrained ResNet-8 for ``dataset``, its kernels pruned to ``sparsity``."""
+    config = TrainConfig(dataset=dataset, depth=8, sparsity=sparsity, seed=seed, **settings)
     rng = np.random.default_rng(seed)
     arrays = {"mean:0": np.full(3, 128, np.float32), "std:0": np.full(3, 50, np.float32)}
     for name, shape in weight_shapes(8, 10).items():

@@ -104,6 +104,14 @@ def test_a_truncated_data_file_is_named(shell, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_window_beyond_the_end_of_a_copy_with_fewer_images(shell, tmp_path):
+    small_copy(BINARY_10).folder(tmp_path)
+    flags = ["--data-dir", str(tmp_path), "--run-dir", str(tmp_path / "runs"), "--batch-size", "4", "--epochs", "1"]
+    message = refusal([*flags, "--prune-begin", "1s", "--prune-end", "9s"], shell)
+    assert "--prune-begin 1s --prune-end 9s: steps 1 to 9 of 5; let pruning end" in message
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("below", [".", "deeper"])
 def test_a_run_folder_that_cannot_be_made(below, shell, tmp_path):
     (tmp_path / "file").write_text("in the way")  # root may write anywhere, but not below a file

@@ -148,7 +148,8 @@ def test_nothing_to_check_where_load_would_download_or_make_the_data(tmp_path):
 
 def test_digits():
     digits = data.load("digits")
-    assert digits.train_images.shape == (data.DATASETS["digits"], 32, 32, 3)
+    assert digits.train_images.shape == (1437, 32, 32, 3)
+    assert data.DATASETS["digits"] == 1437
     assert digits.test_images.shape == (360, 32, 32, 3)
     assert digits.num_classes == 10
     assert digits.train_images.dtype == np.uint8

@@ -76,6 +76,13 @@ def test_the_threads_of_a_rank_are_its_part_of_the_cores(environ, cores, threads
     assert threads_per_rank(World(rank=5, size=8, local_rank=1, local_size=4), environ) == threads
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_horovod_joins_no_vectors_unless_told_to(deterministic, monkeypatch):
+    monkeypatch.setattr(distributed.environment, "prepare", dict)
+    found = distributed.prepare(World(), deterministic=deterministic, verbose=True)
+    assert found["HOROVOD_FUSION_THRESHOLD"] == "0"
+
+
 def given(host: str = "a", cores: int = 8, threads: int = 2, device: str = "CPU", first: int = 0) -> distributed.Given:
     return distributed.Given(host, frozenset(range(first, first + cores)), threads, device)
 

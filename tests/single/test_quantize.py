@@ -7,12 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+from cifar_copies import BINARY_10, small_copy
 from exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
 
 from cnnopt import checkpoint, data, environment
 from cnnopt.export import report, tflite_file
 from cnnopt.export.options import NEEDS, VARIANTS, OptionError, choose, parse_args
 from cnnopt.export.trained import layer_names, read, weight_shapes
+from cnnopt.finetune import settings_of
 from cnnopt.quantize import main
 
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
@@ -324,6 +326,17 @@ def refused(capsys, *arguments):
 def test_wrong_flags(no_tensorflow, tmp_path, capsys, flags, words):
     line = refused(capsys, make_run(tmp_path / "r"), *flags)
     assert all(word in line for word in words)
+
+
+def test_a_copy_with_fewer_images_than_are_asked_for(no_tensorflow, tmp_path, capsys):
+    small_copy(BINARY_10).folder(tmp_path)
+    line = refused(capsys, make_run(tmp_path / "r", dataset="cifar10"), "--data-dir", tmp_path, "--calibration", "32")
+    assert "--calibration 32: cifar10 has 20 training images" in line
+
+
+def test_fine_tuning_sends_float32_whatever_the_run_sent(tmp_path):
+    run = read(make_run(tmp_path / "r", wire_dtype="bfloat16"))
+    assert (run.identity["wire_dtype"], settings_of(run, 1, 0).wire_dtype) == ("bfloat16", "float32")
 
 
 def test_no_run_and_no_arguments(no_tensorflow, tmp_path, capsys):

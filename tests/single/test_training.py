@@ -245,6 +245,15 @@ def test_evaluation_counts_every_image_once_with_the_average_where_there_is_one(
 # What is built ------------------------------------------------------------------------------------------------
 
 
+def test_a_dense_run_takes_any_window():
+    small_runs.build(small_runs.settings(prune_begin="2e", prune_end="99e", sparsity=0.0))
+    small_runs.build(small_runs.settings(prune_begin="60%", prune_end="5%", sparsity=0.0))
+
+
+def test_a_warm_up_may_be_as_long_as_the_run():
+    small_runs.build(small_runs.settings(warmup="24s"))
+
+
 def test_the_same_seed_gives_the_same_weights():
     one, two, other = (small_runs.build(small_runs.settings(seed=seed)) for seed in (3, 3, 4))
     for first, second, third in zip(one.weights, two.weights, other.weights, strict=True):
