@@ -15,70 +15,73 @@ import os
 import sys
 from typing import NoReturn
 
-from cnnopt import distributed, program
 from cnnopt.config import TrainConfig, parse_args
-from cnnopt.presence import Presence
-from cnnopt.record import RunFolder
+from cnnopt.distributed import collectives, entrypoint
+from cnnopt.distributed.peer_status import PeerStatus
+from cnnopt.distributed.signals import STOPPED, StopRequest
+from cnnopt.distributed.world import launched
+from cnnopt.run.run_folder import RunFolder
 from cnnopt.schedules import Timeline
-from cnnopt.signals import STOPPED, StopRequest
-from cnnopt.world import launched
 
 
-def train(config: TrainConfig, request: StopRequest, presence: Presence) -> int:
+def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     """One run, from its configuration to its result line; returns the exit status."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet -------------------------------------------
-    said, _ = launched()
-    config.check_ranks(said.size)
+    launch_info, _ = launched()
+    config.check_ranks(launch_info.size)
     folder = RunFolder.of(config)
     folder.check(config)
     if (done := folder.result()) is not None:
-        if said.first:
+        if launch_info.first:
             print(f"{folder.path} is complete: {done['line']}", flush=True)
-        return quantize(config, folder) if config.quantize and said.first else 0
-    from cnnopt import data
+        return quantize(config, folder) if config.quantize and launch_info.first else 0
+    from cnnopt.data import datasets
 
-    data.check(config.dataset, config.data_dir)
-    config.check_durations(Timeline(data.DATASETS[config.dataset], config.batch_size, config.epochs))
+    datasets.check(config.dataset, config.data_dir)
+    config.check_durations(Timeline(datasets.DATASETS[config.dataset], config.batch_size, config.epochs))
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
-    settings = distributed.prepare(said, deterministic=config.deterministic, verbose=config.verbose)
-    world = distributed.start(verbose=config.verbose)
+    settings = collectives.prepare(launch_info, deterministic=config.deterministic, verbose=config.verbose)
+    world = collectives.start(verbose=config.verbose)
     config.check_ranks(world.size)
-    distributed.meet(presence)
-    from cnnopt import callbacks, precision, record, resume, session, training
-    from cnnopt.console import Console, final_line, start_table, tensorboard_command
+    collectives.exchange_addresses(peers)
+    from cnnopt.model import precision
+    from cnnopt.run import run_folder
+    from cnnopt.training import callbacks, resume, session
+    from cnnopt.training.console import Console, final_line, start_table, tensorboard_command
+    from cnnopt.training.step import build_model
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
 
     # ---- Data, model, and where the run goes on ------------------------------------------------------------------
-    images = data.load(
+    images = datasets.load(
         config.dataset, config.data_dir, seed=config.seed, show_progress=world.first, share=world.local_size > 1
     )
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     # A copy of a data set may hold fewer images than the published one.
     config.check_durations(timeline)
-    compute = precision.choose(config.precision, has_gpu=distributed.device() == "GPU")
-    distributed.same(f"--precision {config.precision}", compute.compute)
-    model = training.build(config, images, timeline, compute, ranks=world.size)
+    compute = precision.choose(config.precision, has_gpu=collectives.device() == "GPU")
+    collectives.assert_same(f"--precision {config.precision}", compute.compute)
+    model = build_model(config, images, timeline, compute, ranks=world.size)
     if world.first:
-        folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": compute.compute})
+        folder.open(config, {**run_folder.environment(settings), "ranks": world.size, "precision": compute.compute})
     resume.restore(model, config, folder, world, say=console.print)
     start_table(console, config, folder, world, settings, compute, model, timeline)
 
     # ---- Train ---------------------------------------------------------------------------------------------------
-    rank = session.Rank(world, console, request, presence)
+    rank = session.Rank(world, console, request, peers)
     if session.train(rank, model, images, config, folder, masks=[callbacks.Prune()]):
         return STOPPED
 
     # ---- What came out -------------------------------------------------------------------------------------------
     model.pruner.verify_final()
     if world.first:
-        result = record.summarize(folder.metrics(), model.pruner.sparsities())
+        result = run_folder.summarize(folder.metrics(), model.pruner.sparsities())
         line = final_line(result, folder)
         folder.finish({**result, "line": line})
         console.print(line)
         console.print(tensorboard_command(folder))
-    distributed.shutdown()
+    collectives.shutdown()
     return quantize(config, folder) if config.quantize and world.first else 0
 
 
@@ -96,8 +99,8 @@ def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
 
 def main() -> int:
     """Parse the command line and train."""
-    return program.run("train_hvd.py", lambda request, presence: train(parse_args(), request, presence))
+    return entrypoint.run("train_hvd.py", lambda request, peers: train(parse_args(), request, peers))
 
 
 if __name__ == "__main__":
-    program.start(main)
+    entrypoint.start(main)

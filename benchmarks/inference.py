@@ -28,9 +28,11 @@ from typing import Any
 import numpy as np
 from side_by_side import command
 
-from cnnopt import data, environment, record
+from cnnopt.data import datasets
+from cnnopt.distributed import host
 from cnnopt.errors import CnnoptError, UserError
 from cnnopt.export import measure, trained
+from cnnopt.run import run_folder
 
 WORKER = Path(__file__).with_name("workers") / "onnx_openvino.py"
 
@@ -149,7 +151,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     card = given.run / "report.json"
     if not all(path.exists() for path in (*files.values(), card)):
         raise UserError(f"{given.run}: not quantized yet; run python -m cnnopt.quantize {given.run} first")
-    images = data.load(run.identity["dataset"], given.data_dir, seed=run.identity["seed"])
+    images = datasets.load(run.identity["dataset"], given.data_dir, seed=run.identity["seed"])
     test, labels = images.test_images[: given.images], images.test_labels[: given.images]
     chosen = json.loads(card.read_text())["calibration"]["indices"]
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +183,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     machine["packages"] |= peers.versions
     settings = {"rounds": given.rounds, "seconds": given.seconds, "images": len(test)}
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    machine["commit"] = record.environment({})["commit"]
+    machine["commit"] = run_folder.environment({})["commit"]
     return {
         "run": str(given.run),
         "command": command(),
@@ -230,7 +232,7 @@ def main() -> int:
     try:
         if not given.peers.exists():
             raise UserError(f"--peers {given.peers}: no such python; see the first lines of {Path(__file__).name}")
-        environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+        host.prepare({**host.TENSORFLOW, **host.QUIET})
         found = compare(given)
     except CnnoptError as error:
         print(f"inference.py: {error}", file=sys.stderr)

@@ -19,21 +19,23 @@ from pathlib import Path
 
 from side_by_side import arguments, report, table
 
-from cnnopt import distributed, environment
-from cnnopt.world import World
+from cnnopt.distributed import collectives, host
+from cnnopt.distributed.world import World
 
-environment.with_huge_pages()
+host.with_huge_pages()
 os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-distributed.prepare(World(), deterministic=False, verbose=False)
-distributed.start(verbose=False)
+collectives.prepare(World(), deterministic=False, verbose=False)
+collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 from arithmetic import GEMM, floating_point_operations, matrix_product  # noqa: E402
 from tensorflow.tsl.profiler.protobuf import xplane_pb2  # noqa: E402
 
-from cnnopt import data, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
+from cnnopt.data import datasets  # noqa: E402
+from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
+from cnnopt.training.step import build_model  # noqa: E402
 
 # Kinds that take less of a step than this are added up.
 SMALL = 0.004
@@ -100,11 +102,11 @@ def bytes_moved(graph: tf.Graph) -> tuple[Counter[str], Counter[str]]:
 
 def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tuple[str, dict]:
     """The table of one network, and every figure."""
-    images = data.load("synthetic", synthetic_sizes=(batch, batch))
-    compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
+    images = datasets.load("synthetic", synthetic_sizes=(batch, batch))
+    compute = precision.choose(asked, has_gpu=collectives.device() == "GPU")
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=1000, base_lr=1e-3, optimizer="sgd",
                          prune_begin="0s", prune_end="1s", name="operations")  # fmt: skip
-    model = training.build(config, images, Timeline(batch, batch, config.epochs), compute, ranks=1)
+    model = build_model(config, images, Timeline(batch, batch, config.epochs), compute, ranks=1)
     model.make_train_function()
     model.prune(1)
     labels = images.train_labels.astype("int64")

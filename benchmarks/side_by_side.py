@@ -147,7 +147,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
-    from cnnopt.record import environment
+    from cnnopt.run.run_folder import environment
 
     found = environment({})
     load = os.getloadavg()

@@ -18,23 +18,27 @@ from pathlib import Path
 
 from side_by_side import arguments, median_and_spread, report, table
 
-from cnnopt import distributed, environment
-from cnnopt.world import World
+from cnnopt.distributed import collectives, host
+from cnnopt.distributed.world import World
 
-environment.with_huge_pages()
-distributed.prepare(World(), deterministic=False, verbose=False)
-WORLD = distributed.start(verbose=False)
+host.with_huge_pages()
+collectives.prepare(World(), deterministic=False, verbose=False)
+WORLD = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 from arithmetic import GEMM, floating_point_operations, matrix_product  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from cnnopt import checkpoint, data, loop, monitoring, precision, training  # noqa: E402
 from cnnopt.config import TrainConfig  # noqa: E402
-from cnnopt.models import IdentityShortcut  # noqa: E402
-from cnnopt.record import RunFolder  # noqa: E402
+from cnnopt.data import datasets  # noqa: E402
+from cnnopt.model import precision  # noqa: E402
+from cnnopt.model.resnet import IdentityShortcut  # noqa: E402
+from cnnopt.run import checkpoint  # noqa: E402
+from cnnopt.run.run_folder import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
+from cnnopt.training import loop, metrics  # noqa: E402
+from cnnopt.training import step as training_step  # noqa: E402
 
 
 def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -55,7 +59,7 @@ def strided(images: tf.Tensor) -> tf.Tensor:
     return tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
 
-def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
+def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
     """A matrix product, and the layers that a network is made of, forward and backward, by stage."""
     found = {"GEMM": matrix_product(compute)}
     for stage, (side, filters) in enumerate(((32, 16), (16, 32), (8, 64)), start=1):
@@ -83,11 +87,11 @@ def parts(model: training.SynchronousModel, batch: int, compute: str) -> dict[st
 
 
 def build(
-    config: TrainConfig, images: data.Dataset, compute: precision.Precision, streams: ExitStack
-) -> tuple[training.SynchronousModel, Iterator]:
+    config: TrainConfig, images: datasets.Dataset, compute: precision.Precision, streams: ExitStack
+) -> tuple[training_step.SynchronousModel, Iterator]:
     """A model that is as sparse as it will be, and its stream, which ``streams`` ends."""
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
-    model = training.build(config, images, timeline, compute, ranks=1)
+    model = training_step.build_model(config, images, timeline, compute, ranks=1)
     model.make_train_function()
     if config.sparsity:
         model.prune(1)
@@ -97,13 +101,13 @@ def build(
     return model, streams.enter_context(stream)
 
 
-def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[str, list[float]]:
+def saving_and_recording(model: training_step.SynchronousModel, rounds: int) -> dict[str, list[float]]:
     """A checkpoint and the records of an epoch, as the training thread waits for them."""
-    logs = {name: 0.0 for names in monitoring.TRAIN_CURVES.values() for name in names}
+    logs = {name: 0.0 for names in metrics.TRAIN_CURVES.values() for name in names}
     logs |= {"step": 1, "val_accuracy": 0.0, "val_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
-        recorder = monitoring.Record(folder, TrainConfig(name="step"), Timeline(100, 1, 1), 0, Console(quiet=True))
+        recorder = metrics.Record(folder, TrainConfig(name="step"), Timeline(100, 1, 1), 0, Console(quiet=True))
         recorder.set_model(model)
 
         def save() -> None:
@@ -114,10 +118,10 @@ def saving_and_recording(model: training.SynchronousModel, rounds: int) -> dict[
 
 
 def profile(
-    depth: int, batch: int, rounds: int, images: data.Dataset, asked: str, streams: ExitStack
+    depth: int, batch: int, rounds: int, images: datasets.Dataset, asked: str, streams: ExitStack
 ) -> tuple[str, dict]:
     """The table of one network, and every figure."""
-    compute = precision.choose(asked, has_gpu=distributed.device() == "GPU")
+    compute = precision.choose(asked, has_gpu=collectives.device() == "GPU")
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=40, base_lr=1e-3, name="step",
                          optimizer="sgd", prune_begin="0s", prune_end="1s")  # fmt: skip
     pruned, stream = build(config, images, compute, streams)
@@ -151,7 +155,7 @@ def profile(
 def main() -> None:
     """Measure, print the tables, write every figure."""
     args = arguments(__doc__, blocks=False).parse_args()
-    images = data.load("synthetic", synthetic_sizes=(50000, 64))
+    images = datasets.load("synthetic", synthetic_sizes=(50000, 64))
     with ExitStack() as streams:
         found = {
             str(depth): profile(depth, args.batch, args.rounds, images, args.precision, streams) for depth in args.depth

@@ -19,11 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnopt import checkpoint
 from cnnopt.command_line import Parser
 from cnnopt.config import ConfigError, TrainConfig, parse_args
 from cnnopt.errors import CnnoptError, RunError
-from cnnopt.record import RunFolder
+from cnnopt.run import checkpoint
+from cnnopt.run.run_folder import RunFolder
 
 #: Starts in a row that may end without a new checkpoint.
 FRUITLESS = 3

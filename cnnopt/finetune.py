@@ -16,20 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnnopt import data, distributed, program
 from cnnopt.command_line import Parser
 from cnnopt.config import TrainConfig
+from cnnopt.data import datasets
+from cnnopt.distributed import collectives, entrypoint
+from cnnopt.distributed.peer_status import PeerStatus
+from cnnopt.distributed.signals import STOPPED, StopRequest
+from cnnopt.distributed.world import launched
 from cnnopt.errors import UserError
 from cnnopt.export import trained
 from cnnopt.export.options import CLUSTERS
-from cnnopt.presence import Presence
-from cnnopt.record import RunFolder
-from cnnopt.signals import STOPPED, StopRequest
-from cnnopt.world import launched
+from cnnopt.run.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cnnopt.schedules import Timeline
-    from cnnopt.training import SynchronousModel
+    from cnnopt.training.step import SynchronousModel
 
 #: ``base_lr`` as a share of the run's, annealed by a cosine: what NVIDIA's pytorch-quantization recommends.
 RATE = 0.01
@@ -67,14 +68,14 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
 
 
 def fine_tune(
-    path: Path, epochs: int, codebooks: Sequence[int], data_dir: str | None, request: StopRequest, presence: Presence
+    path: Path, epochs: int, codebooks: Sequence[int], data_dir: str | None, request: StopRequest, peers: PeerStatus
 ) -> int:
     """Fine-tune the run in ``path`` once for each of ``codebooks``, clusters or 0; returns the exit status."""
     # ---- Start the ranks; the first one reads the run, which the others need not have on their disks -------------
-    said, _ = launched()
-    settings = distributed.prepare(said, deterministic=False, verbose=False)
-    world = distributed.start(verbose=False)
-    distributed.meet(presence)
+    launch_info, _ = launched()
+    settings = collectives.prepare(launch_info, deterministic=False, verbose=False)
+    world = collectives.start(verbose=False)
+    collectives.exchange_addresses(peers)
     outcome: tuple[trained.TrainedRun, list[int]] | str | None = None
     if world.first:
         try:
@@ -82,7 +83,7 @@ def fine_tune(
             outcome = run, [n for n in codebooks if RunFolder(run.fine_tuned(epochs, n)).result() is None]
         except UserError as error:
             outcome = str(error)
-    outcome = distributed.broadcast_object(outcome)
+    outcome = collectives.broadcast_object(outcome)
     if isinstance(outcome, str):
         raise UserError(outcome)
     assert outcome is not None
@@ -90,23 +91,24 @@ def fine_tune(
     if not remaining:
         return 0
 
-    from cnnopt import record, resume, session
-    from cnnopt.console import Console
+    from cnnopt.run import run_folder
     from cnnopt.schedules import Timeline
+    from cnnopt.training import resume, session
+    from cnnopt.training.console import Console
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
-    rank = session.Rank(world, console, request, presence)
+    rank = session.Rank(world, console, request, peers)
     identity = run.identity
     if identity["batch_size"] % world.size:
         raise UserError(f"{world.size} ranks cannot share the run's batch of {identity['batch_size']}: start fewer")
-    images = data.load(identity["dataset"], data_dir, seed=identity["seed"], share=world.local_size > 1)
+    images = datasets.load(identity["dataset"], data_dir, seed=identity["seed"], share=world.local_size > 1)
     for clusters in remaining:
         config = settings_of(run, epochs, clusters)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)
         model = _network(run, config, images, timeline, clusters, ranks=world.size)
         folder = RunFolder.of(config)
         if world.first:
-            folder.open(config, {**record.environment(settings), "ranks": world.size, "precision": "float32"})
+            folder.open(config, {**run_folder.environment(settings), "ranks": world.size, "precision": "float32"})
         resume.restore(model, config, folder, world, say=console.print)
         console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}")
 
@@ -115,23 +117,29 @@ def fine_tune(
             return STOPPED
         model.pruner.verify_final()
         if world.first:
-            folder.finish(record.summarize(folder.metrics(), model.pruner.sparsities()))
-    distributed.shutdown()
+            folder.finish(run_folder.summarize(folder.metrics(), model.pruner.sparsities()))
+    collectives.shutdown()
     return 0
 
 
 def _network(
-    run: trained.TrainedRun, config: TrainConfig, images: data.Dataset, timeline: Timeline, clusters: int, *, ranks: int
+    run: trained.TrainedRun,
+    config: TrainConfig,
+    images: datasets.Dataset,
+    timeline: Timeline,
+    clusters: int,
+    *,
+    ranks: int,
 ) -> SynchronousModel:
     """The fake-quantized network, with the weights and the masks of the run, and with centroids of these weights."""
     import numpy as np
 
-    from cnnopt import training
     from cnnopt.export import clustering, qat
-    from cnnopt.precision import Precision
+    from cnnopt.model.precision import Precision
+    from cnnopt.training.step import build_model
 
     compute = Precision("float32", widen=False, reason="fine-tuning")
-    model = training.build(config, images, timeline, compute, ranks=ranks, parts=qat.parts(clusters))
+    model = build_model(config, images, timeline, compute, ranks=ranks, parts=qat.parts(clusters))
     for variable in model.weights:
         if variable.name in run.weights:
             variable.assign(run.weights[variable.name])
@@ -157,19 +165,19 @@ def main() -> int:
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--then", nargs=argparse.REMAINDER, help="what the first rank calls cnnopt.quantize with")
 
-    def body(request: StopRequest, presence: Presence) -> int:
+    def body(request: StopRequest, peers: PeerStatus) -> int:
         given = parser.parse_args()
         for clusters in given.clusters:
             if clusters and clusters not in CLUSTERS:
                 raise UserError(f"--clusters {clusters}: give 0, or {CLUSTERS[0]} to {CLUSTERS[-1]}")
-        status = fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, presence)
+        status = fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, peers)
         if status == 0 and given.then and launched()[0].first:
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", "cnnopt.quantize", *given.then])
         return status
 
-    return program.run("cnnopt.finetune", body)
+    return entrypoint.run("cnnopt.finetune", body)
 
 
 if __name__ == "__main__":
-    program.start(main)
+    entrypoint.start(main)

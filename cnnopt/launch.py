@@ -18,8 +18,8 @@ import time
 from types import FrameType
 
 from cnnopt.command_line import Parser
+from cnnopt.distributed.rendezvous import Rendezvous, address_of, check_own_name
 from cnnopt.errors import CnnoptError, UserError
-from cnnopt.rendezvous import Rendezvous, address_of, check_own_name
 
 #: Seconds that the ranks have to end by themselves when one has failed; as many again after SIGTERM.
 GRACE = 10.0

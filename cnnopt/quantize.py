@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cnnopt import files
 from cnnopt.command_line import Parser
+from cnnopt.distributed.world import launched
 from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
-from cnnopt.world import launched
+from cnnopt.run import atomic_files
 
 
 def writable(folder: Path, remedy: str) -> Path:
@@ -52,17 +52,18 @@ def fine_tune(options: Options) -> NoReturn:
 def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Export and measure the variants of a run; returns the content of report.json."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
-    from cnnopt import data, environment
+    from cnnopt.data import datasets
+    from cnnopt.distributed import host
     from cnnopt.export import trained
-    from cnnopt.record import RunFolder
+    from cnnopt.run.run_folder import RunFolder
 
     run = trained.read(options.run)
     variants = choose(options, run.sparsity)
     baseline = trained.read_baseline(options.baseline, run) if options.baseline else None
     folder = writable(options.run / "export", "copy the run to a writable folder")
     name, seed = run.identity["dataset"], run.identity["seed"]
-    data.check(name, options.data_dir)
-    options.check_calibration(name, data.DATASETS[name])
+    datasets.check(name, options.data_dir)
+    options.check_calibration(name, datasets.DATASETS[name])
 
     # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
     folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
@@ -73,7 +74,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     tuned = {variant: trained.read(folder) for variant, folder in folders.items()}
 
     # ---- Load: after the ranks have met, as others would not wait for a download ----------------------------------
-    images = data.load(name, options.data_dir, seed=seed, show_progress=True)
+    images = datasets.load(name, options.data_dir, seed=seed, show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
     options.check_calibration(name, len(images.train_images))
@@ -86,19 +87,19 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
 
     # ---- Convert -------------------------------------------------------------------------------------------------
     say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
-    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
-    with environment.quiet_stderr():
-        from cnnopt.export import card, convert, pack, qat
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
+    with host.quiet_stderr():
+        from cnnopt.export import convert, pack, qat, report
 
-    def make(model: Any, variant: str, label: str) -> card.Export:
+    def make(model: Any, variant: str, label: str) -> report.Export:
         file = folder / f"{label}.tflite"
         content = convert.convert(model, variant, images.train_images[chosen])
         kernels = convert.file_kernels(content, file, variant, run.kernels())
-        files.replace(file, content)
+        atomic_files.replace(file, content)
         # Of what was here before; --pack makes it anew.
         file.with_name(file.name + pack.SUFFIX).unlink(missing_ok=True)
         say(f"  {file}  {len(content):,} bytes")
-        return card.Export(label, file, content, kernels)
+        return report.Export(label, file, content, kernels)
 
     model = convert.float_model(run)
     exact = make(model, "float32", "float32")
@@ -132,7 +133,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
         exports.insert(0, reference)
 
     # ---- Measure these very files --------------------------------------------------------------------------------
-    content = card.report(
+    content = report.report(
         run, exports, ways, model, images, baseline=baseline, reference=reference, clusters=options.clusters,
         tuned=tuned, say=say,
     )  # fmt: skip
@@ -155,7 +156,7 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
 
     archive = pack.pack(content, path)
     target = path.with_name(path.name + pack.SUFFIX)
-    files.replace(target, archive)
+    atomic_files.replace(target, archive)
     assert pack.unpack(archive, target)[1] == content
     coded = pack.stream_sizes(archive)
     weights = sum(coded[name] for name in ("mask.xz", "palette.xz", "values.xz"))
@@ -173,7 +174,7 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
 
 def archive_command(command: str, argv: Sequence[str]) -> None:
     """``pack`` and ``unpack``: one file for each file named, beside it. Raises UserError."""
-    from cnnopt import environment
+    from cnnopt.distributed import host
     from cnnopt.export import pack, tflite_file
 
     parser = Parser(prog=f"cnnopt.quantize {command}")
@@ -194,11 +195,11 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
     for path in given.files:
         if command == "pack":
             content = tflite_file.read(path)
-            environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
-            with environment.quiet_stderr():
+            host.prepare({**host.TENSORFLOW, **host.QUIET})
+            with host.quiet_stderr():
                 archive = pack.pack(content, path)
             target = folder_for(path) / (path.name + pack.SUFFIX)
-            files.replace(target, archive)
+            atomic_files.replace(target, archive)
             print(f"{target}  {len(content):,} -> {len(archive):,} bytes")
         else:
             try:
@@ -209,7 +210,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
             target = folder_for(path) / name
             if target.exists() and (not target.is_file() or target.read_bytes() != content):
                 raise OptionError(f"{target} exists and differs; move it away, or give --output-dir")
-            files.replace(target, content)
+            atomic_files.replace(target, content)
             print(f"{target}  {len(content):,} bytes, SHA-256 {tflite_file.digest(content)}")
 
 
@@ -228,11 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fine_tune(options)
             return 0
         content = quantize(options)
-        from cnnopt.export import report, tensorboard
+        from cnnopt.export import render, tensorboard
 
-        report.save(content, options.run)
+        render.save(content, options.run)
         tensorboard.save(content, options.run)
-        report.show(content)
+        render.show(content)
     except KeyboardInterrupt:
         return 130
     except CnnoptError as error:

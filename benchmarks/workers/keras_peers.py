@@ -17,7 +17,7 @@ depth, batch, asked, peer = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
 if threads := os.environ.get("TF_NUM_INTRAOP_THREADS"):
-    # As cnnopt/distributed.py: the comparison is not one of defaults.
+    # As cnnopt/distributed/collectives.py: the comparison is not one of defaults.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", OMP_NUM_THREADS=threads, TF_NUM_INTEROP_THREADS="2")
 if peer == "multiworker":
     workers = {"worker": os.environ["PEER_ADDRESSES"].split(",")}
@@ -30,8 +30,8 @@ import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
 sys.modules["keras"] = keras
-from cnnopt.models import resnet  # noqa: E402
-from cnnopt.precision import choose  # noqa: E402
+from cnnopt.model.precision import choose  # noqa: E402
+from cnnopt.model.resnet import resnet  # noqa: E402
 
 if threads:
     tf.config.threading.set_intra_op_parallelism_threads(int(threads))

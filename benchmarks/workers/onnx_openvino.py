@@ -2,7 +2,7 @@
 
     python onnx_openvino.py FOLDER      (network.npz and images.npz in FOLDER; one JSON line for each request line)
 
-The ONNX graph is written node by node: it is the network of cnnopt.models.resnet with BatchNorm folded in, and no
+The ONNX graph is written node by node: it is the network of cnnopt.model.resnet.resnet with BatchNorm folded in, and no
 converter that would have to be trusted is between it and the weights.
 """
 

@@ -19,23 +19,26 @@ from typing import Any
 import numpy as np
 from side_by_side import serve
 
-from cnnopt import data, distributed, environment
 from cnnopt.config import TrainConfig
-from cnnopt.world import launched
+from cnnopt.data import datasets
+from cnnopt.distributed import collectives, host
+from cnnopt.distributed.world import launched
 
-environment.with_huge_pages()
+host.with_huge_pages()
 depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-distributed.prepare(launched()[0], deterministic=False, verbose=False)
-world = distributed.start(verbose=False)
-HOROVODS = [thread for thread in environment.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
+collectives.prepare(launched()[0], deterministic=False, verbose=False)
+world = collectives.start(verbose=False)
+HOROVODS = [thread for thread in host.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 
-from cnnopt import loop, precision, training  # noqa: E402
-from cnnopt.pruning import magnitude_masks  # noqa: E402
+from cnnopt.model import precision  # noqa: E402
+from cnnopt.model.pruning import magnitude_masks  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
+from cnnopt.training import loop  # noqa: E402
+from cnnopt.training import step as training_step  # noqa: E402
 
-IMAGES = data.load("synthetic", synthetic_sizes=(2048, 64))
-BY_STAGE = training.by_stage
-COMPUTE = precision.choose(asked, has_gpu=distributed.device() == "GPU")
+IMAGES = datasets.load("synthetic", synthetic_sizes=(2048, 64))
+BY_STAGE = training_step.by_stage
+COMPUTE = precision.choose(asked, has_gpu=collectives.device() == "GPU")
 
 
 def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Timeline]:
@@ -46,16 +49,16 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 
 
 @functools.cache
-def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training.SynchronousModel:
+def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training_step.SynchronousModel:
     """The program's model; ``none`` leaves out the exchange: the collectives, and what is done to their sums."""
     config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
-    training.by_stage = BY_STAGE if apart else lambda *_: None
-    made = training.build(config, IMAGES, timeline, COMPUTE, ranks=world.size)
+    training_step.by_stage = BY_STAGE if apart else lambda *_: None
+    made = training_step.build_model(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":
         made.exchange.total = lambda flat, name: flat
         for vector in made.exchange.vectors:
             vector.put_back = lambda summed: summed
-    distributed.broadcast(list(made.named_state().values()))
+    collectives.broadcast(list(made.named_state().values()))
     made.make_train_function()
     return made
 
@@ -81,7 +84,7 @@ def set_priority(gives_way: bool) -> None:
             os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, 0))
     if gives_way:
-        environment.give_way(HOROVODS)
+        host.give_way(HOROVODS)
 
 
 def block(
@@ -92,15 +95,15 @@ def block(
     if gives_way is not None:
         set_priority(gives_way)
     if bound is not None:
-        cores = environment.ALLOWED if bound else set(range(os.cpu_count() or 1))
-        environment.bind(cores, instead_of=os.sched_getaffinity(0))
+        cores = host.ALLOWED if bound else set(range(os.cpu_count() or 1))
+        host.bind(cores, instead_of=os.sched_getaffinity(0))
     mine = model(exchange, wire, optimizer, apart)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))
     mine.exchange.follow_masks()
     mine.exchange.restart()
     # All ranks start together.
-    distributed.gather_objects(0)
+    collectives.gather_objects(0)
     before = processor_seconds()
     start = time.perf_counter()
     for _ in range(steps):

@@ -7,7 +7,7 @@ same few numbers. A codebook of the undivided weights would turn into up to 255 
 by its own scale.
 
 tfmot's ``cluster_weights(preserve_sparsity=True)`` refuses this model: "Please initialize `Cluster` with a
-supported layer ... You passed: <class 'cnnopt.models.Conv2D'>" (0.8.1).
+supported layer ... You passed: <class 'cnnopt.model.resnet.Conv2D'>" (0.8.1).
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt.environment import quiet_stderr
+from cnnopt.distributed.host import quiet_stderr
 from cnnopt.errors import RunError
 from cnnopt.export import clustering, qat, tflite_file
 from cnnopt.export.trained import CENTROIDS, TrainedError, TrainedRun, layer_names
-from cnnopt.models import FLOAT, Parts, resnet
+from cnnopt.model.resnet import FLOAT, Parts, resnet
 
 #: Below this many weights the converter leaves a kernel in float32 in dynamic-range files.
 DYNAMIC_MINIMUM = 1024

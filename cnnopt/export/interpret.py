@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from cnnopt.environment import quiet_stderr
+from cnnopt.distributed.host import quiet_stderr
 from cnnopt.export.tflite_file import TfliteError
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from cnnopt import environment
 from cnnopt.command_line import Parser
+from cnnopt.distributed import host
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.export import tflite_file
 
@@ -43,7 +43,7 @@ def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2
     """
     command = [sys.executable, "-m", "cnnopt.export.latency", "--threads", ",".join(map(str, threads))]
     command += ["--seconds", str(seconds), *map(str, files)]
-    variables = {name: value for name, value in os.environ.items() if (name, value) != environment.ASKS_FOR_HUGE_PAGES}
+    variables = {name: value for name, value in os.environ.items() if (name, value) != host.ASKS_FOR_HUGE_PAGES}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -140,12 +140,12 @@ def main() -> int:
     """Measure the files of the command line; every expected failure is one line and an exit status."""
     parser = Parser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--threads", type=_counts, default=[1, environment.cores()], help="numbers, with commas")
+    parser.add_argument("--threads", type=_counts, default=[1, host.cores()], help="numbers, with commas")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     try:
         given = parser.parse_args()
-        environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
-        with environment.quiet_stderr():
+        host.prepare({**host.TENSORFLOW, **host.QUIET})
+        with host.quiet_stderr():
             import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
         print(json.dumps([_measured(path, given.threads, given.seconds) for path in given.files]))
     except CnnoptError as error:

@@ -22,9 +22,9 @@ import tensorflow as tf
 import tf_keras as keras
 from tf_keras import layers
 
-from cnnopt import models
 from cnnopt.export.clustering import SMALLEST, boundaries
 from cnnopt.export.trained import CENTROIDS, RANGE
+from cnnopt.model import resnet
 
 
 class FakeQuantize(layers.Layer):
@@ -99,7 +99,7 @@ class _Rounded(layers.Layer):
         return fake_quantized(kernel, per_channel=self.per_channel)
 
 
-class Standardize(models.Standardize):
+class Standardize(resnet.Standardize):
     """(image - mean) / std, rounded before and after each operator."""
 
     def __init__(self, mean: np.ndarray, std: np.ndarray, **kwargs: object) -> None:
@@ -112,7 +112,7 @@ class Standardize(models.Standardize):
         return self.scaled(self.centred(pixels - self.mean, training=training) / self.std, training=training)
 
 
-class Conv2D(_Rounded, models.Conv2D):
+class Conv2D(_Rounded, resnet.Conv2D):
     """A convolution with a scale for each output channel."""
 
     per_channel = True
@@ -132,12 +132,12 @@ class Dense(_Rounded, layers.Dense):
         return tf.matmul(inputs, self.rounded(self.kernel)) + self.bias
 
 
-def parts(clusters: int = 0) -> models.Parts:
-    """For ``cnnopt.models.resnet``, with kernels of at most ``clusters`` values; 0: as many as int8 has.
+def parts(clusters: int = 0) -> resnet.Parts:
+    """For ``cnnopt.model.resnet.resnet``, with kernels of at most ``clusters`` values; 0: as many as int8 has.
 
     BatchNorm and ReLU need no rounding between them: the file has one operator for both.
     """
-    return models.Parts(
+    return resnet.Parts(
         Standardize,
         functools.partial(Conv2D, clusters=clusters),
         functools.partial(Dense, clusters=clusters),

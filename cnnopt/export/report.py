@@ -1,114 +1,161 @@
-"""report.json, report.md and report.png of a run, and its table on the terminal, from measurements alone."""
+"""The card of a run: every measurement of every exported file, as report.json holds it."""
 
 from __future__ import annotations
 
-import json
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnnopt import files
+import numpy as np
+import tf_keras as keras
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-#: Of report.json. Raised when a key changes its meaning or goes; a new key does not raise it.
-SCHEMA = 2
-COLUMNS = (
-    "file", "raw", "gzip", "xz", "bound", "packed", "smaller, gzip", "nonzero", "top-1 %", "loss", "agree %",
-    "ms, 1 thread", "ms, all", "peak MiB",
-)  # fmt: skip
+from cnnopt.data.datasets import Dataset
+from cnnopt.distributed import host
+from cnnopt.errors import RunError
+from cnnopt.export import explain, interpret, latency, measure, tflite_file
+from cnnopt.export.render import SCHEMA
+from cnnopt.export.trained import TrainedRun
 
-
-def rows(content: dict[str, Any]) -> list[list[str]]:
-    """The table of a report, one row a file; sizes in KiB, latencies as median/p90/p99."""
-    table = []
-    for entry in content["files"]:
-        size, test, timings = entry["size"], entry["test"], entry["latency"]
-        packed = entry["packed"]
-        table.append(
-            [
-                entry["name"],
-                *(f"{size[name] / 1024:.1f}" for name in ("raw", "gzip", "xz", "entropy_bound")),
-                f"{packed['bytes'] / 1024:.1f}" if packed else "",
-                f"{entry['times_smaller']['gzip']:.2f}x",
-                f"{entry['weights']['nonzero']:,}",
-                f"{100 * test['accuracy']:.2f}",
-                f"{test['loss']:.4f}",
-                f"{100 * test['agreement']:.2f}",
-                *(f"{t['median_ms']:.2f}/{t['p90_ms']:.2f}/{t['p99_ms']:.2f}" for t in (timings[0], timings[-1])),
-                f"{timings[0]['peak_rss'] / 2**20:.0f} (+{timings[0]['added_rss'] / 2**20:.1f})",
-            ]
-        )
-    return table
+#: Flags of /proc/cpuinfo (the last two: ARM) for which XNNPACK has kernels that sum int8 products as they are.
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
 
-def markdown(content: dict[str, Any]) -> str:
-    """report.md."""
-    run, machine, reference = content["run"], content["machine"], content["reference"]
-    trained = f"{100 * run['trained_accuracy']:.2f}%" if run["trained_accuracy"] is not None else "not known"
-    lines = [
-        f"# {run['path']}",
-        "",
-        f"ResNet-{run['depth']} on {run['dataset']}, {run['parameters']:,} parameters, {run['sparsity']:.2%} of the "
-        f"kernels' weights zero, {run['checkpoint']}. Test accuracy in training {trained}, of the float32 network "
-        f"{100 * run['float32_accuracy']:.2f}%, over {content['files'][0]['test']['images']:,} images.",
-        "",
-        f"Sizes in KiB; `bound` is the entropy bound; `smaller, gzip`: the file through gzip -9 against the "
-        f"{'dense' if reference['kind'] == 'baseline' else 'own'} float32 file of {reference['run']} as it is "
-        f"({reference['raw']:,} bytes). `agree`: share of test images on which the file and the float32 network name "
-        f"the same class. Latency of one image in ms, median/p90/p99. `peak MiB`: resident memory at one thread, and "
-        "in brackets what the file added to it.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row) + " |" for row in rows(content)),
-        "",
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, load {machine['load']:.1f}, TensorFlow "
-        f"{machine['packages']['tensorflow']}; delegate "
-        + ", ".join(f"{e['name']}: {e['latency'][0]['delegate']}" for e in content["files"])
-        + ".",
-        "",
-        "## What the figures say",
-        "",
-        *(f"- {note}" for note in content["notes"]),
-        "",
-        "## Zeros on the way to each file",
-        "",
-        "Zeros in the kernels at each stage, and in brackets the pruned weights that are not zero there.",
-        "",
-    ]
-    for entry in content["files"]:
-        if ledger := entry["ledger"]:
-            way = " -> ".join(f"{s['stage']} {s['zeros']:,} ({s['lost']:,})" for s in ledger["stages"])
-            lines.append(f"- {entry['name']}: {way}. First loss: {ledger['first_loss'] or 'none'}.")
-    return "\n".join([*lines, "", "![accuracy, latency, layers](report.png)", ""])
+@dataclass(frozen=True, eq=False)
+class Export:
+    """A file that was written, its bytes, and its kernels by layer.
+
+    ``exact``: the float kernels that it was quantized from, where they are not those of the float32 file.
+    """
+
+    name: str
+    path: Path
+    content: bytes
+    kernels: Mapping[str, tflite_file.Kernel]
+    exact: Mapping[str, np.ndarray] | None = None
 
 
-def save(content: dict[str, Any], folder: Path) -> None:
-    """Write report.json, report.md and report.png into ``folder``. Raises WriteError."""
-    from cnnopt.export import figure
+def report(
+    run: TrainedRun,
+    exports: Sequence[Export],
+    ways: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+    model: keras.Model,
+    images: Dataset,
+    *,
+    baseline: TrainedRun | None,
+    reference: Export,
+    clusters: int | None,
+    tuned: Mapping[str, TrainedRun],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The content of report.json but for calibration and archives (docs/quantize.md, "report.json").
 
-    files.replace(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    files.replace(folder / "report.md", markdown(content))
-    files.replace(folder / "report.png", figure.png(content))
+    ``ways``: for each file of this run the kernels at each stage on the way to it. ``model``: the float32 network
+    of the run. ``tuned``: for each file that was fine-tuned, the run folder of that. Raises RunError where two variants
+    are the same bytes, TfliteError, LatencyError.
+    """
+    digests: dict[str, str] = {}
+    for export in exports:
+        # The original study's table holds one file under two names; equal bytes cannot be two measurements.
+        twin = digests.setdefault(tflite_file.digest(export.content), export.name)
+        if twin != export.name:
+            raise RunError(f"{export.path} is to the byte the {twin} file; leave one of them out")
+    threads = host.cores()
+    expected = model.predict(images.test_images.astype(np.float32), batch_size=200, verbose=0)
+    own = {layer: kernel.weights for layer, kernel in next(e for e in exports if e.name == "float32").kernels.items()}
+    reference_size = measure.sizes(reference.content, list(reference.kernels.values()))
+    files: list[dict[str, Any]] = []
+    columns = (TextColumn("  {task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not os.isatty(2), transient=True) as progress:
+        for export in exports:
+            # From the disk, so that what is measured is what is there.
+            data = tflite_file.read(export.path)
+            task = progress.add_task(export.name, total=len(images.test_images))
+            begin = time.perf_counter()
+            logits = interpret.logits(
+                data,
+                export.path,
+                images.test_images,
+                threads=threads,
+                advance=functools.partial(progress.advance, task),
+            )
+            seconds = time.perf_counter() - begin
+            mine = export.name in ways
+            size = measure.sizes(data, list(export.kernels.values()))
+            files.append(
+                {
+                    "name": export.name,
+                    "file": f"export/{export.path.name}",
+                    "sha256": tflite_file.digest(data),
+                    "run": str(run.path if mine or baseline is None else baseline.path),
+                    "size": size,
+                    "times_smaller": measure.ratios(size, reference_size),
+                    "weights": measure.weights(
+                        export.kernels,
+                        (export.exact or own) if mine else {layer: k.weights for layer, k in export.kernels.items()},
+                    ),
+                    "fine_tuned": _fine_tuning(tuned[export.name], run) if export.name in tuned else None,
+                    "ledger": measure.ledger(ways[export.name], run.masks) if mine else None,
+                    "test": {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds},
+                    "packed": None,
+                }
+            )
+    say("  latency, one file after the other")
+    # One thread first, as everybody compares that.
+    counts = sorted({1, threads})
+    for entry, timings in zip(files, latency.measure([e.path for e in exports], counts), strict=True):
+        entry["latency"] = timings
+    correct = float(np.mean(expected.argmax(axis=1) == images.test_labels))
+    content = {
+        "schema": SCHEMA,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": machine(threads),
+        "run": {
+            "path": str(run.path),
+            "dataset": images.name,
+            "classes": list(images.class_names),
+            "depth": run.depth,
+            "parameters": int(sum(np.prod(w.shape) for w in model.trainable_weights)),
+            "step": run.step,
+            "checkpoint": run.checkpoint.name,
+            "averaged_weights": bool(run.identity.get("ema")),
+            "sparsity": run.sparsity,
+            "trained_accuracy": run.result.get("accuracy"),
+            "float32_accuracy": correct,
+            "clusters": clusters,
+        },
+        "reference": {
+            "kind": "baseline" if baseline else "self",
+            "run": str(baseline.path if baseline else run.path),
+            "file": reference.name,
+            **reference_size,
+        },
+        "files": files,
+    }
+    return {**content, "notes": explain.notes(content)}
 
 
-def show(content: dict[str, Any]) -> None:
-    """Print the table and the notes."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
+    known = {key: tuned.result.get(key) for key in ("accuracy", "minutes")}
+    return {"epochs": tuned.identity["epochs"], "path": str(tuned.path.relative_to(run.path)), **known}
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    # What fits into 80 columns; report.md has all of it.
-    columns = ("raw", "gzip", "bound", "packed", "less", "top-1", "agree", "ms")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("file", *columns):
-        table.add_column(column, justify="left" if column == "file" else "right", no_wrap=True)
-    for row in rows(content):
-        cells = dict(zip(COLUMNS, row, strict=True))
-        names = ("file", "raw", "gzip", "bound", "packed", "smaller, gzip", "top-1 %", "agree %")
-        table.add_row(*(cells[name] for name in names), cells["ms, 1 thread"].split("/")[0])
-    console.print("sizes in KiB; less: times smaller, gzip -9 against the float32 reference as it is")
-    console.print("top-1, agree: %; ms: median latency of one image at 1 thread")
-    console.print(table)
-    for note in content["notes"]:
-        console.print(note)
-    console.print(f"{content['run']['path']}/report.json, report.md, report.png")
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the latencies were measured on."""
+    flags = host.cpu_flags()
+    return {
+        "host": platform.node(),
+        "cpu": host.cpu(),
+        "cores": threads,
+        "int8_instructions": [name for name in INT8_INSTRUCTIONS if name in flags] if flags else None,
+        "load": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": host.versions(["tensorflow", "tf-keras", "numpy"]),
+    }

@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from cnnopt.export import report
-from cnnopt.files import WriteError
+from cnnopt.export import render
+from cnnopt.run.atomic_files import WriteError
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
@@ -27,7 +27,7 @@ def save(content: dict[str, Any], folder: Path) -> None:
                     tf.summary.scalar(name, value)
             pixels = tf.io.decode_png((folder / "report.png").read_bytes(), channels=3)
             tf.summary.image("figure", pixels[tf.newaxis])
-            tf.summary.text("card", report.markdown(content))
+            tf.summary.text("card", render.markdown(content))
         writer.close()
     except (OSError, tf.errors.OpError) as error:
         raise WriteError(f"{place}: cannot be written ({error}); free some space there") from None

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cnnopt import checkpoint, files
 from cnnopt.errors import UserError
-from cnnopt.record import RunFolder
+from cnnopt.run import atomic_files, checkpoint
+from cnnopt.run.run_folder import RunFolder
 
 #: What the ranges of activations are called in a fine-tuned run. As BatchNorm's statistics they move, and are averaged
 #: over ranks with them.
@@ -73,14 +73,14 @@ class TrainedRun:
 
 
 def layer_names(depth: int) -> list[str]:
-    """The layers of ``cnnopt.models.resnet`` that have a kernel, in the order of computation."""
+    """The layers of ``cnnopt.model.resnet.resnet`` that have a kernel, in the order of computation."""
     blocks = range(1, (depth - 2) // 6 + 1)
     convolutions = [f"stage{s}_block{b}_conv{c}" for s in (1, 2, 3) for b in blocks for c in (1, 2)]
     return ["stem", *convolutions, "classifier"]
 
 
 def weight_shapes(depth: int, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight of ``cnnopt.models.resnet``, but for ``mean:0`` and ``std:0``, which only broadcast."""
+    """Shape of each weight of ``cnnopt.model.resnet``, but for ``mean:0`` and ``std:0``, which only broadcast."""
     shapes: dict[str, tuple[int, ...]] = {}
     channels = 3
     for layer in layer_names(depth)[:-1]:
@@ -105,7 +105,7 @@ def read(path: Path) -> TrainedRun:
         raise TrainedError(
             f"{path}: this run never finished (no result.json); go on with the same train_hvd.py command"
         )
-    result = files.read_json(folder.result_file, "restore it from a copy")
+    result = atomic_files.read_json(folder.result_file, "restore it from a copy")
     found, skipped = checkpoint.newest(folder.checkpoints)
     if found is None:
         why = f" ({skipped[0][1]})" if skipped else ""

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-import slurm_cluster
 
-from tests.jobs import start
+from tests.helpers import slurm_cluster
+from tests.helpers.jobs import start
 
 __all__ = ["start"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cnnopt import checkpoint
+from cnnopt.run import checkpoint
 from tests.cluster import namespaces
-from tests.jobs import assert_pruned
-from tests.manifests import Manifests
+from tests.helpers.jobs import assert_pruned
+from tests.helpers.manifests import Manifests
 
 pytestmark = [
     pytest.mark.timeout(1800),

@@ -1,5 +1,5 @@
 """What the tests of ranks share."""
 
-from tests.jobs import start
+from tests.helpers.jobs import start
 
 __all__ = ["start"]

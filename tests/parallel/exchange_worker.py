@@ -13,23 +13,26 @@ from pathlib import Path
 
 import numpy as np
 
-from cnnopt import distributed
 from cnnopt.config import TrainConfig
-from cnnopt.world import launched
+from cnnopt.distributed import collectives
+from cnnopt.distributed.world import launched
 
-distributed.prepare(launched()[0], deterministic=True, verbose=False)
-world = distributed.start(verbose=False)
+collectives.prepare(launched()[0], deterministic=True, verbose=False)
+world = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
-from cnnopt import callbacks, data, loop, precision, training  # noqa: E402
-from cnnopt.exchange import choose  # noqa: E402
+from cnnopt.data import datasets  # noqa: E402
+from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
+from cnnopt.training import callbacks, loop  # noqa: E402
+from cnnopt.training.buckets import choose  # noqa: E402
+from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
 
 CONFIG = TrainConfig(dataset="synthetic", depth=8, batch_size=64, epochs=2, base_lr=0.1, sparsity=0.9,
                      prune_begin="2s", prune_end="10s", prune_frequency="2s", deterministic=True)  # fmt: skip
-IMAGES = data.load("synthetic", seed=0, synthetic_sizes=(512, 64))
+IMAGES = datasets.load("synthetic", seed=0, synthetic_sizes=(512, 64))
 
 
 class Count(keras.callbacks.Callback):
@@ -48,7 +51,7 @@ class Count(keras.callbacks.Callback):
         self.losses.append(float(logs["loss"]))
 
 
-def collectives(model: training.SynchronousModel, stream) -> tuple[dict[str, int], list[int]]:
+def collectives(model: SynchronousModel, stream) -> tuple[dict[str, int], list[int]]:
     """Horovod's operations in the graph of a step, by type; and how many gradients of kernels each one waits for."""
     graph = model.train_function.get_concrete_function(iter(stream)).graph.as_graph_def()
     bodies = [graph.node, *(function.node_def for function in graph.library.function)]
@@ -76,7 +79,7 @@ def summed() -> dict[str, np.ndarray]:
             # Bits that are no number in float16, as which they travel.
             given = tf.constant([np.inf, 6e4, 1e38, -2e-38, 0.0, -np.inf, 3e38])
         sent = tf.cast(given, tf.bfloat16)
-        found[f"sum/{size}"] = tf.cast(distributed.allreduce_sum(sent, name="sum"), tf.float32).numpy()
+        found[f"sum/{size}"] = tf.cast(collectives.allreduce_sum(sent, name="sum"), tf.float32).numpy()
         found[f"given/{size}"] = tf.cast(sent, tf.float32).numpy()
     return found
 
@@ -86,8 +89,8 @@ def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], 
     config = dataclasses.replace(CONFIG, exchange=kind, wire_dtype=wire, optimizer=optimizer)
     timeline = Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
     compute = precision.choose("float32", has_gpu=False)
-    model = training.build(config, IMAGES, timeline, compute, ranks=world.size)
-    distributed.broadcast(list(model.named_state().values()))
+    model = build_model(config, IMAGES, timeline, compute, ranks=world.size)
+    collectives.broadcast(list(model.named_state().values()))
     count = Count()
     with loop.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
         loop.fit(model, stream, timeline, [count, callbacks.Prune()])

@@ -24,7 +24,7 @@ from horovod.runner.http.http_server import RendezvousServer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from cnnopt import checkpoint  # noqa: E402
+from cnnopt.run import checkpoint  # noqa: E402
 
 RANKS = 2
 SAVE_EVERY = 7

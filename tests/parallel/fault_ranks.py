@@ -29,7 +29,10 @@ sys.modules["keras"] = tf_keras
 import horovod.tensorflow.keras  # noqa: E402, F401
 
 import train_hvd  # noqa: E402
-from cnnopt import callbacks, checkpoint, console, data, distributed, loop, monitoring, program, resume, training  # noqa: E402, F401
+from cnnopt.data import datasets  # noqa: E402, F401
+from cnnopt.distributed import collectives, entrypoint  # noqa: E402
+from cnnopt.run import checkpoint  # noqa: E402
+from cnnopt.training import callbacks, console, loop, metrics, resume  # noqa: E402, F401
 
 
 def strike(kind: str) -> None:
@@ -107,9 +110,9 @@ def become_rank(job: dict, rank: int) -> NoReturn:
     hooks = [Tell(job["events"])] if rank == 0 else []
     if (fault := dict(job["fault"])) and fault.pop("rank") == rank:
         hooks += plant(**fault)
-    of_horovod = distributed.callbacks
-    distributed.callbacks = lambda: [*of_horovod(), *hooks]
-    program.leave(train_hvd.main())
+    of_horovod = collectives.callbacks
+    collectives.callbacks = lambda: [*of_horovod(), *hooks]
+    entrypoint.leave(train_hvd.main())
 
 
 def main() -> None:

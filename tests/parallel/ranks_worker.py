@@ -11,18 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from cnnopt import distributed, environment
 from cnnopt.config import TrainConfig
-from cnnopt.world import launched
+from cnnopt.distributed import collectives, host
+from cnnopt.distributed.world import launched
 
-distributed.prepare(launched()[0], deterministic=True, verbose=False)
-world = distributed.start(verbose=False)
+collectives.prepare(launched()[0], deterministic=True, verbose=False)
+world = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
-from cnnopt import callbacks, data, loop, precision, training  # noqa: E402
+from cnnopt.data import datasets  # noqa: E402
+from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
+from cnnopt.training import callbacks, loop  # noqa: E402
+from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
 
 CONFIG = TrainConfig(
     dataset="synthetic",
@@ -37,7 +40,7 @@ CONFIG = TrainConfig(
     prune_frequency="2s",
     deterministic=True,
 )
-IMAGES = data.load("synthetic", seed=0, synthetic_sizes=(500, 301))
+IMAGES = datasets.load("synthetic", seed=0, synthetic_sizes=(500, 301))
 
 
 class Losses(keras.callbacks.Callback):
@@ -49,20 +52,20 @@ class Losses(keras.callbacks.Callback):
         self.losses.append(float(logs["loss"]))
 
 
-def build(compute: str, optimizer: str = "sgd") -> tuple[training.SynchronousModel, Timeline]:
+def build(compute: str, optimizer: str = "sgd") -> tuple[SynchronousModel, Timeline]:
     keras.backend.clear_session()
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     timeline = Timeline(len(IMAGES.train_images), CONFIG.batch_size, CONFIG.epochs)
     chosen = precision.choose(compute, has_gpu=False)
-    return training.build(config, IMAGES, timeline, chosen, ranks=world.size), timeline
+    return build_model(config, IMAGES, timeline, chosen, ranks=world.size), timeline
 
 
-def train(compute: str, optimizer: str = "sgd") -> tuple[training.SynchronousModel, list[float]]:
+def train(compute: str, optimizer: str = "sgd") -> tuple[SynchronousModel, list[float]]:
     model, timeline = build(compute, optimizer)
-    distributed.broadcast(list(model.named_state().values()))
+    collectives.broadcast(list(model.named_state().values()))
     losses = Losses()
     with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
-        loop.fit(model, stream, timeline, [*distributed.callbacks(), callbacks.Prune(), losses])
+        loop.fit(model, stream, timeline, [*collectives.callbacks(), callbacks.Prune(), losses])
     return model, losses.losses
 
 
@@ -70,14 +73,16 @@ def images_of_an_epoch() -> list[int]:
     """The training images that this rank meets in the first epoch, by an index written into their pixels."""
     numbered = np.zeros_like(IMAGES.train_images)
     numbered[:, 0, 0, 0], numbered[:, 0, 0, 1] = np.divmod(np.arange(len(numbered)), 256)
-    plain = data.Dataset("numbered", numbered, IMAGES.train_labels, numbered, IMAGES.train_labels, IMAGES.class_names)
+    plain = datasets.Dataset(
+        "numbered", numbered, IMAGES.train_labels, numbered, IMAGES.train_labels, IMAGES.class_names
+    )
     config = TrainConfig(dataset="synthetic", depth=8, batch_size=50 * world.size, augment="none", epochs=1)
     steps = Timeline(len(numbered), config.batch_size, 1).total_steps
     with loop.training_stream(config, plain, world, first_step=0, last_step=steps) as shards:
         return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images.numpy()]
 
 
-def wrong_mask_is_named(model: training.SynchronousModel) -> str:
+def wrong_mask_is_named(model: SynchronousModel) -> str:
     """The error on every rank when the last rank holds another mask."""
     mask = model.pruner.masks[3]
     kept = mask.numpy()
@@ -85,7 +90,7 @@ def wrong_mask_is_named(model: training.SynchronousModel) -> str:
         mask.assign(1 - kept)
     try:
         model.agree()
-    except distributed.DisagreementError as error:
+    except collectives.DisagreementError as error:
         return str(error)
     finally:
         mask.assign(kept)
@@ -95,7 +100,7 @@ def wrong_mask_is_named(model: training.SynchronousModel) -> str:
 def overflow_on_one_rank(optimizer: str) -> dict[str, bool]:
     """A loss scale that overflows on the last rank alone must skip the step on all."""
     model, _ = build("float16", optimizer)
-    distributed.broadcast(list(model.named_state().values()))
+    collectives.broadcast(list(model.named_state().values()))
     shard = CONFIG.batch_size // world.size
     batch = (tf.constant(IMAGES.train_images[:shard]), tf.constant(IMAGES.train_labels[:shard]))
     before = [w.numpy() for w in model.weights]
@@ -130,9 +135,9 @@ def cores_of(thread: int) -> list[int] | None:
 def main(dest: Path, weights: Path | None) -> None:
     model, losses = train("float32")
     found = {"rank": world.rank, "size": world.size, "losses": losses, "epoch": images_of_an_epoch()}
-    found["threads"] = [how for how in map(scheduling, environment.threads()) if how is not None]
+    found["threads"] = [how for how in map(scheduling, host.threads()) if how is not None]
     found["main thread"] = scheduling(os.getpid())
-    found["cores"] = [cores_of(thread) for thread in environment.threads()]
+    found["cores"] = [cores_of(thread) for thread in host.threads()]
     arrays = {name: v.numpy() for name, v in model.named_state().items()}
     if world.size > 1:
         found["wrong_mask"] = wrong_mask_is_named(model)

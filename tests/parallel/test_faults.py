@@ -2,8 +2,9 @@
 
 import os
 
-import fault_driver
 import pytest
+
+from tests.parallel import fault_driver
 
 pytestmark = pytest.mark.timeout(1800)
 # One of each kind before a commit, two of each in CI.

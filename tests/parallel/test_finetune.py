@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from exported_run import make_run
 
-from cnnopt.environment import cores
+from cnnopt.distributed.host import cores
 from cnnopt.export import trained
+from tests.helpers.exported_run import make_run
 
 pytestmark = pytest.mark.timeout(900)
 

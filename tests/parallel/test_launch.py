@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cnnopt import checkpoint
-from tests.jobs import assert_pruned
+from cnnopt.run import checkpoint
+from tests.helpers.jobs import assert_pruned
 
 pytestmark = pytest.mark.timeout(900)
 TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--precision", "bfloat16"]

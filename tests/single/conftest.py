@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from cnnopt import distributed
-from cnnopt.world import World
+from cnnopt.distributed import collectives
+from cnnopt.distributed.world import World
 
 #: What a user's shell has set, for tests that start the program.
 SHELL = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -18,7 +18,7 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 # Test files import TensorFlow while pytest collects them.
-SETTINGS = distributed.prepare(World(), deterministic=False, verbose=False)
+SETTINGS = collectives.prepare(World(), deterministic=False, verbose=False)
 
 
 def pytest_collection_finish() -> None:
@@ -38,7 +38,7 @@ def started() -> Iterator[None]:
     """Horovod and TensorFlow, before the first test, if any test file needs them."""
     if "tensorflow" in sys.modules:
         os.environ.update(SETTINGS)
-        distributed.start(verbose=False)
+        collectives.start(verbose=False)
     yield
     pytest_collection_finish()
 

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cifar_copies import BINARY_10, small_copy
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from cnnopt import checkpoint
-from cnnopt.pruning import num_pruned
-from cnnopt.world import World, launched
+from cnnopt.distributed.world import World, launched
+from cnnopt.model.pruning import num_pruned
+from cnnopt.run import checkpoint
+from tests.helpers import ROOT
+from tests.helpers.cifar_copies import BINARY_10, small_copy
 
-PROGRAM = Path(__file__).parents[2] / "train_hvd.py"
+PROGRAM = ROOT / "train_hvd.py"
 
 
 def start(arguments: list[str], shell: dict[str, str], *python_flags: str) -> subprocess.Popen:

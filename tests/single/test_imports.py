@@ -3,19 +3,25 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "cnnopt").rglob("*.py"))
 }
 # The launcher also runs on hosts that have neither TensorFlow nor Horovod but in an image.
-PURE = ["cnnopt.config", "cnnopt.schedules", "cnnopt.slurm", "cnnopt.rendezvous", "cnnopt.launch"]
+PURE = [
+    "cnnopt.config",
+    "cnnopt.schedules",
+    "cnnopt.distributed.slurm",
+    "cnnopt.distributed.rendezvous",
+    "cnnopt.launch",
+]
 # That cnnopt.quantize needs Horovod for --qat alone is tried in test_quantize.py, without Horovod.
-NO_HOROVOD = ["cnnopt.models", "cnnopt.report", *(name for name in MODULES if name.startswith("cnnopt.export"))]
+NO_HOROVOD = ["cnnopt.model.resnet", "cnnopt.compare", *(name for name in MODULES if name.startswith("cnnopt.export"))]
 
 
 def imports(source: str, package: str = "cnnopt") -> set[str]:
@@ -64,7 +70,7 @@ def inside():
 
 def test_only_distributed_imports_horovod():
     importers = [name for name, path in MODULES.items() if "horovod" in tops(imports(path.read_text()))]
-    assert importers == ["cnnopt.distributed"]
+    assert importers == ["cnnopt.distributed.collectives"]
     assert "horovod" not in tops(imports((ROOT / "train_hvd.py").read_text()))
 
 
@@ -77,10 +83,10 @@ def test_pure_modules_need_the_standard_library_only(module):
 
 @pytest.mark.parametrize("module", NO_HOROVOD)
 def test_models_and_export_do_not_need_horovod(module):
-    assert "cnnopt.distributed" not in reached(module)
+    assert "cnnopt.distributed.collectives" not in reached(module)
 
 
-@pytest.mark.parametrize("module", ["cnnopt", "cnnopt.quantize", "cnnopt.report", *PURE])
+@pytest.mark.parametrize("module", ["cnnopt", "cnnopt.quantize", "cnnopt.compare", *PURE])
 def test_importing_it_loads_nothing_slow(module):
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -7,15 +7,17 @@ import sys
 
 import numpy as np
 import pytest
-from cifar_copies import BINARY_10, small_copy
-from exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
 
-from cnnopt import checkpoint, data, environment
-from cnnopt.export import report, tflite_file
+from cnnopt.data import datasets
+from cnnopt.distributed import host
+from cnnopt.export import render, tflite_file
 from cnnopt.export.options import NEEDS, VARIANTS, OptionError, choose, parse_args
 from cnnopt.export.trained import layer_names, read, weight_shapes
 from cnnopt.finetune import settings_of
 from cnnopt.quantize import main
+from cnnopt.run import checkpoint
+from tests.helpers.cifar_copies import BINARY_10, small_copy
+from tests.helpers.exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
 
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
 pytestmark = pytest.mark.timeout(1200)
@@ -72,7 +74,7 @@ def test_the_report_is_of_the_files_that_are_there(trained):
         file = path / entry["file"]
         stored = file.read_bytes()
         assert (len(stored), tflite_file.digest(stored)) == (entry["size"]["raw"], entry["sha256"])
-        environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+        host.prepare({**host.TENSORFLOW, **host.QUIET})
         nonzero = sum(kernel.nonzero for kernel in tflite_file.kernels(stored, file))
         assert nonzero == entry["weights"]["nonzero"] == sum(e["nonzero"] for e in entry["weights"]["layers"].values())
         assert np.trace(entry["test"]["confusion"]) == entry["test"]["correct"]
@@ -146,7 +148,7 @@ def test_fine_tuning_goes_on_from_the_run_and_computes_as_the_file_does(trained,
 def test_the_codes_of_a_kernel_are_those_of_the_kernel_with_batchnorm_folded_in(trained):
     """So fake quantization may round the unfolded kernel, and BatchNorm may go on learning from its batches."""
     path, *_ = trained
-    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
     from cnnopt.export import qat
 
     tuned = read(read(path).fine_tuned(1))
@@ -164,7 +166,7 @@ def test_the_codes_of_a_kernel_are_those_of_the_kernel_with_batchnorm_folded_in(
 
 def test_tensorboard_holds_the_card(trained):
     path, content, _ = trained
-    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
     import tensorflow as tf
 
     from cnnopt.export import tensorboard
@@ -180,7 +182,7 @@ def test_tensorboard_holds_the_card(trained):
         assert found[f"accuracy/{name}"] == pytest.approx(entry["test"]["accuracy"])
         assert found[f"bytes_gzip/{name}"] == entry["size"]["gzip"]
         assert found[f"latency_ms_1_thread/{name}"] == pytest.approx(entry["latency"][0]["median_ms"])
-    assert found["card"].item().decode() == report.markdown(content)
+    assert found["card"].item().decode() == render.markdown(content)
     width, height, png = found["figure"]
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int(width), int(height)) == (1430, 990)
@@ -188,10 +190,10 @@ def test_tensorboard_holds_the_card(trained):
 
 def test_batches_threads_and_sparse_encoding_change_no_result(trained):
     path, _, _ = trained
-    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
     from cnnopt.export import interpret
 
-    images = data.load("synthetic").test_images[:70]
+    images = datasets.load("synthetic").test_images[:70]
     results = {}
     for name in MADE:
         file = path / "export" / f"{name}.tflite"
@@ -245,7 +247,7 @@ def test_pack_and_unpack_on_the_command_line(trained, tmp_path):
 def test_terminal_and_markdown_hold_the_figures(trained):
     path, content, printed = trained
     text = (path / "report.md").read_text()
-    assert text == report.markdown(content)
+    assert text == render.markdown(content)
     table = printed.split("sizes in KiB")[1]
     for entry in content["files"]:
         assert f" {entry['name']} " in table
@@ -274,8 +276,8 @@ def test_documented_keys_are_those_of_the_report(trained):
 
 
 def test_weight_shapes_are_those_of_the_network():
-    environment.prepare({**environment.TENSORFLOW, **environment.QUIET})
-    from cnnopt.models import resnet
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
+    from cnnopt.model.resnet import resnet
 
     for depth, classes in ((8, 10), (20, 100)):
         model = resnet(depth, classes, mean=np.zeros(3, np.float32), std=np.ones(3, np.float32))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cnnopt.config import parse_args
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 
 

@@ -1,0 +1,339 @@
+"""CIFAR-10, CIFAR-100, digits and synthetic images: fetched, verified, and cut into augmented batches.
+
+Images stay in memory as uint8 [N, 32, 32, 3]. The training stream depends on the seed alone: not on the number
+of ranks, and not on where a run was stopped and resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from cnnopt.data import cifar_files, shared_images
+from cnnopt.data.cifar_files import DataError
+
+__all__ = ["AUGMENTATIONS", "DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download",
+           "batches", "check", "indices", "load"]  # fmt: skip
+
+#: The data sets, and how many images each has to train on.
+DATASETS = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "synthetic": 2_048}
+AUGMENTATIONS = ("none", "standard", "shift")
+CONNECT_SECONDS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N] of the training and the test split."""
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Download:
+    """Where a data set is published, and what its archive must hash to."""
+
+    url: str
+    md5: str
+
+
+#: The archives and checksums of https://www.cs.toronto.edu/~kriz/cifar.html.
+DOWNLOADS = {
+    "cifar10": Download("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+    "cifar100": Download(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"
+    ),
+}
+
+
+# Loading -------------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    show_progress: bool = False,
+    share: bool = False,
+    synthetic_sizes: tuple[int, int] = (DATASETS["synthetic"], 512),
+) -> Dataset:
+    """Load a data set, downloading CIFAR where no `data_dir` is given and it is not there yet.
+
+    `share` keeps one copy of a CIFAR for all processes of this host that ask for it, see `shared_images`.
+
+    `data_dir` defaults to $CNNOPT_DATA_DIR, and that to ~/.keras/datasets. `seed` and `synthetic_sizes` (train
+    and test images) shape the synthetic data set only. Raises DataError where the data cannot be had.
+    """
+    copy = _locate(name, data_dir)
+    if name == "digits":
+        return _digits()
+    if name == "synthetic":
+        return _synthetic(seed, *synthetic_sizes)
+    if copy is None:
+        copy = _download(name, _directory(None), show_progress)
+    layout, place = copy
+    read = functools.partial(cifar_files.read, layout, place)
+    files = [place / file for file in layout.files] if place.is_dir() else [place]
+    return Dataset(name, *(shared_images.shared(files, read) if share else read()))
+
+
+def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:
+    """Raise DataError, in milliseconds, where the data is plainly missing or cut short.
+
+    Returns silently where `load` would download it.
+    """
+    copy = _locate(name, data_dir)
+    if copy is not None:
+        cifar_files.check(*copy)
+
+
+def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder of the data. Raises DataError where a flag or a variable names one that is not there."""
+    origin, named = "--data-dir", data_dir
+    if named is None:
+        origin, named = "$CNNOPT_DATA_DIR", os.environ.get("CNNOPT_DATA_DIR") or None
+    # Unlike Path.expanduser, this leaves the ~ of an unknown user alone.
+    directory = Path(os.path.expanduser(named or "~/.keras/datasets"))
+    if named is not None and not os.path.isdir(directory):
+        fault = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise DataError(f"{origin} {directory}: {fault}; name the directory that holds the data set")
+    return directory
+
+
+def _locate(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[cifar_files.Layout, Path] | None:
+    """The copy of a CIFAR on disk; None where it is to be downloaded, and for the other data sets."""
+    if name not in DATASETS:
+        raise DataError(f"--dataset {name}: choose one of {', '.join(DATASETS)}")
+    if name not in DOWNLOADS and data_dir is None:
+        return None
+    directory = _directory(data_dir)
+    if name not in DOWNLOADS:
+        return None
+    copy = cifar_files.find(name, directory)
+    if copy is None and data_dir is not None:
+        layouts = cifar_files.LAYOUTS[name]
+        looked_for = ", ".join([f"{layout.folder}/" for layout in layouts] + [layout.archive for layout in layouts])
+        raise DataError(
+            f"--data-dir {directory}: holds no {name}; looked for {looked_for}; "
+            "put one of them there, or leave --data-dir out to download it"
+        )
+    return copy
+
+
+def _download(name: str, directory: Path, show_progress: bool) -> tuple[cifar_files.Layout, Path]:
+    """Fetch a published archive into `directory`, once for all processes that share the directory."""
+    import filelock
+
+    source = DOWNLOADS[name]
+    layout = cifar_files.LAYOUTS[name][0]
+    archive = directory / layout.archive
+    by_hand = f"download it by hand to {archive}, name its directory by --data-dir, or try --dataset digits"
+    partial = archive.with_name(f".{archive.name}.part")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(archive.with_name(f".{archive.name}.lock")):
+            copy = cifar_files.find(name, directory)
+            if copy is not None:
+                return copy
+            try:
+                with partial.open("wb") as file:
+                    digest = _fetch(source.url, file, cifar_files.max_archive_bytes(layout), show_progress)
+                if digest != source.md5:
+                    raise DataError(
+                        f"{source.url}: the download has MD5 {digest}, expected {source.md5}; run again, or {by_hand}"
+                    )
+                os.replace(partial, archive)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{source.url} cannot be downloaded to {directory} ({error}); {by_hand}") from error
+    return layout, archive
+
+
+def _fetch(url: str, file: IO[bytes], most: int, show_progress: bool) -> str:
+    """Write what `url` answers to `file` and return its MD5. Raises OSError."""
+    import http.client
+    import urllib.request
+
+    digest = hashlib.md5(usedforsecurity=False)
+    received = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            response = stack.enter_context(urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
+            total = int(response.headers.get("Content-Length") or 0) or None
+            advance = stack.enter_context(_progress_bar(file.name, total, show_progress))
+            while chunk := response.read(1 << 18):
+                received += len(chunk)
+                if received > most:
+                    raise OSError(f"more than {most:,} bytes came")
+                file.write(chunk)
+                digest.update(chunk)
+                advance(len(chunk))
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    if total is not None and received != total:
+        raise OSError(f"the connection closed after {received:,} of {total:,} bytes")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str, total: int | None, show: bool) -> Iterator[Any]:
+    if not (show and sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"Downloading {Path(title).name.strip('.').removesuffix('.part')}", total=total)
+        yield functools.partial(progress.advance, task)
+
+
+def _resized(images: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear resize of [N, H, H, C] to [N, size, size, C], pixel centres aligned."""
+    height = images.shape[1]
+    centres = np.clip((np.arange(size) + 0.5) * height / size - 0.5, 0, height - 1)
+    weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(height)))
+    return np.einsum("yh,xw,nhwc->nyxc", weights, weights, images, optimize=True)
+
+
+def _digits() -> Dataset:
+    """1,797 scanned digits of 8 x 8 pixels that scikit-learn brings along, so no download is needed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    scaled = _resized(digits.images[..., None] * (255 / 16), 32)
+    images = np.repeat(np.rint(scaled).astype(np.uint8), 3, axis=3)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, digits.target.astype(np.int64), test_size=360, stratify=digits.target, random_state=0
+    )
+    names = tuple(str(name) for name in digits.target_names)
+    return Dataset("digits", train_images, train_labels, test_images, test_labels, names)
+
+
+def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
+    """Ten smooth templates, each image a shifted and noisy view of one; a small network learns them at once."""
+    rng = np.random.default_rng([seed, _SYNTHETIC])
+    templates = 128 + 50 * _resized(rng.standard_normal((10, 5, 5, 3)), 40)
+    views = sliding_window_view(templates, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.permutation(np.arange(count, dtype=np.int64) % 10)
+        images = views[labels, rng.integers(9, size=count), rng.integers(9, size=count), 0]
+        images = images + rng.normal(0, 25, images.shape)
+        return np.rint(np.clip(images, 0, 255)).astype(np.uint8), labels
+
+    return Dataset("synthetic", *split(num_train), *split(num_test), tuple(f"template {i}" for i in range(10)))
+
+
+# The training stream -------------------------------------------------------------------------------------------
+
+# Each use of the seed draws from a generator of its own, so none shifts another.
+_PERMUTATION, _AUGMENTATION, _ORIENTATION, _SYNTHETIC = range(4)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    permutation = np.random.default_rng([seed, _PERMUTATION, epoch]).permutation(num_images)
+    permutation.setflags(write=False)
+    return permutation
+
+
+def indices(step: int, *, batch_size: int, num_images: int, seed: int) -> np.ndarray:
+    """Which images the global batch of `step` (0-based) holds: int64 [batch_size].
+
+    The stream is one permutation of all images after another, cut into batches: positions [step * batch_size,
+    (step + 1) * batch_size). A batch may hold the end of one epoch and the start of the next, so every batch
+    is full and each image comes exactly once an epoch.
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // num_images, (last - 1) // num_images + 1)
+    stream = np.concatenate([_permutation(num_images, seed, epoch) for epoch in epochs])
+    offset = first - epochs[0] * num_images
+    return stream[offset : offset + batch_size].astype(np.int64, copy=False)
+
+
+def batches(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: str,
+    first_step: int,
+    last_step: int,
+    rank: int = 0,
+    size: int = 1,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield this rank's part of the global batches of steps `first_step` to `last_step` - 1.
+
+    Each is images uint8 [batch_size / size, 32, 32, 3] and labels int64. What an image gets is drawn for the
+    global batch and keyed on seed and step, so any number of ranks and any resume gives one and the same
+    stream. `augment` is one of:
+
+    - "none";
+    - "standard": a random 32 x 32 crop of the image padded by 4 reflected pixels (He et al. 2016, section
+      4.2, pads zeros), and alternating flip: a random bit per image chooses its orientation in even epochs,
+      and odd epochs show the other (Jordan 2024, arXiv:2404.00498, section 3.6);
+    - "shift": a shift of up to 3 pixels (10%) each way with the edge replicated, and a random flip.
+
+    Raises ValueError where `batch_size` does not divide over the ranks, or `augment` is none of these.
+    """
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f"--augment {augment}: choose one of {', '.join(AUGMENTATIONS)}")
+    if batch_size < 1 or batch_size % size:
+        lower = batch_size // size * size
+        choices = f"{lower} or {lower + size}" if lower > 0 else f"{size} or {2 * size}"
+        raise ValueError(f"--batch-size {batch_size} cannot be split evenly over {size} ranks: use {choices}")
+    if len(images) != len(labels) or not len(labels):
+        raise ValueError(f"{len(images)} images with {len(labels)} labels: need equally many, and at least one")
+    # A function of its own, so that the errors above come at the call and not at the first batch.
+    return _stream(images, labels, batch_size, seed, augment, range(first_step, last_step), rank, size)
+
+
+def _stream(
+    images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, augment: str, steps: range, rank: int, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    margin, mode = {"none": (0, "edge"), "standard": (4, "reflect"), "shift": (3, "edge")}[augment]
+    padding = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    orientation = np.random.default_rng([seed, _ORIENTATION]).integers(2, size=len(images))
+    part = slice(rank * batch_size // size, (rank + 1) * batch_size // size)
+    for step in steps:
+        chosen = indices(step, batch_size=batch_size, num_images=len(images), seed=seed)
+        rng = np.random.default_rng([seed, _AUGMENTATION, step])
+        down, right = rng.integers(2 * margin + 1, size=(2, batch_size))
+        if augment == "standard":
+            epochs = np.arange(step * batch_size, (step + 1) * batch_size) // len(images)
+            flipped = (orientation[chosen] + epochs) % 2
+        else:
+            flipped = rng.integers(2, size=batch_size)
+        # Padded by the batch: all images at once would be half as large again, in every rank.
+        padded = np.pad(images[chosen[part]], padding, mode=mode) if margin else images[chosen[part]]  # type: ignore[call-overload]
+        crops = sliding_window_view(padded, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
+        batch = crops[np.arange(len(padded)), down[part], right[part], 0]
+        if augment != "none":
+            mirrored = np.flatnonzero(flipped[part])
+            batch[mirrored] = batch[mirrored, :, ::-1]
+        yield batch, labels[chosen[part]].astype(np.int64, copy=False)

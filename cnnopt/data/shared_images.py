@@ -1,0 +1,67 @@
+"""One copy of the decoded images for all ranks of a host: files that every rank maps into its memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnopt.data.cifar_files import Splits
+
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def shared(files: Sequence[Path], read: Callable[[], Splits]) -> Splits:
+    """What ``read`` gives of ``files``: decoded by the first process that asks, mapped by the others.
+
+    The arrays, which are read-only, are in the temporary folder of this host, for this user alone. Files that have
+    changed are decoded anew, in place of the old ones. Where nothing can be written, each process has a copy of its
+    own. Raises what ``read`` raises.
+    """
+    import filelock
+
+    try:
+        mine = _private_folder()
+        stats = [file.stat() for file in files]
+        place = _digest([str(file.resolve()) for file in files])
+        folder = mine / f"{place}-{_digest([(found.st_size, found.st_mtime_ns) for found in stats])}"
+        with filelock.FileLock(mine / f"{place}.lock"):
+            if not folder.exists():
+                splits = read()
+                # Of files that have changed since, or of a process that was killed. Who has mapped them keeps them.
+                for old in mine.glob(f"{place}-*"):
+                    shutil.rmtree(old, ignore_errors=True)
+                partial = mine / f"{place}-partial"
+                partial.mkdir()
+                try:
+                    for name, array in zip(ARRAYS, splits[:4], strict=True):
+                        np.save(partial / f"{name}.npy", array)
+                    (partial / "class_names.json").write_text(json.dumps(splits[4]))
+                    os.rename(partial, folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+        return (*arrays, tuple(json.loads((folder / "class_names.json").read_text())))
+    # A full or read-only disk, or files that something has cut short: a copy is always possible.
+    except (OSError, ValueError):
+        return read()
+
+
+def _private_folder() -> Path:
+    """Raises OSError where it is another user's, who could give us any images."""
+    folder = Path(tempfile.gettempdir()) / f"cnnopt-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

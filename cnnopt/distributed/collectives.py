@@ -1,0 +1,277 @@
+"""Ranks: start, pin, exchange, broadcast, agree. The only file that imports Horovod."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnnopt.distributed import host, rendezvous, slurm
+from cnnopt.distributed.peer_status import PeerStatus
+from cnnopt.distributed.world import World, launched, threads_per_rank
+from cnnopt.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+class LaunchError(UserError):
+    """The ranks that started are not the ranks that were asked for; the message is one line."""
+
+
+def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
+    """Set what TensorFlow and Horovod read from the environment when they start. Call before importing either.
+
+    A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError where this
+    rank and the others cannot reach each other, LaunchError where a number is none.
+    """
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "HOROVOD_RANK" not in os.environ:
+        # cnnopt.launch serves the rendezvous, and srun has started the ranks.
+        os.environ.update(slurm.horovod_variables(os.environ))
+    rendezvous.check()
+    threads = threads_per_rank(world)
+    numbers = {
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "TF_NUM_INTEROP_THREADS": "2",
+        # A hung rank must end the job, so that it can be started again.
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
+        # What it joins, and so the order of a sum, would depend on when things are ready. We join tensors ourselves.
+        "HOROVOD_FUSION_THRESHOLD": "0",
+    }
+    others = {**host.TENSORFLOW, "OMP_NUM_THREADS": str(threads)}
+    if deterministic:
+        others["TF_DETERMINISTIC_OPS"] = "1"
+    if not verbose:
+        others |= {**host.QUIET, "HOROVOD_LOG_LEVEL": "error"}
+    settings = host.prepare({**numbers, **others})
+    for name, default in numbers.items():
+        # Horovod reads another word as 0 and says nothing.
+        if not settings[name].isdecimal():
+            raise LaunchError(f"{name}={settings[name]}: must be a whole number; without it {default} is taken")
+    # Set before this program began (host.with_huge_pages).
+    return settings | {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+
+
+def start(*, verbose: bool) -> World:
+    """Import TensorFlow and Horovod, start the latter, pin this rank to its GPU.
+
+    On CPUs Horovod's threads give way to those that compute, and ranks that have the same cores divide them.
+
+    Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
+    ranks, and nothing else would tell.
+    """
+    with contextlib.nullcontext() if verbose else host.quiet_stderr(), host.uncollected():
+        import tensorflow as tf
+        import tf_keras
+
+        # Horovod's callbacks do ``from keras import backend``, which would bring in Keras 3.
+        sys.modules["keras"] = tf_keras
+        import horovod.tensorflow.keras as hvd
+
+    if not verbose:
+        # Keras warns, of every float16 run on a CPU, by the logger of Python, which no variable sets.
+        tf.get_logger().setLevel("ERROR")
+    launch_info, launcher = launched()
+    tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TF_NUM_INTRAOP_THREADS"]))
+    tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TF_NUM_INTEROP_THREADS"]))
+    before = host.threads()
+    # Horovod: initialise before anything that needs the rank.
+    hvd.init()
+    horovods = host.threads() - before
+    world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+    if world.size != launch_info.size:
+        raise LaunchError(
+            f"{launcher or 'no launcher'} started {launch_info.size} processes but Horovod joined {world.size}: "
+            "start it with horovodrun or cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
+        )
+    _pin(world)
+    if device() == "CPU":
+        # They look for work a thousand times a second, on the cores that compute.
+        host.give_way(horovods)
+    mine = Given(hostname(), host.ALLOWED, int(os.environ["TF_NUM_INTRAOP_THREADS"]), device())
+    # All ranks take part, whatever they compute on.
+    if (place := core_slice(gather_objects(mine), world.rank)) is not None:
+        host.bind(host.part(mine.cores, *place))
+    return world
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a rank has been given: its host and cores, how many threads it computes with, and ``GPU`` or ``CPU``."""
+
+    host: str
+    cores: frozenset[int]
+    threads: int
+    device: str
+
+
+def core_slice(everyone: Sequence[Given], rank: int) -> tuple[int, int] | None:
+    """Which part of its cores, of how many, a rank is to keep to; None where it may run on all.
+
+    Ranks that have the same cores divide them, where parts are of one size, as all wait for the slowest, and have a
+    core for each thread. Ranks that a launcher has bound apart have not the same. With GPUs little runs on cores.
+    """
+    mine = everyone[rank]
+    sharing = [other for other, given in enumerate(everyone) if (given.host, given.cores) == (mine.host, mine.cores)]
+    # 0 threads are as many as there are cores.
+    threads = max(everyone[other].threads or len(mine.cores) for other in sharing)
+    fits = len(mine.cores) % len(sharing) == 0 and threads * len(sharing) <= len(mine.cores)
+    if len(sharing) == 1 or not fits or any(everyone[other].device == "GPU" for other in sharing):
+        return None
+    return sharing.index(rank), len(sharing)
+
+
+def _pin(world: World) -> None:
+    """Show TensorFlow one GPU of the host, by local rank, whose memory it takes as it needs it."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if not gpus and given != "0" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise LaunchError(
+            f"SLURM gave {given} GPU on each node, but TensorFlow finds none: look for the driver with nvidia-smi and "
+            "for a TensorFlow with CUDA (docs/slurm.md), or train on CPUs with --gpus-per-node=0"
+        )
+    if gpus:
+        # Horovod: pin one GPU to each rank of a host.
+        mine = gpus[world.local_rank % len(gpus)]
+        tf.config.set_visible_devices(mine, "GPU")
+        tf.config.experimental.set_memory_growth(mine, True)
+
+
+def hostname() -> str:
+    """The name of this rank's host, as its launcher knows it."""
+    return os.environ.get("HOROVOD_HOSTNAME") or platform.node()
+
+
+def device() -> str:
+    """What this rank computes on: ``GPU`` or ``CPU``."""
+    import tensorflow as tf
+
+    return "GPU" if tf.config.get_visible_devices("GPU") else "CPU"
+
+
+def callbacks() -> list[Any]:
+    """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged.
+
+    None for a lone rank, which would wait for them to be traced.
+    """
+    import horovod.tensorflow.keras as hvd
+    import tensorflow as tf
+
+    if hvd.size() == 1:
+        return []
+    broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    # It traces a broadcast of each variable, and TensorFlow would rewrite Horovod's functions first.
+    broadcast.on_batch_end = tf.autograph.experimental.do_not_convert(broadcast.on_batch_end)
+    return [broadcast, hvd.callbacks.MetricAverageCallback()]
+
+
+def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
+    """The sum over all ranks of a vector that has one length on all of them.
+
+    Horovod 0.28.1 has no allreduce of bfloat16 (horovod 4047). So each rank sums its part of such a vector, in float32,
+    and hands the rounded sums to all: a reduce-scatter and an allgather (Thakur, Rabenseifner and Gropp 2005, for long
+    messages), which send as many bytes as a ring.
+    """
+    import horovod.tensorflow as hvd
+    import tensorflow as tf
+
+    ranks = hvd.size()
+    if ranks == 1:
+        return flat
+    if flat.dtype != tf.bfloat16:
+        # Horovod: what is exchanged in a step.
+        return hvd.allreduce(flat, op=hvd.Sum, name=name)
+    # Both hand on bits, and know float16 whatever they are built with.
+    padded = tf.bitcast(tf.pad(flat, [[0, -tf.size(flat) % ranks]]), tf.float16)
+    everyones = tf.bitcast(hvd.alltoall(padded, name=f"{name}.parts"), flat.dtype)
+    mine = tf.reduce_sum(tf.cast(tf.reshape(everyones, [ranks, -1]), tf.float32), axis=0)
+    sums = hvd.allgather(tf.bitcast(tf.cast(mine, flat.dtype), tf.float16), name=f"{name}.sums")
+    return tf.bitcast(sums, flat.dtype)[: tf.size(flat)]
+
+
+def exchange_addresses(peers: PeerStatus) -> None:
+    """Let the ranks know where each other answers."""
+    import horovod.tensorflow as hvd
+
+    if hvd.size() > 1:
+        peers.places = gather_objects(peers.open())
+
+
+def is_exchange_failure(error: Exception) -> bool:
+    """True for TensorFlow's error about an exchange in which Horovod has lost another rank."""
+    if launched()[0].size == 1 or not type(error).__module__.startswith("tensorflow"):
+        return False
+    # It may quote the files that built the graph, in folders of any name.
+    return "horovod" in re.sub(r'File "[^"]*"', "", str(error)).lower()
+
+
+def broadcast(variables: Sequence[tf.Variable]) -> None:
+    """Give all ranks rank 0's values, in one message: ``hvd.broadcast_variables`` traces one for each of them."""
+    for variable, value in zip(variables, broadcast_object([v.numpy() for v in variables]), strict=True):
+        variable.assign(value)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value``, on all ranks."""
+    import horovod.tensorflow as hvd
+
+    return value if hvd.size() == 1 else hvd.broadcast_object(value, root_rank=0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, by rank, on all ranks."""
+    import horovod.tensorflow as hvd
+
+    return [value] if hvd.size() == 1 else hvd.allgather_object(value)
+
+
+def assert_same(flag: str, value: str, *, remedy: str = "name one") -> None:
+    """Raise LaunchError on every rank, with ``remedy``, unless all ranks have settled ``flag`` alike."""
+    everyone = gather_objects((value, hostname()))
+    if len({settled for settled, _ in everyone}) > 1:
+        found = ", ".join(f"{settled} on {name}" for settled, name in dict.fromkeys(everyone))
+        raise LaunchError(f"{flag}: {found}; {remedy}, or start the ranks on hosts of one kind")
+
+
+def mean(values: Sequence[float]) -> list[float]:
+    """The mean of each value over all ranks."""
+    return [float(value) for value in np.mean(gather_objects(list(values)), axis=0)]
+
+
+class DisagreementError(RunError):
+    """Ranks that must hold the same numbers do not."""
+
+
+def agree(tensors: Mapping[str, np.ndarray]) -> str:
+    """Compare digests of named arrays over all ranks; return the digest of them all.
+
+    Raises DisagreementError on every rank, naming the first tensor that differs and the ranks that hold another
+    value than most do.
+    """
+    mine = [hashlib.sha256(value.tobytes()).hexdigest() for value in tensors.values()]
+    everyone = gather_objects(mine)
+    for name, *digests in zip(tensors, *everyone, strict=True):
+        common = max(digests, key=digests.count)
+        odd = [str(rank) for rank, digest in enumerate(digests) if digest != common]
+        if odd:
+            raise DisagreementError(f"rank {', '.join(odd)} holds another {name} than the other ranks: stopped")
+    return hashlib.sha256("".join(mine).encode()).hexdigest()
+
+
+def shutdown() -> None:
+    """Leave the exchange, and take all cores that this process was given; the other ranks must do the same."""
+    import horovod.tensorflow as hvd
+
+    hvd.shutdown()
+    host.unbind()

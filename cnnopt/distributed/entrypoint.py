@@ -1,0 +1,81 @@
+"""From the command line to the exit status: signals are heard, and each expected failure is one line of one rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from cnnopt.distributed import collectives, host
+from cnnopt.distributed.peer_status import PeerStatus
+from cnnopt.distributed.signals import StopRequest
+from cnnopt.distributed.world import launched
+from cnnopt.errors import CnnoptError, RunError
+
+
+def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
+    """Run ``body`` on this rank; returns the exit status. ``name`` begins the line of an error."""
+    request, peers = StopRequest(), PeerStatus(name)
+    request.listen()
+    try:
+        return body(request, peers)
+    except KeyboardInterrupt:
+        return 130
+    # Each speaks before the error is let go of, and all that its frames hold with it, which takes seconds.
+    except CnnoptError as error:
+        _speak(peers, str(error), error.exit_status, of_one_rank=error.of_one_rank)
+        return error.exit_status
+    except Exception as error:
+        why = ""
+        if not collectives.is_exchange_failure(error):
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if launched()[0].size > 1:
+            _speak(peers, why, RunError.exit_status, of_one_rank=bool(why))
+        return RunError.exit_status
+
+
+def start(main: Callable[[], int]) -> NoReturn:
+    """Be the program ``main``: run it with the memory that suits it, and end with its status."""
+    host.with_huge_pages()
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, all that it wrote with it.
+
+    TensorFlow is taken apart for seconds on a busy machine, in which a launcher that has seen one rank end kills the
+    others: their status would be the signal's.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _speak(peers: PeerStatus, why: str, status: int, *, of_one_rank: bool) -> None:
+    # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    world = launched()[0]
+    if peers.places:
+        peers.speak(world.rank, why)
+    else:
+        # The exchange has failed before the ranks knew where each other answers.
+        why = why or "another rank has ended while the ranks were starting: see its message"
+        if not (world.first or of_one_rank):
+            # All ranks may share the error: then the first says it and ends, for which the launcher ends this one.
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, lambda *_: leave(status))
+            time.sleep(3)
+            if world.local_rank:
+                return
+            # They do not: it is this host's.
+            why = f"rank {world.rank} (host {collectives.hostname()}): {why}"
+        print(f"{peers.program}: {why}", file=sys.stderr, flush=True)
+    if "SLURM_STEP_ID" in os.environ:
+        # Once a task was killed, as one that still starts is because this one ends, srun closes its connections
+        # without reading on (client_io_handler_abort in Slurm's step_launch.c): the line has to be there by then.
+        time.sleep(1)

@@ -1,0 +1,131 @@
+"""Who is still there when the exchange has failed: each rank answers for itself, by a thread and a port of its own.
+
+Standard library only. A rank is asked by the others once they fail, and not before: no heartbeats, no collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TIMEOUT = 2.0
+LONGEST = 10_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs, and where it answers."""
+
+    host: str
+    pid: int
+    address: tuple[str, int]
+
+
+class PeerStatus:
+    """Answers the other ranks with ``running``, ``stopped``, ``failed``, or this rank's own error, and hears theirs."""
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        self.state = "running"
+        self.heard: set[str] = set()
+        self.places: list[Place] = []
+
+    def open(self, environ: Mapping[str, str] = os.environ) -> Place:
+        """Begin to answer; ``places`` must then be set to what this returns on each rank, by rank."""
+        self._server = socket.create_server((_address(environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")), 0))
+        threading.Thread(target=self._answer, name="presence", daemon=True).start()
+        host = environ.get("HOROVOD_HOSTNAME") or platform.node()
+        return Place(host, os.getpid(), self._server.getsockname()[:2])
+
+    def _answer(self) -> None:
+        while True:
+            connection, _ = self._server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(TIMEOUT)
+                if said := connection.makefile(encoding="utf-8", errors="replace").readline(LONGEST).strip():
+                    self.heard.add(said)
+                connection.sendall(self.state.encode())
+
+    def ask(self, rank: int, say: str = "") -> str | None:
+        """Tell rank ``rank`` something, and return its state; empty if it has ended, None if it does not answer."""
+        try:
+            with socket.create_connection(self.places[rank].address, TIMEOUT) as connection:
+                connection.sendall(f"{say}\n".encode())
+                return connection.makefile(encoding="utf-8").read()
+        except ConnectionError:
+            return ""
+        except OSError:
+            return None
+
+    def stop_after_first(self, rank: int, *, patience: float = 30) -> None:
+        """Return once rank 0 has stopped too, has ended, or has not answered for ``patience`` seconds.
+
+        No collective would do: of the ranks that leave it, the first to end may break it for the others.
+        """
+        self.state = "stopped"
+        heard = time.monotonic()
+        while rank and self.places and time.monotonic() - heard < patience:
+            state = self.ask(0)
+            if state == "running":
+                heard = time.monotonic()
+            elif state is not None:
+                return
+            time.sleep(0.1)
+
+    def speak(self, rank: int, why: str = "") -> None:
+        """Print the line with which rank ``rank`` ends, if it is this rank that says it."""
+        if words := self.last_words(rank, why):
+            print(f"{self.program}: {words}", file=sys.stderr, flush=True)
+
+    def last_words(self, rank: int, why: str, *, patience: float = 3) -> str | None:
+        """The line with which rank ``rank`` ends, or None where another rank says it.
+
+        ``why`` is this rank's own error, and empty where the exchange has failed because of another. Then the first
+        rank that has seen it names the ranks that are gone or hang, unless one of them has told its own error.
+        """
+        self.state = why or "failed"
+        others = [other for other in range(len(self.places)) if other != rank]
+        end = time.monotonic() + patience
+        while True:
+            answers = {other: self.ask(other, why) for other in others}
+            if why and rank == 0:
+                return why
+            lower = [answers[other] for other in range(rank)]
+            errors = self.heard | ({*answers.values()} - {None, "", "running", "stopped", "failed"})
+            if (why in {*errors, *lower}) if why else (errors or "failed" in lower):
+                return None
+            if "running" not in answers.values() or time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        if why:
+            return f"{self._name(rank)}: {why}"
+        words = self._blame([o for o in others if not answers[o]], [o for o in others if answers[o] == "running"])
+        for other in others:
+            self.ask(other, words)
+        return words
+
+    def _blame(self, gone: list[int], hanging: list[int]) -> str:
+        names = ", ".join(map(self._name, gone or hanging))
+        if gone:
+            return f"{names}: killed, stopped, or cut off from the network"
+        if hanging:
+            return f"{names}: alive, but takes no part in the exchange"
+        return "the exchange failed with all ranks alive: look at the network between their hosts"
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (host {self.places[rank].host}, pid {self.places[rank].pid})"
+
+
+def _address(rendezvous: str | None) -> str:
+    """The address of this host on its way to where the ranks found each other; nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((rendezvous or platform.node(), 9))
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"

@@ -1,0 +1,160 @@
+"""The CIFAR ResNet of He et al. 2016 (arXiv:1512.03385), section 4.2. Knows nothing of ranks or pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from tf_keras import layers
+
+
+def pixel_statistics(images: np.ndarray, normalize: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, float32, of uint8 images [n, 32, 32, 3], to broadcast against one image.
+
+    ``channel``: [3] each. ``pixel-mean``: the mean image [32, 32, 3] and 255, so that the result is in -1..1 as in
+    the original study.
+    """
+    if normalize == "pixel-mean":
+        return images.mean(axis=0, dtype=np.float64).astype(np.float32), np.full(1, 255, np.float32)
+    # In parts, as bincount widens all that it counts to int64.
+    counts = np.zeros([3, 256])
+    for first in range(0, len(images), 1000):
+        part = images[first : first + 1000]
+        counts += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(3)]
+    counts /= images[..., 0].size
+    mean = counts @ np.arange(256)
+    std = np.sqrt(counts @ np.arange(256) ** 2 - mean**2)
+    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)
+
+
+class Standardize(layers.Layer):
+    """(image - mean) / std, so that the network, and every file exported from it, takes raw pixels 0..255.
+
+    ``mean`` and ``std`` broadcast against [batch, 32, 32, 3]. They are weights, not constants, so that a
+    checkpoint holds them.
+    """
+
+    def __init__(self, mean: np.ndarray, std: np.ndarray, **kwargs: object) -> None:
+        # Rounding the constants to a half type would standardise differently from the exported float32 file.
+        super().__init__(autocast=False, **kwargs)
+        for name, value in (("mean", mean), ("std", std)):
+            initial = keras.initializers.Constant(value)
+            weight = self.add_weight(
+                name, value.shape, initializer=initial, trainable=False, experimental_autocast=False
+            )
+            setattr(self, name, weight)
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        """Pixels [batch, 32, 32, 3] of any type to the compute type."""
+        return tf.cast((tf.cast(images, tf.float32) - self.mean) / self.std, self.compute_dtype)
+
+
+class Conv2D(layers.Conv2D):
+    """A convolution that asks the hardware only for what it has.
+
+    TensorFlow's CPU kernels for bfloat16 and float16 without instructions for them run 7 times slower than
+    float32 (docs/how-it-works.md, "Precision"). Widening the operands, which are rounded to the half type
+    already, computes what half-precision units with float32 accumulators do. The sums are handed on as float32,
+    for the BatchNorm that follows to take before they are rounded, as a fused kernel would.
+    """
+
+    def __init__(self, *args: object, widen: bool = False, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.widen = widen
+
+    def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """As in Keras; float32 from the compute type where ``widen`` is set."""
+        if self.widen:
+            inputs, kernel = tf.cast(inputs, tf.float32), tf.cast(kernel, tf.float32)
+        return super().convolution_op(inputs, kernel)
+
+
+class IdentityShortcut(layers.Layer):
+    """Option A of section 3.3: subsample by 2 and pad the new channels with zeros; no parameters.
+
+    It is what the paper uses on CIFAR ("identity shortcuts in all cases"), so parameter counts are the paper's.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """[batch, h, w, c] to [batch, h/2, w/2, 2c]."""
+        channels = inputs.shape[-1]
+        # Windows of one pixel are what [:, ::2, ::2] takes, by kernels that are much faster (docs/benchmarks.md).
+        every_other = tf.nn.avg_pool2d(inputs, ksize=1, strides=2, padding="VALID")
+        return tf.pad(every_other, [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a network is made of. ``fused`` has others, which compute the same faster, and ``cnnopt.export.qat``
+    has those that compute as int8 arithmetic does.
+
+    ``join`` takes [shortcut, branch] to relu(shortcut + branch), twice; without it that is Add, ``relu`` and
+    ``rounded``, which is not called on what ``join`` returns.
+    ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
+    """
+
+    standardize: Callable[..., layers.Layer] = Standardize
+    convolution: Callable[..., layers.Layer] = Conv2D
+    dense: Callable[..., layers.Layer] = layers.Dense
+    relu: Callable[..., layers.Layer] = layers.ReLU
+    join: Callable[..., layers.Layer] | None = None
+    rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
+
+
+FLOAT = Parts()
+
+
+def resnet(
+    depth: int, num_classes: int, *, mean: np.ndarray, std: np.ndarray, widen: bool = False, parts: Parts = FLOAT
+) -> keras.Model:
+    """A ResNet v1 of ``depth`` = 6n+2 layers: raw pixels [batch, 32, 32, 3] to float32 logits [batch, num_classes].
+
+    ``widen`` runs half-precision convolutions in float32 (see ``Conv2D``). Kernels are drawn from the global
+    Keras seed with He initialisation; convolutions have no bias, as BatchNorm follows each of them.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth {depth} is not 6n+2")
+
+    def conv_bn(x: tf.Tensor, filters: int, strides: int, name: str) -> tf.Tensor:
+        x = parts.convolution(
+            filters,
+            3,
+            strides,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            widen=widen,
+            name=name,
+        )(x)
+        # Its output is rounded by the layer that follows.
+        dtype = "float32" if widen else None
+        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
+
+    def relu(x: tf.Tensor, name: str) -> tf.Tensor:
+        return parts.rounded(parts.relu(name=name)(x), name)
+
+    def join(shortcut: tf.Tensor, branch: tf.Tensor, block: str) -> tuple[tf.Tensor, tf.Tensor]:
+        if parts.join is not None:
+            return parts.join(name=f"{block}_relu2")([shortcut, branch])
+        x = relu(layers.Add(name=f"{block}_add")([shortcut, branch]), f"{block}_relu2")
+        return x, x
+
+    images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
+    x = parts.standardize(mean, std, name="standardize")(images)
+    x = shortcut = relu(conv_bn(x, 16, 1, "stem"), "stem_relu")
+    for stage, filters in enumerate((16, 32, 64), start=1):
+        for block in range(1, (depth - 2) // 6 + 1):
+            prefix = f"stage{stage}_block{block}"
+            down = stage > 1 and block == 1
+            if down:
+                shortcut = IdentityShortcut(name=f"{prefix}_shortcut")(shortcut)
+            y = relu(conv_bn(x, filters, 2 if down else 1, f"{prefix}_conv1"), f"{prefix}_relu1")
+            y = parts.rounded(conv_bn(y, filters, 1, f"{prefix}_conv2"), f"{prefix}_conv2")
+            x, shortcut = join(shortcut, y, prefix)
+    x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
+    # Logits stay float32 under any policy: the softmax of half-precision logits loses small probabilities.
+    x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)
+    return keras.Model(images, parts.rounded(x, "classifier"), name=f"resnet{depth}")

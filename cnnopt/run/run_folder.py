@@ -1,0 +1,185 @@
+"""The run folder: what was asked, on what it ran, what came out. Standard library only, but for the lock."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cnnopt.config import ConfigError, TrainConfig
+from cnnopt.distributed.host import cores, cpu, versions
+from cnnopt.run import atomic_files
+
+#: Seconds to wait for a folder that another process holds; NFS 4 keeps the lock of a host that is gone for 90.
+PATIENCE = 120.0
+PACKAGES = ("horovod", "tensorflow", "tf-keras", "tensorflow-model-optimization", "numpy", "tensorboard")
+
+
+class RunFolder:
+    """``runs/<name>/``. Every file in it is replaced whole or appended to by whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tb"
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunFolder:
+        """The folder that ``config`` names; nothing is made."""
+        assert config.name is not None
+        return cls(Path(config.run_dir).expanduser() / config.name)
+
+    def identity(self, remedy: str) -> dict[str, Any]:
+        """What config.json holds of ``TrainConfig.identity``. Raises files.ReadError, with ``remedy``."""
+        identity = atomic_files.read_json(self.config_file, remedy).get("identity")
+        if not isinstance(identity, dict):
+            raise atomic_files.ReadError(f"{self.config_file} is damaged: {remedy}")
+        return identity
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise UserError, within milliseconds, if this run cannot be written or continued here."""
+        if self.config_file.exists():
+            difference = config.difference(self.identity("give another --name, or move it away"))
+            if difference:
+                raise ConfigError(
+                    f"{self.path} holds a run of another configuration ({difference}): go on as it was, or give --name"
+                )
+            if config.resume == "never" and self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+                raise ConfigError(f"--resume never: {self.path} holds this run already; give --name, or delete it")
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
+        # A checkpoint that a run began from may be gone by the time that it is queued again with the same flags.
+        begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if config.resume not in ("auto", "never") and not begun and not Path(config.resume).is_dir():
+            raise ConfigError(f"--resume {config.resume}: no such checkpoint folder; give auto, never or a folder")
+
+    def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
+        """Make the folder, keep other processes out of it until this one ends, and note what runs in it.
+
+        Raises UserError; also where ``check`` does now, after another process has let go of the folder.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._keep_others_out()
+            self.check(config)
+            content = {"identity": config.identity(), "name": config.name}
+            atomic_files.replace(self.config_file, json.dumps(content, indent=2) + "\n")
+            atomic_files.replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
+        except (OSError, atomic_files.WriteError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"--run-dir {self.path.parent}: {why}; choose another") from None
+
+    def _keep_others_out(self) -> None:
+        import filelock  # here, because it takes a tenth of a second, and a mistake is to be answered at once
+
+        self._held = filelock.FileLock(self.path / ".lock", is_singleton=True, fallback_to_soft=False)
+        trains = f"{self.path}: another process trains in it"
+        # A file system may know no locks: its users must look out for themselves.
+        with contextlib.suppress(OSError):
+            try:
+                self._held.acquire(blocking=False)
+            except filelock.Timeout:
+                print(f"{trains}; waiting {PATIENCE:.0f} s for its end", flush=True)
+                try:
+                    self._held.acquire(timeout=PATIENCE)
+                except filelock.Timeout:
+                    remedy = f"stop it, give another --name, or delete {self._held.lock_file} if there is none"
+                    raise ConfigError(f"{trains}; {remedy}") from None
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError."""
+        if self.metrics_file.exists():
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            atomic_files.replace(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl. Raises OSError, and leaves no part of the line."""
+        line = json.dumps(dict(metrics)).encode() + b"\n"
+        with self.metrics_file.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
+        lines = []
+        for text in self.metrics_file.read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: its presence says that the run is complete. Raises WriteError."""
+        atomic_files.replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """What ``finish`` wrote; None for a run that is not complete."""
+        if not self.result_file.exists():
+            return None
+        return atomic_files.read_json(self.result_file, "delete it, and the same command writes it anew")
+
+
+def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Of all steps, at the speed of their epoch: ``seconds`` of a resumed one are of its last part only."""
+    starts = [0, *(line["step"] for line in metrics)]
+    return sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60
+
+
+def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
+    """The result of a run: its last epoch (never its best), its median speed, the sparsity of each kernel."""
+    last = metrics[-1]
+    return {
+        "accuracy": last["val_accuracy"],
+        "loss": last["val_loss"],
+        "epoch": last["epoch"],
+        "step": last["step"],
+        "sparsity": sparsities["total"],
+        "images_per_second": statistics.median(line["images_per_second"] for line in metrics),
+        "minutes": minutes(metrics),
+        "kernels": {name: value for name, value in sparsities.items() if name != "total"},
+    }
+
+
+def environment(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Where and with what this process runs."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": cpu(),
+        "cores": cores(),
+        "commit": _commit(),
+        "packages": versions(PACKAGES),
+        "settings": dict(settings),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except OSError:  # no git on this machine
+        return None
+    return described.stdout.strip() or None

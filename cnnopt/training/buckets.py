@@ -1,0 +1,174 @@
+"""The allreduces of a step: few vectors with everything that the ranks must share, sent as soon as each is there.
+
+It may leave out the gradients of pruned weights. All ranks hold the same masks, so no indices need to travel: the kept
+entries are gathered, summed over the ranks, and put back. A pruned weight stays zero whatever its gradient, so nothing
+is lost, and a mask update needs no dense step: the masks are computed from weights, which all ranks have.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+
+from cnnopt.distributed import collectives
+
+Kind = Literal["dense", "sparse"]
+
+#: How much faster the kept entries alone must be to be chosen: what is nearer than that is noise.
+WORTHWHILE = 0.9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is sent, and why."""
+
+    kind: Kind
+    reason: str
+
+
+class _Vector:
+    """Some of the tensors, joined to be sent together: which ones, and the entries that are kept; all at first."""
+
+    def __init__(self, members: Sequence[int], sizes: Sequence[int], *, dense: bool, name: str) -> None:
+        self.members, self.sizes, self.name = members, [sizes[i] for i in members], name
+        self.size, self.dense = sum(self.sizes), dense
+        # Its length changes with the masks, and no step must be traced anew for that.
+        self.kept = tf.Variable(
+            np.ones(self.size, bool) if dense else np.arange(self.size)[:, np.newaxis], trainable=False,
+            shape=[self.size] if dense else [None, 1],
+        )  # fmt: skip
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Keep the entries that are True in ``kept``, bool [size]; the same on all ranks."""
+        self.kept.assign(kept if self.dense else np.argwhere(kept))
+
+    def join(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+        """What is to be sent of all the tensors, float32 [kept]."""
+        flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in self.members], axis=0)
+        return flat if self.dense else tf.gather_nd(flat, self.kept)
+
+    def put_back(self, summed: tf.Tensor) -> tf.Tensor:
+        """The kept entries where they belong, float32 [size], and 0 elsewhere."""
+        kept = self.kept.read_value()
+        if self.dense:
+            return tf.where(kept, summed, 0.0)
+        if collectives.device() == "GPU":
+            # Its kernel of to_dense is said to access memory that is not its own (b/184077412, in TensorFlow's
+            # sparse_to_dense_op.cc).
+            return tf.tensor_scatter_nd_update(tf.zeros([self.size]), kept, summed)
+        # A fifth of the time of the above (docs/benchmarks.md, "Whose core it is").
+        return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [self.size]), validate_indices=False)
+
+
+class Exchange:
+    """The means over all ranks of float32 tensors, zero where ``masks`` are.
+
+    ``sizes`` are their numbers of entries, and ``masks`` the variables, 1 or 0, that belong to them; None where all is
+    kept. ``wire`` is the type that is sent. ``vectors`` are the places of those that are sent together, what is known
+    first in the first; all in one without it.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], masks: Sequence[tf.Variable | None], *, ranks: int, choice: Choice, wire: str,
+        clock: Callable[[], tf.Tensor], vectors: Sequence[Sequence[int]] | None = None,
+    ) -> None:  # fmt: skip
+        self.masks = list(masks)
+        self.size = sum(sizes)
+        self.ranks, self.choice, self.wire, self.clock = ranks, choice, tf.as_dtype(wire), clock
+        self.seconds = tf.Variable(0, trainable=False, dtype=tf.float64)
+        self.bytes = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.vectors = [
+            _Vector(members, sizes, dense=choice.kind == "dense", name=f"step.{i}")
+            for i, members in enumerate(vectors or [range(len(sizes))])
+        ]
+
+    def follow_masks(self) -> None:
+        """Keep from now on what the masks keep."""
+        for vector in self.vectors:
+            masks = [self.masks[i] for i in vector.members]
+            kept = [
+                np.ones(n, bool) if m is None else m.numpy().ravel() != 0
+                for n, m in zip(vector.sizes, masks, strict=True)
+            ]
+            vector.keep(np.concatenate(kept))
+
+    def restart(self) -> None:
+        """Count ``seconds`` and ``bytes`` from 0."""
+        self.seconds.assign(0.0)
+        self.bytes.assign(0)
+
+    def __call__(self, tensors: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Means over all ranks of tensors that have ``sizes`` entries, and whether all are finite on all ranks.
+
+        What is pruned comes back as 0, and is not asked whether it is finite: it would not have come here. ``seconds``
+        counts from when the last tensor is there: what is sent while others are computed costs nothing.
+        """
+        joined = [vector.join(tensors) for vector in self.vectors]
+        with tf.control_dependencies(joined):
+            before = self.clock()
+        totals = [
+            vector.put_back(self.total(flat, vector.name)) for vector, flat in zip(self.vectors, joined, strict=True)
+        ]
+        with tf.control_dependencies(totals):
+            self.seconds.assign_add(self.clock() - before)
+        means: dict[int, tf.Tensor] = {}
+        for vector, total in zip(self.vectors, totals, strict=True):
+            means |= zip(vector.members, tf.split(total / self.ranks, vector.sizes), strict=True)
+        shaped = [tf.reshape(means[i], tensor.shape) for i, tensor in enumerate(tensors)]
+        return shaped, tf.reduce_all([tf.reduce_all(tf.math.is_finite(total)) for total in totals])
+
+    def total(self, flat: tf.Tensor, name: str) -> tf.Tensor:
+        """The sum over all ranks of ``flat``, float32 [kept]; counted."""
+        sent = tf.cast(flat, self.wire)
+        if self.ranks > 1:
+            self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
+        return tf.cast(collectives.allreduce_sum(sent, name), tf.float32)
+
+
+def choose(
+    asked: Literal["auto", "dense", "sparse"], *, size: int, prunable: int, sparsity: float, ranks: int, wire: str,
+    deterministic: bool,
+) -> Choice:  # fmt: skip
+    """Settle ``--exchange``. A collective where it measures, and the same choice on all ranks.
+
+    ``size`` entries are exchanged, ``prunable`` of them are pruned to ``sparsity``, the mean over the steps of the run.
+    """
+    if asked != "auto":
+        return Choice(asked, "as asked")
+    if ranks == 1 or not sparsity:
+        return Choice("dense", "one rank" if ranks == 1 else "nothing is pruned")
+    if deterministic:
+        return Choice("dense", "--deterministic measures nothing")
+    dense, sparse = measure(size, kept=size - round(prunable * sparsity), ranks=ranks, wire=wire)
+    times = f"measured {1e3 * sparse:.1f} ms for what is kept on average, {1e3 * dense:.1f} ms for all"
+    return Choice("sparse" if sparse < WORTHWHILE * dense else "dense", times)
+
+
+def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) -> tuple[float, float]:
+    """Seconds that an exchange of ``size`` entries takes, dense, and of ``kept`` of them, sparse: rank 0's medians.
+
+    That includes gathering and putting back, and Horovod's cycle.
+    """
+    exchanges = []
+    for kind in ("dense", "sparse"):
+        exchange = Exchange(
+            [size], [None], ranks=ranks, choice=Choice(kind, ""), wire=wire, clock=lambda: tf.constant(0.0, tf.float64)
+        )  # fmt: skip
+        exchange.vectors[0].keep(np.random.default_rng(0).permutation(size) < kept)
+        exchanges.append(tf.function(lambda flat, exchange=exchange: exchange([flat])[0][0], autograph=False))
+    flat = tf.ones([size])
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats + 1):
+        for exchange, times in zip(exchanges, seconds, strict=True):
+            start = time.perf_counter()
+            exchange(flat).numpy()
+            # The first one traces.
+            if repeat:
+                times.append(time.perf_counter() - start)
+    return collectives.broadcast_object(tuple(statistics.median(times) for times in seconds))

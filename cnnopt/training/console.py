@@ -1,0 +1,75 @@
+"""What a person sees on rank 0: the start table and the result line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from cnnopt.config import TrainConfig
+from cnnopt.distributed import collectives, host
+from cnnopt.distributed.world import World
+from cnnopt.model.precision import Precision
+from cnnopt.run.run_folder import RunFolder
+from cnnopt.schedules import Timeline
+from cnnopt.training.step import SynchronousModel
+
+
+def start_table(
+    console: Console,
+    config: TrainConfig,
+    folder: RunFolder,
+    world: World,
+    settings: Mapping[str, str],
+    compute: Precision,
+    model: SynchronousModel,
+    timeline: Timeline,
+) -> None:
+    """Print what is about to run. A collective: every rank tells its host and device."""
+    places = collectives.gather_objects((collectives.hostname(), collectives.device()))
+    hosts = {name: [device for h, device in places if h == name] for name, _ in places}
+    exchange = model.exchange
+    pruner, window = model.pruner, model.pruner.window
+    weights = sum(int(np.prod(kernel.shape)) for kernel in pruner.kernels)
+    pruning = (
+        f"{len(pruner.kernels)} kernels, {weights:,} weights, {config.sparsity:.0%} zero ({config.sparsity_scope}), "
+        f"{config.sparsity_schedule} from step {window.begin} to {window.end}, every {window.frequency}"
+        if pruner.enabled
+        else "none"
+    )
+    bound = ", on cores of its own" if host.is_bound() else ""
+    rows = {
+        "run": folder.path,
+        "ranks": f"{world.size} ({', '.join(f'{name}: {len(d)} x {d[0]}' for name, d in hosts.items())})",
+        "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank{bound}",
+        "data": f"{config.dataset}, {timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank",
+        "batch": f"{config.batch_size} ({config.batch_size // world.size} a rank)",
+        "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",
+        "rate": f"{config.optimizer}, {config.lr_schedule}, peak {float(np.max(model.learning_rates)):.4g}",
+        "precision": f"{compute.compute} ({compute.reason}), float32 weights",
+        "exchange": f"{exchange.choice.kind} ({exchange.choice.reason}), {exchange.size:,} x {config.wire_dtype}",
+        "model": f"ResNet-{config.depth}, {model.count_params():,} parameters",
+        "pruning": pruning,
+    }
+    for name, value in rows.items():
+        console.print(f"  {name:<10}{value}")
+
+
+def tensorboard_command(folder: RunFolder) -> str:
+    """The line to type for TensorBoard, from the folder where the run was started."""
+    program = Path(sys.executable).with_name("tensorboard")
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return f"TensorBoard: {program} --logdir {folder.tensorboard}"
+
+
+def final_line(result: Mapping[str, Any], folder: RunFolder) -> str:
+    """Accuracy, sparsity, speed and place of a complete run."""
+    return (
+        f"test accuracy {result['accuracy']:.2%} at the last epoch, sparsity {result['sparsity']:.2%}, "
+        f"{result['images_per_second']:.0f} images/s, {result['minutes']:.1f} min of training: {folder.path}"
+    )

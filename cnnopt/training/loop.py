@@ -1,0 +1,103 @@
+"""The loop around the step: shards of images in, epochs with Keras' hooks, exact evaluation over all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from cnnopt.config import TrainConfig
+from cnnopt.data.datasets import Dataset, batches
+from cnnopt.distributed import collectives
+from cnnopt.distributed.world import World
+from cnnopt.schedules import Timeline
+from cnnopt.training.step import SynchronousModel
+
+_kept: list[tf.data.Iterator] = []
+
+
+@contextlib.contextmanager
+def training_stream(
+    config: TrainConfig, data: Dataset, world: World, *, first_step: int, last_step: int
+) -> Iterator[tf.data.Iterator]:
+    """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
+
+    It is drained on leaving, but for an error, and kept: TensorFlow destroys a stream while it holds Python's lock,
+    and waits for the stream's thread, which may be waiting for the lock.
+    """
+    left = threading.Event()
+
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        shards = batches(
+            data.train_images,
+            data.train_labels,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            first_step=first_step,
+            last_step=last_step,
+            rank=world.rank,
+            size=world.size,
+        )
+        return itertools.takewhile(lambda _: not left.is_set(), shards)
+
+    shard = config.batch_size // world.size
+    signature = (tf.TensorSpec([shard, 32, 32, 3], tf.uint8), tf.TensorSpec([shard], tf.int64))
+    stream = iter(tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4))
+    _kept.append(stream)
+    yield stream
+    left.set()
+    for _ in stream:
+        pass
+
+
+def fit(
+    model: SynchronousModel, stream: tf.data.Iterator, timeline: Timeline, callbacks: Sequence[keras.callbacks.Callback]
+) -> None:
+    """Keras' ``fit`` over epochs that need not be whole numbers of steps, from ``model.run.global_step`` on.
+
+    ``on_train_batch_end`` gets the number of steps done before the batch.
+    """
+    hooks = keras.callbacks.CallbackList(list(callbacks), model=model, add_history=False, add_progbar=False)
+    step = int(model.run.global_step.numpy())
+    train_function = model.make_train_function()
+    model.stop_training = False
+    model.exchange.follow_masks()
+    hooks.on_train_begin()
+    while step < timeline.total_steps and not model.stop_training:
+        epoch = timeline.epoch_of(step)
+        hooks.on_epoch_begin(epoch)
+        end = min(timeline.epoch_end(epoch), timeline.total_steps)
+        while step < end and not model.stop_training:
+            hooks.on_train_batch_begin(step)
+            logs = train_function(stream)
+            hooks.on_train_batch_end(step, logs)
+            step += 1
+        if step == end:
+            hooks.on_epoch_end(epoch, {m.name: float(m.result()) for m in model.metrics})
+            model.reset_metrics()
+    hooks.on_train_end()
+
+
+def evaluate(
+    model: SynchronousModel, images: np.ndarray, labels: np.ndarray, world: World, *, batch_size: int = 200
+) -> dict[str, float]:
+    """Exact top-1 accuracy and mean loss over all images, uint8 [n, 32, 32, 3], each evaluated by one rank.
+
+    Images are taken in fixed blocks of ``batch_size`` that are dealt to the ranks, so that a block is the same
+    computation whatever the number of ranks, and sums are in float64: the figures do not depend on it.
+    """
+    blocks = range(0, len(images), batch_size)
+    sums = np.zeros([len(blocks), 3])
+    with model.evaluation_weights():
+        for i in range(world.rank, len(blocks), world.size):
+            part = slice(blocks[i], blocks[i] + batch_size)
+            sums[i] = model.evaluation_step(tf.constant(images[part]), tf.constant(labels[part])).numpy()
+    total = collectives.allreduce_sum(tf.constant(sums), name="evaluation").numpy()
+    correct, loss, count = total.sum(axis=0)
+    return {"accuracy": correct / count, "loss": loss / count, "count": int(count)}

@@ -1,0 +1,210 @@
+"""What is seen of a run while it goes on: metrics.jsonl, TensorBoard, the lines on the screen. Keras hooks.
+
+``Measure`` is on every rank; ``Record`` and ``Show`` write, are on rank 0, and hold no collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.hparams import api as hparams
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tf_keras.callbacks import Callback
+
+from cnnopt.config import TrainConfig
+from cnnopt.distributed import collectives
+from cnnopt.run.atomic_files import WriteError
+from cnnopt.run.run_folder import RunFolder
+from cnnopt.schedules import Timeline
+
+
+class Measure(Callback):
+    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Evaluate``.
+
+    The first step of a process traces and compiles, and is no part of the speed of an epoch of several steps.
+    """
+
+    def __init__(self, timeline: Timeline) -> None:
+        super().__init__()
+        self.timeline = timeline
+        self.compiled = False
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Start the clock."""
+        self._restart(int(self.model.run.global_step.numpy()))
+
+    def _restart(self, step: int) -> None:
+        self.first_step = step
+        self.model.exchange.restart()
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Start again once the step is compiled."""
+        if not self.compiled and batch + 1 < self.timeline.epoch_end(self.timeline.epoch_of(batch)):
+            self._restart(batch + 1)
+        self.compiled = True
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Speed, exchange share, schedules."""
+        assert logs is not None
+        model = self.model
+        step = int(model.run.global_step.numpy())
+        steps = step - self.first_step
+        seconds = time.perf_counter() - self.started
+        # Ranks wait for each other in the exchange, and the fastest one most.
+        (exchanging,) = collectives.mean([float(model.exchange.seconds.numpy())])
+        logs.update(
+            epoch=epoch + 1,
+            step=step,
+            seconds=seconds,
+            images_per_second=steps * self.timeline.batch_size / seconds,
+            step_seconds=seconds / steps,
+            exchange_share=exchanging / seconds,
+            exchange_bytes=int(model.exchange.bytes.numpy()) / steps,
+            learning_rate=float(model.learning_rates[step - 1]),
+            loss_scale=float(model.loss_scale.value.numpy()),
+            skipped_steps=int(model.loss_scale.skipped.numpy()),
+            target_sparsity=model.pruner.target(step),
+        )
+
+
+# TensorBoard shows the curves of a group side by side.
+TRAIN_CURVES = {
+    "epoch": ("accuracy", "loss"),
+    "schedule": ("learning_rate", "loss_scale", "skipped_steps"),
+    "speed": ("images_per_second", "step_seconds", "exchange_share", "exchange_bytes"),
+}
+
+
+class Record(Callback):
+    """Rank 0: metrics.jsonl and TensorBoard, and the measured ``sparsity`` in the logs.
+
+    A full disk costs the points that TensorBoard would have had. Lines of metrics.jsonl wait for the next epoch; that
+    of the last epoch must be written, as the result is made of it.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, timeline: Timeline, first_step: int, console: Console
+    ) -> None:
+        super().__init__()
+        self.folder, self.timeline, self.console = folder, timeline, console
+        self.waiting: list[dict[str, float]] = []
+        for name in ("train", "validation", "pruning", "hparams"):
+            _continue_at(folder.tensorboard / name, first_step)
+        self.writers = {
+            name: tf.summary.create_file_writer(str(folder.tensorboard / name))
+            for name in ("train", "validation", "pruning", "hparams")
+        }
+        with self.writers["hparams"].as_default():
+            hparams.hparams({k: "" if v is None else v for k, v in config.identity().items()}, trial_id=config.name)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """One line, and one point of every curve. Raises WriteError after the last epoch."""
+        assert logs is not None
+        sparsities = self.model.pruner.sparsities()
+        logs["sparsity"] = sparsities["total"]
+        self.waiting.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
+        try:
+            self._write_lines()
+            self._draw(logs, sparsities)
+        except (OSError, tf.errors.OpError) as error:
+            why = f"cannot record epoch {epoch + 1} in {self.folder.path}: {error}"
+            if self.waiting and logs["step"] == self.timeline.total_steps:
+                raise WriteError(f"{why}; free some space, and the same command does it again") from None
+            self.console.print(f"{why}; training goes on")
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """A line that still waits has its last chance: a run that was told to stop goes on after this epoch."""
+        with contextlib.suppress(OSError):
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        while self.waiting:
+            self.folder.append(self.waiting[0])
+            del self.waiting[0]
+
+    def _draw(self, logs: dict, sparsities: dict[str, float]) -> None:
+        step = logs["step"]
+        points = {
+            "train": {f"{group}/{name}": logs[name] for group, names in TRAIN_CURVES.items() for name in names},
+            "validation": {"epoch/accuracy": logs["val_accuracy"], "epoch/loss": logs["val_loss"]},
+            "hparams": {"result/accuracy": logs["val_accuracy"]},
+            "pruning": {
+                "sparsity/target": logs["target_sparsity"],
+                "sparsity/total": logs["sparsity"],
+                **{f"sparsity_by_kernel/{name}": value for name, value in sparsities.items()},
+            },
+        }
+        for writer, values in points.items():
+            with self.writers[writer].as_default(step):
+                for name, value in values.items():
+                    tf.summary.scalar(name, value)
+        with self.writers["pruning"].as_default(step):
+            for kernel in self.model.pruner.kernels:
+                weights = kernel.numpy()
+                tf.summary.histogram(f"kept/{kernel.name.split('/')[0]}", weights[weights != 0])
+        for writer in self.writers.values():
+            writer.flush()
+
+
+def _continue_at(folder: Path, step: int) -> None:
+    """Tell TensorBoard to forget what an earlier process wrote after ``step``: that is done again."""
+    writer = EventFileWriter(str(folder), filename_suffix=".resume")
+    start = SessionLog(status=SessionLog.START)
+    writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+    writer.close()
+
+
+class Show(Callback):
+    """Rank 0: a progress bar on a terminal, and one line an epoch everywhere."""
+
+    def __init__(self, timeline: Timeline, console: Console) -> None:
+        super().__init__()
+        self.timeline, self.console = timeline, console
+        self.progress: Progress | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Start the bar of this epoch."""
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            # Redirected, an error would end up on standard output; hidden, the cursor would stay so after os._exit.
+            self.progress = Progress(
+                *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self.progress.start()
+            self.console.show_cursor(True)
+            first = int(self.model.run.global_step.numpy())
+            end = min(self.timeline.epoch_end(epoch), self.timeline.total_steps)
+            self.task = self.progress.add_task("steps", total=end - first, epoch=epoch + 1)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Advance the bar."""
+        if self.progress is not None:
+            self.progress.advance(self.task)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """The line of this epoch."""
+        assert logs is not None
+        self.clear()
+        self.console.print(
+            f"epoch {epoch + 1:>3}/{self.timeline.epochs}  loss {logs['loss']:.4f}  train {logs['accuracy']:.2%}  "
+            f"test {logs['val_accuracy']:.2%}  sparsity {logs['sparsity']:.2%}  lr {logs['learning_rate']:.4f}  "
+            f"{logs['images_per_second']:.0f} images/s  exchange {logs['exchange_share']:.0%}"
+        )
+
+    def clear(self) -> None:
+        """Leave no half-drawn bar."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,99 @@
+"""Where a run goes on: the newest checkpoint that verifies, read by one rank and given to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cnnopt.config import TrainConfig
+from cnnopt.distributed import collectives
+from cnnopt.distributed.world import World
+from cnnopt.run import checkpoint
+from cnnopt.run.run_folder import RunFolder
+from cnnopt.training.step import SynchronousModel
+
+
+def restore(
+    model: SynchronousModel,
+    config: TrainConfig,
+    folder: RunFolder,
+    world: World,
+    say: Callable[[str], None],
+) -> int:
+    """Set ``model`` to the state that ``--resume`` names, on all ranks; returns the number of steps done.
+
+    Raises checkpoint.CheckpointError on every rank if a named checkpoint cannot be used.
+    """
+    outcome: int | str = 0
+    if world.first:
+        try:
+            outcome = _restore_here(model, config, folder, say)
+        except checkpoint.CheckpointError as error:
+            outcome = str(error)
+    # Horovod: all ranks learn how it went before any of them waits for the state.
+    outcome = collectives.broadcast_object(outcome)
+    if isinstance(outcome, str):
+        raise checkpoint.CheckpointError(outcome)
+    # Horovod: all ranks start from rank 0's weights, masks and counters.
+    collectives.broadcast([*model.named_state().values(), *model.epoch_sums])
+    return outcome
+
+
+def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolder, say: Callable[[str], None]) -> int:
+    def unfit(found: checkpoint.Checkpoint) -> str | None:
+        identity = found.state.get("identity")
+        difference = config.difference(identity) if isinstance(identity, dict) else "it names none"
+        if difference:
+            return f"of another configuration: {difference}"
+        here = {name: tuple(variable.shape) for name, variable in model.named_state().items()}
+        there = {name: array.shape for name, array in found.arrays.items()}
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if differing:
+            return f"of another model: {differing[0]}"
+        # Absent where the save was at the end of an epoch.
+        sums = found.state.get("epoch_sums", [0.0] * len(model.epoch_sums))
+        fits = isinstance(sums, list) and list(map(type, sums)) == [float] * len(model.epoch_sums)
+        return None if fits else "of another model: epoch_sums"
+
+    if config.resume == "never":
+        folder.rewind(0)
+        return 0
+    named = None if config.resume == "auto" else Path(config.resume)
+    back = named is not None and named.resolve().parent == folder.checkpoints.resolve()
+    found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
+    if named and found and (not back or found.state.get("resume") == config.resume):
+        # A job that is queued again has the same flags, and would begin there each time.
+        say(f"--resume {named} was for the first start; this run has checkpoints that came after it")
+        named = None
+    if named is None:
+        for path, reason in skipped:
+            say(f"skipped {path}: {reason}")
+        if found is None:
+            if skipped:
+                # They may be readable again tomorrow, and step 0 would overwrite what is known of them.
+                raise checkpoint.CheckpointError(
+                    f"no checkpoint in {folder.checkpoints} can be used: move that folder away to begin anew"
+                )
+            folder.rewind(0)
+            return 0
+    else:
+        found = checkpoint.load(named)
+        objection = unfit(found)
+        if objection:
+            raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
+        if found.step == len(model.learning_rates) and not back:
+            raise checkpoint.CheckpointError(f"--resume {config.resume}: is the end of its run; give one before it")
+        if back:
+            checkpoint.set_aside(folder.checkpoints, after=found.step)
+    before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype
+    for name, variable in model.named_state().items():
+        # The loss scale of another type is none for this one: it begins anew.
+        if before == now or not name.startswith("loss_scale/"):
+            variable.assign(found.arrays[name])
+    if before != now:
+        say(f"--precision {config.precision} was {before} up to here, and is {now} on this machine")
+    for variable, value in zip(model.epoch_sums, found.state.get("epoch_sums", []), strict=False):
+        variable.assign(value)
+    folder.rewind(found.step)
+    say(f"resumed after step {found.step} from {found.path}")
+    return found.step

@@ -1,0 +1,1 @@
+"""The tests: single/ in one process, parallel/ under a launcher, cluster/ on a made-up cluster."""

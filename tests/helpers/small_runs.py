@@ -1,0 +1,53 @@
+"""The program's own model, stream and loop, on a ResNet-8 and a few synthetic images."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import tensorflow as tf
+
+from cnnopt.config import TrainConfig
+from cnnopt.data import datasets
+from cnnopt.distributed.world import World
+from cnnopt.model import precision
+from cnnopt.schedules import Timeline
+from cnnopt.training import loop
+from cnnopt.training.step import SynchronousModel, build_model
+
+IMAGES = datasets.load("synthetic", seed=0, synthetic_sizes=(256, 75))
+
+
+def settings(**changes: object) -> TrainConfig:
+    """ResNet-8 on 256 images in batches of 32: 8 steps an epoch."""
+    defaults = {"dataset": "synthetic", "depth": 8, "batch_size": 32, "epochs": 3, "precision": "float32",
+                "warmup": "4s", "prune_begin": "4s", "prune_end": "16s", "prune_frequency": "4s"}  # fmt: skip
+    return TrainConfig(**{**defaults, **changes})
+
+
+def timeline_of(config: TrainConfig) -> Timeline:
+    return Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
+
+
+def build(config: TrainConfig) -> SynchronousModel:
+    compute = precision.choose(config.precision, has_gpu=False)
+    return build_model(config, IMAGES, timeline_of(config), compute, ranks=1)
+
+
+def stream(config: TrainConfig, first_step: int = 0) -> AbstractContextManager[tf.data.Iterator]:
+    last_step = timeline_of(config).total_steps
+    return loop.training_stream(config, IMAGES, World(), first_step=first_step, last_step=last_step)
+
+
+def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
+    with stream(config) as batches:
+        return next(batches)
+
+
+def fit(model: SynchronousModel, config: TrainConfig, callbacks: Sequence) -> None:
+    """From the model's step to the end of the run."""
+    with stream(config, int(model.run.global_step.numpy())) as batches:
+        loop.fit(model, batches, timeline_of(config), callbacks)
+
+
+def state(model: SynchronousModel) -> dict[str, np.ndarray]:
+    return {name: variable.numpy() for name, variable in model.named_state().items()}

@@ -1,0 +1,474 @@
+"""Reading the published layouts, the training stream, and downloads from a real server."""
+
+import hashlib
+import http.server
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnnopt.data import datasets
+from cnnopt.data.datasets import DataError
+from tests.helpers.cifar_copies import BINARY_10, EVERY_LAYOUT, PYTHON_10, dataset_of, python2_pickle, small_copy
+
+# Read when the module is collected, before a fixture removes the variable.
+REAL_DATA_DIR = os.environ.get("CNNOPT_DATA_DIR", "")
+IDS = [layout.folder for layout in EVERY_LAYOUT]
+
+
+@pytest.fixture(autouse=True)
+def no_data_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.delenv("CNNOPT_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["folder", "archive", "folder itself"])
+@pytest.mark.parametrize("layout", EVERY_LAYOUT, ids=IDS)
+def test_published_layouts_are_read_exactly(layout, form, tmp_path):
+    copy = small_copy(layout)
+    data_dir = tmp_path
+    if form == "archive":
+        copy.archive(tmp_path)
+    else:
+        folder = copy.folder(tmp_path)
+        data_dir = folder if form == "folder itself" else tmp_path
+    datasets.check(dataset_of(layout), data_dir)
+    loaded = datasets.load(dataset_of(layout), data_dir)
+    np.testing.assert_array_equal(loaded.train_images, copy.images(*layout.train))
+    np.testing.assert_array_equal(loaded.test_images, copy.images(layout.test))
+    np.testing.assert_array_equal(loaded.train_labels, np.concatenate([copy.labels[f] for f in layout.train]))
+    np.testing.assert_array_equal(loaded.test_labels, copy.labels[layout.test])
+    assert loaded.train_images.dtype == np.uint8
+    assert loaded.train_images.flags.c_contiguous
+    assert loaded.train_labels.dtype == loaded.test_labels.dtype == np.int64
+    assert loaded.class_names == copy.names
+    assert loaded.num_classes == layout.num_classes
+    assert loaded.name == dataset_of(layout)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pickle_writer_of_these_tests_writes_what_python_reads(tmp_path):
+    pixels = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    found = pickle.loads(python2_pickle({"data": pixels, "labels": [3, 300]}), encoding="bytes")
+    np.testing.assert_array_equal(found[b"data"], pixels)
+    assert found[b"labels"] == [3, 300]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("keys", ["bytes", "str"])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_pickles_written_by_python_3_and_this_numpy(protocol, keys, order, tmp_path):
+    copy = small_copy(PYTHON_10)
+
+    def key(name: str) -> object:
+        return name if keys == "str" else name.encode()
+
+    for file, pixels in copy.pixels.items():
+        batch = {key("data"): np.array(pixels, order=order), key("labels"): copy.labels[file].tolist()}
+        copy.files[file] = pickle.dumps(batch, protocol=protocol)
+    copy.files["batches.meta"] = pickle.dumps({key("label_names"): [key(n) for n in copy.names]}, protocol=protocol)
+    copy.folder(tmp_path)
+    loaded = datasets.load("cifar10", tmp_path)
+    np.testing.assert_array_equal(loaded.train_images, copy.images(*PYTHON_10.train))
+    assert loaded.class_names == copy.names
+
+
+def test_the_two_layouts_of_the_real_cifar_10_are_equal():
+    folders = [Path(REAL_DATA_DIR) / layout.folder for layout in (PYTHON_10, BINARY_10)]
+    if not all(folder.is_dir() for folder in folders):
+        pytest.skip("needs both CIFAR-10 layouts in $CNNOPT_DATA_DIR")
+    pickled, binary = (datasets.load("cifar10", folder) for folder in folders)
+    for part in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(pickled, part), getattr(binary, part))
+    assert pickled.class_names == binary.class_names
+    assert pickled.class_names[::9] == ("airplane", "truck")
+    assert len(pickled.train_images) == 50_000
+    np.testing.assert_array_equal(np.bincount(pickled.train_labels), [5000] * 10)
+    np.testing.assert_array_equal(np.bincount(pickled.test_labels), [1000] * 10)
+
+
+def test_a_complete_archive_wins_over_an_incomplete_folder(tmp_path):
+    copy = small_copy(PYTHON_10)
+    (copy.folder(tmp_path) / "data_batch_3").unlink()
+    with pytest.raises(DataError, match="data_batch_3: file not found; complete or delete"):
+        datasets.check("cifar10", tmp_path)
+    copy.archive(tmp_path)
+    assert len(datasets.load("cifar10", tmp_path).train_images) == 20
+
+
+def test_the_directory_is_the_flag_else_the_variable_else_that_of_keras(tmp_path, monkeypatch):
+    for images, place in enumerate(["home/.keras/datasets", "variable", "flag"], start=1):
+        small_copy(BINARY_10, images_per_file=images).folder(tmp_path / place)
+    assert len(datasets.load("cifar10").test_images) == 1
+    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "variable"))
+    assert len(datasets.load("cifar10").test_images) == 2
+    assert len(datasets.load("cifar10", tmp_path / "flag").test_images) == 3
+
+
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_a_data_dir_that_does_not_exist_is_refused_at_once(name, tmp_path):
+    for use in (datasets.check, datasets.load):
+        with pytest.raises(DataError, match=r"^--data-dir .*absent: does not exist"):
+            use(name, tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"^--data-dir .*file: is not a directory"):
+        datasets.check(name, tmp_path / "file")
+
+
+def test_an_empty_data_dir_is_refused_and_stays_empty(tmp_path):
+    with pytest.raises(DataError) as refused:
+        datasets.load("cifar100", tmp_path)
+    for looked_for in ("cifar-100-python/", "cifar-100-binary/", "cifar-100-python.tar.gz", "--data-dir"):
+        assert looked_for in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_data_set_names_the_choices():
+    with pytest.raises(DataError, match="--dataset mnist: choose one of cifar10, cifar100, digits, synthetic"):
+        datasets.load("mnist")
+
+
+def test_nothing_to_check_where_load_would_download_or_make_the_data(tmp_path):
+    for name in datasets.DATASETS:
+        datasets.check(name, None)
+    assert not (tmp_path / "home").exists()
+
+
+def test_digits():
+    digits = datasets.load("digits")
+    assert digits.train_images.shape == (1437, 32, 32, 3)
+    assert datasets.DATASETS["digits"] == 1437
+    assert digits.test_images.shape == (360, 32, 32, 3)
+    assert digits.num_classes == 10
+    assert digits.train_images.dtype == np.uint8
+    assert (digits.train_images.min(), digits.train_images.max()) == (0, 255)
+    assert (digits.train_images[..., 0] == digits.train_images[..., 2]).all()
+    assert np.ptp(np.bincount(digits.test_labels)) <= 3
+    again = datasets.load("digits", seed=1)
+    np.testing.assert_array_equal(digits.test_images, again.test_images)
+
+
+def test_bilinear_resize_keeps_constants_and_interpolates():
+    flat = np.full((1, 8, 8, 1), 7.0)
+    np.testing.assert_allclose(datasets._resized(flat, 32), 7.0)
+    ramp = np.broadcast_to(np.arange(8.0)[None, None, :, None], (1, 8, 8, 1))
+    expected = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    np.testing.assert_allclose(datasets._resized(ramp, 32)[0, 5, :, 0], expected)
+
+
+def test_synthetic_images_are_seeded_balanced_and_learnable():
+    first = datasets.load("synthetic", seed=3, synthetic_sizes=(400, 100))
+    again = datasets.load("synthetic", seed=3, synthetic_sizes=(400, 100))
+    other = datasets.load("synthetic", seed=4, synthetic_sizes=(400, 100))
+    np.testing.assert_array_equal(first.train_images, again.train_images)
+    assert not np.array_equal(first.train_images, other.train_images)
+    np.testing.assert_array_equal(np.bincount(first.train_labels), [40] * 10)
+    # The nearest class mean, the weakest of learners, tells most of them apart.
+    means = np.stack([first.train_images[first.train_labels == c].mean(0).ravel() for c in range(10)])
+    test = first.test_images.reshape(100, -1).astype(float)
+    nearest = np.argmin((means**2).sum(1) - 2 * test @ means.T, axis=1)
+    assert (nearest == first.test_labels).mean() > 0.8
+
+
+def test_import_is_light():
+    slow = "('tensorflow', 'sklearn', 'rich', 'ssl')"
+    code = f"import sys, cnnopt.data.datasets; print([m for m in {slow} if m in sys.modules])"
+    root = Path(datasets.__file__).parents[2]
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
+
+
+# The training stream -------------------------------------------------------------------------------------------
+
+
+def numbered_images(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+
+
+def stream(images, *, first_step=0, last_step=4, **options):
+    settings_ = {"batch_size": 8, "seed": 5, "augment": "none", **options}
+    labels = np.arange(len(images))
+    parts = list(datasets.batches(images, labels, first_step=first_step, last_step=last_step, **settings_))
+    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+
+
+@given(num_images=st.integers(1, 60), batch_size=st.integers(1, 80), seed=st.integers(0, 2**32))
+@settings(deadline=None, max_examples=60)
+def test_each_image_comes_once_an_epoch_and_batches_are_full(num_images, batch_size, seed):
+    steps = -(-3 * num_images // batch_size)
+    taken = [datasets.indices(s, batch_size=batch_size, num_images=num_images, seed=seed) for s in range(steps)]
+    assert all(part.shape == (batch_size,) and part.dtype == np.int64 for part in taken)
+    flat = np.concatenate(taken)
+    for epoch in range(3):
+        part = flat[epoch * num_images : (epoch + 1) * num_images]
+        np.testing.assert_array_equal(np.sort(part), np.arange(num_images))
+
+
+def test_epochs_and_seeds_have_different_orders():
+    orders = [datasets.indices(e, batch_size=50, num_images=50, seed=s).tolist() for e in range(2) for s in range(2)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@given(
+    num_images=st.integers(1, 30),
+    shard=st.integers(1, 5),
+    size=st.sampled_from([1, 2, 4]),
+    augment=st.sampled_from(datasets.AUGMENTATIONS),
+    seed=st.integers(0, 2**63),
+    resume=st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=40)
+def test_ranks_and_resumes_give_one_and_the_same_stream(num_images, shard, size, augment, seed, resume):
+    images = numbered_images(num_images)
+    options = {"batch_size": 4 * shard, "augment": augment, "seed": seed, "last_step": 5}
+    whole_images, whole_labels = stream(images, **options)
+    parts = [
+        list(
+            datasets.batches(images, np.arange(num_images), first_step=min(resume, 4), rank=rank, size=size, **options)
+        )
+        for rank in range(size)
+    ]
+    start = min(resume, 4) * 4 * shard
+    found_images = np.concatenate([x for step in zip(*parts, strict=True) for x, _ in step])
+    found_labels = np.concatenate([y for step in zip(*parts, strict=True) for _, y in step])
+    np.testing.assert_array_equal(found_images, whole_images[start:])
+    np.testing.assert_array_equal(found_labels, whole_labels[start:])
+
+
+def test_types_and_order_of_a_batch():
+    images = numbered_images(20)
+    found, labels = next(
+        datasets.batches(
+            images, np.arange(20), batch_size=8, seed=1, augment="none", first_step=2, last_step=3, rank=1, size=2
+        )
+    )
+    expected = datasets.indices(2, batch_size=8, num_images=20, seed=1)[4:]
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(found, images[expected])
+    assert found.dtype == np.uint8
+    assert found.flags.c_contiguous
+    assert labels.dtype == np.int64
+
+
+def test_no_steps_are_no_batches():
+    images = numbered_images(3)
+    none = datasets.batches(images, np.arange(3), batch_size=2, seed=0, augment="none", first_step=4, last_step=4)
+    assert list(none) == []
+
+
+def windows(image: np.ndarray, margin: int, mode: str) -> list[np.ndarray]:
+    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode=mode)
+    places = range(2 * margin + 1)
+    return [padded[y : y + 32, x : x + 32] for y in places for x in places]
+
+
+@pytest.mark.parametrize(("augment", "margin", "mode"), [("standard", 4, "reflect"), ("shift", 3, "edge")])
+def test_augmented_images_are_windows_of_the_padded_image(augment, margin, mode):
+    images = numbered_images(6)
+    found, labels = stream(images, augment=augment, last_step=30)
+    offsets, flips = set(), 0
+    allowed = {}
+    for i, image in enumerate(images):
+        for place, window in enumerate(windows(image, margin, mode)):
+            allowed[window.tobytes(), i] = (place, False)
+            allowed[window[:, ::-1].tobytes(), i] = (place, True)
+    for image, label in zip(found, labels, strict=True):
+        place, flipped = allowed[image.tobytes(), label]
+        offsets.add(place)
+        flips += flipped
+    assert len(offsets) > 0.8 * (2 * margin + 1) ** 2
+    assert 0.3 < flips / len(found) < 0.7
+
+
+def flips_by_epoch(augment: str, num_images: int, epochs: int) -> np.ndarray:
+    """Whether image i was mirrored in epoch e, as [e, i], from images whose left half is dark."""
+    images = np.zeros((num_images, 32, 32, 3), np.uint8)
+    images[:, :, 16:] = 255
+    found, labels = stream(images, augment=augment, last_step=epochs * num_images // 8)
+    flipped = np.zeros((epochs, num_images), bool)
+    for position, (image, label) in enumerate(zip(found, labels, strict=True)):
+        flipped[position // num_images, label] = image[:, :8].mean() > 128
+    return flipped
+
+
+def test_alternating_flip_shows_each_image_in_both_orientations_in_two_epochs():
+    # 20 images in batches of 8: the boundary of two epochs falls inside a batch.
+    flipped = flips_by_epoch("standard", 20, 4)
+    np.testing.assert_array_equal(flipped[0], ~flipped[1])
+    np.testing.assert_array_equal(flipped[0], flipped[2])
+    assert 0 < flipped[0].sum() < 20
+
+
+def test_flips_of_shift_are_independent():
+    flipped = flips_by_epoch("shift", 40, 4)
+    assert (flipped[0] == flipped[1]).any()
+    assert (flipped[0] != flipped[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "size", "choices"),
+    [(130, 4, "128 or 132"), (3, 4, "4 or 8"), (7, 2, "6 or 8"), (0, 2, "2 or 4"), (-4, 2, "2 or 4")],
+)
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_at_the_call(batch_size, size, choices):
+    with pytest.raises(ValueError, match=rf"^--batch-size {batch_size} .* {size} ranks: use {choices}$"):
+        datasets.batches(
+            numbered_images(2), np.arange(2), batch_size=batch_size, seed=0, augment="none",
+            first_step=0, last_step=1, size=size,
+        )  # fmt: skip
+
+
+def test_an_unknown_augmentation_names_the_choices():
+    with pytest.raises(ValueError, match="--augment cutout: choose one of none, standard, shift"):
+        stream(numbered_images(2), augment="cutout")
+
+
+# Downloads -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine: `answers` maps paths to bodies, `requests` lists what was asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.requests.append(self.path)
+            body = self.server.answers.get(self.path)
+            if body is None:
+                self.send_error(404)
+                return
+            time.sleep(self.server.delay)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body) + self.server.missing))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.answers, running.requests, running.delay, running.missing = {}, [], 0.0, 0
+        running.url = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def published(server, tmp_path, monkeypatch):
+    """The server publishes a small CIFAR-10, and an empty $CNNOPT_DATA_DIR waits for it."""
+    (tmp_path / "upstream").mkdir()
+    body = small_copy(PYTHON_10).archive(tmp_path / "upstream").read_bytes()
+    server.answers["/cifar.tar.gz"] = body
+    download = datasets.Download(f"{server.url}/cifar.tar.gz", hashlib.md5(body).hexdigest())
+    monkeypatch.setitem(datasets.DOWNLOADS, "cifar10", download)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def visible(folder: Path) -> list[str]:
+    """What a download left, apart from the lock, which cannot be removed without a race."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_cifar_is_downloaded_once_and_read(server, published):
+    datasets.check("cifar10")
+    assert not server.requests
+    for _ in range(2):
+        assert len(datasets.load("cifar10").train_images) == 20
+    assert server.requests == ["/cifar.tar.gz"]
+    assert visible(published) == ["cifar-10-python.tar.gz"]
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_is_left(server, published, monkeypatch):
+    monkeypatch.setitem(datasets.DOWNLOADS, "cifar10", datasets.Download(f"{server.url}/cifar.tar.gz", "0" * 32))
+    with pytest.raises(DataError, match=r"cifar.tar.gz: the download has MD5 \w+, expected 0+; run again"):
+        datasets.load("cifar10")
+    assert visible(published) == []
+
+
+@pytest.mark.parametrize("fault", ["not found", "cut short", "no server", "endless", "not http"])
+def test_a_failed_download_names_the_address_and_the_remedy(fault, server, published, monkeypatch):
+    if fault == "not found":
+        server.answers.clear()
+    elif fault == "cut short":
+        server.missing = 1000
+    elif fault == "endless":
+        monkeypatch.setattr(datasets.cifar_files, "max_archive_bytes", lambda layout: 1000)
+    else:
+        scheme = "http" if fault == "no server" else "nonsense"
+        monkeypatch.setitem(
+            datasets.DOWNLOADS, "cifar10", datasets.Download(f"{scheme}://127.0.0.1:9/cifar.tar.gz", "")
+        )
+    with pytest.raises(DataError) as refused:
+        datasets.load("cifar10")
+    message = str(refused.value)
+    assert datasets.DOWNLOADS["cifar10"].url in message
+    for remedy in ("by hand", str(published / "cifar-10-python.tar.gz"), "--data-dir", "--dataset digits"):
+        assert remedy in message
+    assert "\n" not in message
+    assert visible(published) == []
+
+
+def test_the_default_directory_is_made_for_the_download(published, monkeypatch, tmp_path):
+    monkeypatch.delenv("CNNOPT_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert len(datasets.load("cifar10").train_images) == 20
+    assert visible(tmp_path / "home/.keras/datasets") == ["cifar-10-python.tar.gz"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file/.keras/datasets"):
+        datasets.load("cifar10")
+
+
+def test_a_mistyped_variable_starts_no_download(server, published, monkeypatch, tmp_path):
+    monkeypatch.setenv("CNNOPT_DATA_DIR", str(tmp_path / "dat"))
+    for attempt in (datasets.check, datasets.load):
+        with pytest.raises(DataError, match=r"^\$CNNOPT_DATA_DIR .*/dat: does not exist; name the directory"):
+            attempt("cifar10")
+    assert not server.requests
+    assert not (tmp_path / "dat").exists()
+    # Nor does it keep anybody from what needs no folder.
+    datasets.check("digits")
+
+
+def test_two_processes_download_once(server, published):
+    server.delay = 0.5
+    code = (
+        "import sys; from cnnopt.data import datasets as d; d.DOWNLOADS['cifar10'] = d.Download(*sys.argv[1:]);"
+        "print(len(d.load('cifar10').train_images))"
+    )
+    source = datasets.DOWNLOADS["cifar10"]
+    root = Path(datasets.__file__).parents[2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, source.url, source.md5], cwd=root, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["20", "20"]
+    assert server.requests == ["/cifar.tar.gz"]
+
+
+def test_progress_is_shown_on_a_terminal_only(published, monkeypatch, capsys):
+    datasets.load("cifar10", show_progress=True)
+    assert capsys.readouterr().err == ""
+    (published / "cifar-10-python.tar.gz").unlink()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    datasets.load("cifar10", show_progress=True)
+    captured = capsys.readouterr()
+    assert "cifar-10-python.tar.gz" in captured.err
+    assert captured.out == ""

@@ -1,0 +1,124 @@
+"""Images that all ranks of a host share: decoded once, mapped by all, never wrong and never in the way."""
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnopt.data.shared_images import shared
+
+SPLITS = (np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([1, 2]), np.zeros([1, 3, 4], np.uint8),
+          np.array([3]), ("cat", "dog"))  # fmt: skip
+
+
+class Reader:
+    """Counts how often it decodes, in all processes: a byte a time in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self):
+        with self.file.open("ab") as file:
+            file.write(b".")
+        return SPLITS
+
+    @property
+    def count(self) -> int:
+        return self.file.stat().st_size if self.file.exists() else 0
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "archive").write_bytes(b"images")
+    return tmp_path / "archive"
+
+
+@pytest.fixture
+def reader(tmp_path) -> Reader:
+    return Reader(tmp_path / "count")
+
+
+def same(found) -> bool:
+    arrays = all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found[:4], SPLITS[:4], strict=True))
+    return arrays and found[4] == SPLITS[4]
+
+
+def test_it_is_decoded_once_and_mapped_from_then_on(place, reader):
+    assert same(shared([place], reader))
+    again = shared([place], reader)
+    assert same(again)
+    assert reader.count == 1
+    assert all(isinstance(array, np.memmap) for array in again[:4])
+    with pytest.raises(ValueError, match="read-only"):
+        again[0][0] = 0
+
+
+def _ask(place: Path, reader: Reader) -> bool:
+    return same(shared([place], reader))
+
+
+def test_ranks_that_start_together_decode_it_once(place, reader, monkeypatch):
+    # Not by a fork of this process, in which TensorFlow has threads.
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        assert pool.starmap(_ask, [(place, reader)] * 4) == [True] * 4
+    assert reader.count == 1
+
+
+def test_other_bytes_at_the_same_place_are_decoded_anew(place, reader):
+    shared([place], reader)
+    (before,) = (place.parent / "tmp").glob("*/*/")
+    place.write_bytes(b"other images")
+    assert same(shared([place], reader))
+    assert reader.count == 2
+    # The memory that the old ones took is given back.
+    assert not before.exists()
+    assert len(list((place.parent / "tmp").glob("*/*/"))) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(place, reader):
+    shared([place], reader)
+    (folder,) = (place.parent / "tmp").glob("*/*/")
+    partial = folder.with_name(f"{folder.name.partition('-')[0]}-partial")
+    folder.rename(partial)
+    assert same(shared([place], reader))
+    assert folder.exists()
+    assert not partial.exists()
+
+
+def test_other_files_beside_them_change_nothing(place, reader):
+    shared([place], reader)
+    (place.parent / "notes.txt").write_text("mine")
+    shared([place], reader)
+    assert reader.count == 1
+
+
+def test_a_file_that_was_cut_short_is_not_used(place, reader):
+    shared([place], reader)
+    (images,) = (place.parent / "tmp").rglob("train_images.npy")
+    os.truncate(images, images.stat().st_size - 1)
+    assert same(shared([place], reader))
+    assert reader.count == 2
+
+
+def test_without_a_place_to_write_each_process_has_its_own(place, reader, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    for _ in range(2):
+        found = shared([place], reader)
+        assert same(found)
+        assert not isinstance(found[0], np.memmap)
+    assert reader.count == 2
+
+
+def test_nothing_is_left_half_made_where_reading_fails(place):
+    def fail():
+        raise RuntimeError("damaged")
+
+    with pytest.raises(RuntimeError, match="damaged"):
+        shared([place], fail)
+    assert [path.suffix for path in (place.parent / "tmp").glob("*/*")] == [".lock"]

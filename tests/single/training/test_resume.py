@@ -1,0 +1,333 @@
+"""What a run leaves at a save, and what another takes up from it: small runs in one process."""
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tf_keras.callbacks import Callback
+
+from cnnopt.distributed.peer_status import PeerStatus
+from cnnopt.distributed.signals import StopRequest
+from cnnopt.distributed.world import World
+from cnnopt.run import checkpoint
+from cnnopt.run.atomic_files import WriteError
+from cnnopt.run.run_folder import RunFolder
+from cnnopt.schedules import parse_duration
+from cnnopt.training import callbacks, metrics, resume, session
+from tests.helpers import small_runs
+
+
+class Tell(Callback):
+    """Tells the run to stop while it takes the step after ``step``."""
+
+    def __init__(self, request: StopRequest, step: int) -> None:
+        super().__init__()
+        self.request, self.step = request, step
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self.request.told = self.request.told or batch == self.step
+
+
+def run(
+    path, *, save_every: str = "100s", stop_in: int | None = None, hooks: Sequence[Callback] = (), **changes: object
+) -> tuple[RunFolder, callbacks.StopWhenTold]:
+    """Train to the end or until told in step ``stop_in``, from the newest checkpoint; the real hooks in their order."""
+    changes = {"run_dir": str(path), "name": "run", "deterministic": True, **changes}
+    config = small_runs.settings(save_every=save_every, **changes)
+    folder, world, timeline = RunFolder.of(config), World(), small_runs.timeline_of(config)
+    model = small_runs.build(config)
+    folder.open(config, {})
+    first_step = resume.restore(model, config, folder, world, say=print)
+    request = StopRequest()
+    stop = callbacks.StopWhenTold(request)
+    every = parse_duration(save_every, "esm")
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    small_runs.fit(
+        model,
+        config,
+        [
+            *hooks,
+            *([Tell(request, stop_in)] if stop_in is not None else []),
+            stop,
+            callbacks.Prune(),
+            metrics.Measure(timeline),
+            callbacks.Evaluate(small_runs.IMAGES, world),
+            metrics.Record(folder, config, timeline, first_step, console),
+            callbacks.Save(every, timeline, config, folder.checkpoints, world, console),
+        ],
+    )
+    return folder, stop
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [checkpoint.load(path).step for path in checkpoint.list_steps(folder.checkpoints)]
+
+
+@pytest.mark.parametrize("save_every", ["8s", "4s"])
+def test_a_save_at_the_last_step_of_an_epoch_comes_after_its_line(tmp_path, monkeypatch, save_every):
+    found = []
+
+    def save(path, step, arrays, state, **settings):
+        lines = folder.metrics() if folder.metrics_file.exists() else []
+        found.append((step, len(lines), "metric" in state))
+
+    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "save", save)
+    run(tmp_path, save_every=save_every)
+    at_ends = [(8, 1, True), (16, 2, True), (24, 3, True)]
+    between = [(4, 0, False), (12, 1, False), (20, 2, False)] if save_every == "4s" else []
+    assert found == sorted(at_ends + between)
+
+
+@pytest.mark.parametrize(("stop_in", "lines"), [(7, 1), (8, 1), (23, 3)])
+def test_a_stop_at_the_last_step_of_an_epoch_waits_for_its_line(tmp_path, stop_in, lines):
+    folder, stop = run(tmp_path, stop_in=stop_in)
+    assert stop.stopped
+    assert steps(folder) == [stop_in + 1]
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24][:lines]
+
+
+def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(tmp_path):
+    undisturbed, _ = run(tmp_path / "one")
+    folder, _ = run(tmp_path / "two", stop_in=10)
+    assert steps(folder) == [11]
+    run(tmp_path / "two", stop_in=13)
+    folder, stop = run(tmp_path / "two")
+    assert not stop.stopped
+    last, wanted = (checkpoint.load(checkpoint.list_steps(f.checkpoints)[-1]) for f in (folder, undisturbed))
+    for name, value in wanted.arrays.items():
+        np.testing.assert_array_equal(last.arrays[name], value, err_msg=name)
+    for line, other in zip(folder.metrics(), undisturbed.metrics(), strict=True):
+        assert line["step"] == other["step"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert line["accuracy"] == pytest.approx(other["accuracy"], rel=1e-6)
+        assert (line["val_loss"], line["val_accuracy"]) == (other["val_loss"], other["val_accuracy"])
+
+
+def test_epochs_that_end_in_one_step_are_one_line_and_the_end_is_saved(tmp_path):
+    # A batch of 512 is two epochs of 256 images: the first step ends epochs 1 and 2, the second epoch 3.
+    folder, _ = run(tmp_path, save_every="1e", batch_size=512, warmup="0s", prune_begin="0s", prune_end="1s")
+    assert [line["step"] for line in folder.metrics()] == [1, 2]
+    assert folder.metrics()[-1]["epoch"] == 3
+    assert steps(folder) == [1, 2]
+
+
+class Break(Callback):
+    """Puts a file where the folder of checkpoints belongs, before the step after ``step``."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__()
+        self.folder, self.step = folder, step
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if batch == self.step:
+            self.folder.write_text("")
+
+
+def test_a_save_that_fails_costs_the_run_only_where_no_other_follows(tmp_path, capsys):
+    path = tmp_path / "run" / "checkpoints"
+    with pytest.raises(checkpoint.SaveError, match="step-00000024"):
+        run(tmp_path, save_every="1e", hooks=[Break(path, 3)])
+    said = capsys.readouterr().out
+    assert [f"step-{step:08d}" in said for step in (8, 16, 24)] == [True, True, False]
+    assert said.count("training goes on") == 2
+    path.unlink()
+    with pytest.raises(checkpoint.SaveError, match="step-00000005"):
+        run(tmp_path, save_every="1e", hooks=[Break(path, 3)], stop_in=4)
+
+
+def test_strict_save_ends_the_run_at_the_first_save_that_fails(tmp_path):
+    with pytest.raises(checkpoint.SaveError, match="step-00000008"):
+        run(tmp_path, save_every="1e", strict_save=True, hooks=[Break(tmp_path / "run" / "checkpoints", 3)])
+
+
+class Limit(Callback):
+    """While epoch ``epoch`` ends, files may grow by ``spare`` bytes: as on a full disk, a write falls short."""
+
+    def __init__(self, path: Path, spare: int, epoch: int) -> None:
+        super().__init__()
+        self.path, self.spare, self.epoch = path, spare, epoch
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if epoch == self.epoch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + self.spare, self.before[1]))
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.parametrize("spare", [0, 50])
+def test_a_line_that_finds_no_space_is_written_with_the_next(tmp_path, capsys, spare):
+    folder = RunFolder(tmp_path / "run")
+    run(tmp_path, hooks=[Limit(folder.metrics_file, spare, 1)])
+    said = capsys.readouterr().out
+    assert f"cannot record epoch 2 in {folder.path}" in said
+    assert said.count("training goes on") == 1
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_line_that_waits_is_written_when_the_run_is_told_to_stop(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    limit = Limit(folder.metrics_file, 50, 1)
+    run(tmp_path, hooks=[limit], stop_in=18)
+    run(tmp_path)
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_last_line_that_finds_no_space_ends_the_run_and_is_made_again(tmp_path):
+    limit = Limit(tmp_path / "run/metrics.jsonl", 50, 2)
+    try:
+        with pytest.raises(WriteError, match=r"cannot record epoch 3 .*; free some space"):
+            run(tmp_path, save_every="1e", hooks=[limit])
+    finally:
+        limit.on_epoch_begin(0)
+    folder, _ = run(tmp_path, save_every="1e")
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_run_goes_on_in_another_precision_with_a_loss_scale_of_its_own(tmp_path, capsys, float32_policy):
+    folder, _ = run(tmp_path, stop_in=7, precision="float16")
+    identity = small_runs.settings(precision="auto").identity()
+    saved = checkpoint.load(checkpoint.list_steps(folder.checkpoints)[-1])
+    assert saved.arrays["loss_scale/000/loss_scale:0"] == 2**15
+    # What a run with --precision auto leaves on a machine with a GPU.
+    saved.state["identity"] = {**identity, "deterministic": True}
+    checkpoint.save(folder.checkpoints, 8, saved.arrays, saved.state)
+    folder.config_file.write_text(json.dumps({"identity": saved.state["identity"]}))
+    run(tmp_path, precision="auto", stop_in=15)
+    assert "--precision auto was float16 up to here, and is " in capsys.readouterr().out
+    (last,) = [load for load in map(checkpoint.load, checkpoint.list_steps(folder.checkpoints)) if load.step == 16]
+    assert last.arrays["loss_scale/000/loss_scale:0"] == 1
+    assert max(np.abs(value).max() for name, value in last.arrays.items() if "kernel" in name) < 5
+
+
+def test_a_named_checkpoint_of_another_run_is_for_the_first_start(tmp_path, capsys):
+    first, _ = run(tmp_path, stop_in=3)
+    (source,) = checkpoint.list_steps(first.checkpoints)
+    second, _ = run(tmp_path, name="second", resume=str(source), stop_in=6)
+    assert f"resumed after step 4 from {source}" in capsys.readouterr().out
+    run(tmp_path, name="second", resume=str(source), stop_in=9)
+    said = capsys.readouterr().out
+    assert f"--resume {source} was for the first start" in said
+    assert f"resumed after step 7 from {second.checkpoints / 'step-00000007'}" in said
+    assert steps(second) == [7, 10]
+    # A checkpoint of its own takes a run back.
+    run(tmp_path, name="second", resume=str(second.checkpoints / "step-00000007"), stop_in=8)
+    assert "resumed after step 7" in capsys.readouterr().out
+
+
+def test_a_run_goes_back_once_and_never_on_from_what_it_has_left(tmp_path, capsys):
+    folder, _ = run(tmp_path, save_every="5s", keep=9, stop_in=17)
+    assert steps(folder) == [5, 10, 15, 18]
+    back = str(folder.checkpoints / "step-00000010")
+    run(tmp_path, keep=9, resume=back, stop_in=12)
+    assert f"resumed after step 10 from {back}" in capsys.readouterr().out
+    assert steps(folder) == [5, 10, 13]
+    assert sorted(path.name for path in folder.checkpoints.glob("abandoned-*")) == [
+        "abandoned-step-00000015",
+        "abandoned-step-00000018",
+    ]
+    # Queued again with the same flags, and then started without them.
+    run(tmp_path, keep=9, resume=back, stop_in=13)
+    said = capsys.readouterr().out
+    assert f"--resume {back} was for the first start" in said
+    assert "resumed after step 13" in said
+    run(tmp_path, keep=9)
+    assert "resumed after step 14" in capsys.readouterr().out
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+    # The checkpoint that it went back to has gone meanwhile.
+    shutil.move(back, tmp_path)
+    folder.check(small_runs.settings(run_dir=str(tmp_path), name="run", deterministic=True, resume=back))
+    shutil.move(tmp_path / "step-00000010", back)
+    # Asked for anew after another start, it is done again.
+    run(tmp_path, keep=9, resume=back, stop_in=10)
+    assert f"resumed after step 10 from {back}" in capsys.readouterr().out
+
+
+def test_a_save_in_the_same_step_does_not_hide_a_stop(tmp_path):
+    folder, stop = run(tmp_path, save_every="0.000001m", stop_in=3)
+    assert stop.stopped
+    assert steps(folder)[-1] == 4
+
+
+def test_a_part_of_a_minute_between_saves(tmp_path):
+    folder, _ = run(tmp_path, save_every="0.000001m", epochs=2)
+    assert steps(folder)[-1] == 16
+
+
+def test_the_end_of_another_run_is_no_start(tmp_path):
+    folder, _ = run(tmp_path)
+    last = checkpoint.list_steps(folder.checkpoints)[-1]
+    with pytest.raises(checkpoint.CheckpointError, match=f"--resume {last}: is the end of its run; give one before it"):
+        run(tmp_path, name="second", resume=str(last))
+
+
+def test_the_speed_of_an_epoch_is_that_of_its_training(tmp_path, monkeypatch):
+    late = 0.0
+
+    def slow_evaluation(*given, **named):
+        nonlocal late
+        late += 1000
+        return evaluate(*given, **named)
+
+    evaluate, clock = callbacks.evaluate, time.perf_counter
+    monkeypatch.setattr(callbacks, "evaluate", slow_evaluation)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock() + late)
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")
+    config = small_runs.settings(run_dir=str(tmp_path), name="run", deterministic=True)
+    folder = RunFolder.of(config)
+    folder.open(config, {})
+    rank = session.Rank(World(), Console(quiet=True), StopRequest(), PeerStatus("test"))
+    assert not session.train(rank, small_runs.build(config), small_runs.IMAGES, config, folder)
+    assert [line["seconds"] < 1000 for line in folder.metrics()] == [True] * 3
+    assert late == 3000
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda arrays, state: state.update(identity=3), "of another configuration: it names none"),
+        (lambda arrays, state: state.pop("identity"), "of another configuration: it names none"),
+        (lambda arrays, state: arrays.update(other=np.zeros(3)), "of another model: other"),
+        (lambda arrays, state: arrays.pop("global_step"), "of another model: global_step"),
+        (lambda arrays, state: arrays.update(global_step=np.zeros(3)), "of another model: global_step"),
+        (lambda arrays, state: state.update(epoch_sums="many"), "of another model: epoch_sums"),
+        (lambda arrays, state: state.update(epoch_sums=[1.0, None, 2.0, 3.0]), "of another model: epoch_sums"),
+    ],
+)
+def test_a_checkpoint_that_verifies_but_does_not_fit_is_skipped_with_the_reason(tmp_path, capsys, change, reason):
+    folder, _ = run(tmp_path, stop_in=3)
+    saved = checkpoint.load(checkpoint.list_steps(folder.checkpoints)[-1])
+    change(saved.arrays, saved.state)
+    checkpoint.save(folder.checkpoints, 5, saved.arrays, saved.state)
+    run(tmp_path, stop_in=6)
+    said = capsys.readouterr().out
+    assert f"skipped {folder.checkpoints / 'step-00000005'}: {reason}\n" in said
+    assert "resumed after step 4 from" in said
+
+
+def test_where_no_checkpoint_can_be_used_the_run_is_not_begun_anew(tmp_path, capsys):
+    folder, _ = run(tmp_path, stop_in=11)
+    lines = folder.metrics()
+    assert lines
+    for path in checkpoint.list_steps(folder.checkpoints):
+        (path / "manifest.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=f"^no checkpoint in {folder.checkpoints} can be used: move"):
+        run(tmp_path)
+    assert f"skipped {path}: " in capsys.readouterr().out
+    assert folder.metrics() == lines
+
+
+def test_epochs_between_saves_are_counted_where_a_step_ends_several(tmp_path):
+    # 256 images: a step of 512 ends two epochs.
+    folder, _ = run(tmp_path, save_every="4e", batch_size=512, epochs=12, warmup="0s", sparsity=0.0, keep=9)
+    assert [path.name for path in checkpoint.list_steps(folder.checkpoints)] == [
+        "step-00000002", "step-00000004", "step-00000006"
+    ]  # fmt: skip
