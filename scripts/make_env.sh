@@ -18,20 +18,22 @@ unset VIRTUAL_ENV PYTHONHOME PYTHONPATH
 unset MAKEOVERRIDES MFLAGS
 MAKEFLAGS=-j$(nproc)
 export MAKEFLAGS
+# Horovod compiles against this TensorFlow with these two files (scripts/horovod/toolchain.cmake says why).
+export CMAKE_TOOLCHAIN_FILE=$PWD/scripts/horovod/toolchain.cmake
 # What is built here is built with the Python that the checks below have seen.
 export UV_PYTHON_DOWNLOADS=never
 
 say() { echo "make_env: $*" >&2; }
 
 find_python() {
-    local candidate candidates=(python3.12 python3.11 python3.10 python3)
+    local candidate candidates=(python3.13 python3.12 python3.11 python3.10 python3)
     [ -z "${PYTHON-}" ] || candidates=("$PYTHON")
     # Run, not merely looked up: a pyenv shim is on PATH for versions it then refuses to start.
     for candidate in "${candidates[@]}"; do
         # The base executable, because a venv made from another venv breaks when that one goes.
         "$candidate" -c '
 import sys
-if not (3, 10) <= sys.version_info < (3, 13):
+if not (3, 10) <= sys.version_info < (3, 14):
     sys.exit(1)
 print(getattr(sys, "_base_executable", sys.executable))' 2>/dev/null && return
     done
@@ -76,7 +78,7 @@ lock() {
     cp requirements-dev.txt requirements.txt
     "${compile[@]}" --output-file requirements.txt >/dev/null
     # With the upper bound in every line, pip on Python 3.13 would skip every package and call it success.
-    sed -i "s/python_full_version < '3.13' and //" requirements.txt requirements-dev.txt
+    sed -i "s/python_full_version < '3.14' and //" requirements.txt requirements-dev.txt
 }
 
 install() {
@@ -120,7 +122,7 @@ need() {
 
 [ "$(uname -s)" = Linux ] || need "Linux, for which Horovod and TensorFlow are built here (on Windows: WSL 2)"
 python=$(find_python) ||
-    need "Python 3.10, 3.11 or 3.12${PYTHON:+ (PYTHON=$PYTHON is not one)}: apt-get install python3 python3-venv, or set PYTHON=/path/to/python3.11"
+    need "Python 3.10 to 3.13${PYTHON:+ (PYTHON=$PYTHON is not one)}: apt-get install python3 python3-venv, or set PYTHON=/path/to/python3.11"
 if [ "${1-}" != lock ]; then
     find_compiler || need "a C++17 compiler, to build Horovod${CXX:+ (CXX=$CXX is not one)}: apt-get install g++"
     make --version >/dev/null 2>&1 || need "make, to build Horovod: apt-get install make"
