@@ -51,7 +51,7 @@ class Count(keras.callbacks.Callback):
         self.losses.append(float(logs["loss"]))
 
 
-def collectives(model: SynchronousModel, stream) -> tuple[dict[str, int], list[int]]:
+def collective_operations(model: SynchronousModel, stream) -> tuple[dict[str, int], list[int]]:
     """Horovod's operations in the graph of a step, by type; and how many gradients of kernels each one waits for."""
     graph = model.train_function.get_concrete_function(iter(stream)).graph.as_graph_def()
     bodies = [graph.node, *(function.node_def for function in graph.library.function)]
@@ -96,7 +96,7 @@ def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], 
         loop.fit(model, stream, timeline, [count, callbacks.Prune()])
     model.pruner.verify_final()
     model.agree()
-    ops, waits = collectives(model, stream)
+    ops, waits = collective_operations(model, stream)
     return {name: v.numpy() for name, v in model.named_state().items()}, {
         "losses": count.losses,
         "bytes": count.bytes,
