@@ -17,6 +17,7 @@ MODULES = {
 PURE = [
     "cnnopt.config",
     "cnnopt.schedules",
+    "cnnopt.model.topology",
     "cnnopt.distributed.slurm",
     "cnnopt.distributed.rendezvous",
     "cnnopt.launch",
