@@ -37,7 +37,7 @@ from cnnopt.training import loop  # noqa: E402
 from cnnopt.training import step as training_step  # noqa: E402
 
 IMAGES = datasets.load("synthetic", synthetic_sizes=(2048, 64))
-BY_STAGE = training_step.by_stage
+BY_STAGE = training_step.bucket_by_stage
 COMPUTE = precision.choose(asked, has_gpu=collectives.device() == "GPU")
 
 
@@ -52,7 +52,7 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training_step.SynchronousModel:
     """The program's model; ``none`` leaves out the exchange: the collectives, and what is done to their sums."""
     config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
-    training_step.by_stage = BY_STAGE if apart else lambda *_: None
+    training_step.bucket_by_stage = BY_STAGE if apart else lambda *_: None
     made = training_step.build_model(config, IMAGES, timeline, COMPUTE, ranks=world.size)
     if exchange == "none":
         made.exchange.total = lambda flat, name: flat

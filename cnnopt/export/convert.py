@@ -12,8 +12,9 @@ import tf_keras as keras
 from cnnopt.distributed.host import quiet_stderr
 from cnnopt.errors import RunError
 from cnnopt.export import clustering, qat, tflite_file
-from cnnopt.export.trained import CENTROIDS, TrainedError, TrainedRun, layer_names
+from cnnopt.export.trained import CENTROIDS, TrainedError, TrainedRun
 from cnnopt.model.resnet import FLOAT, Parts, resnet
+from cnnopt.model.topology import layer_names
 
 #: Below this many weights the converter leaves a kernel in float32 in dynamic-range files.
 DYNAMIC_MINIMUM = 1024

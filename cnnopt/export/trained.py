@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cnnopt.errors import UserError
+from cnnopt.model.topology import layer_names, weight_shapes
 from cnnopt.run import atomic_files, checkpoint
 from cnnopt.run.run_folder import RunFolder
 
@@ -70,26 +71,6 @@ class TrainedRun:
         digest = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(self.weights)))
         kind = f"{epochs}e-{clusters}c" if clusters else f"{epochs}e"
         return self.path / "qat" / f"{kind}-{digest.hexdigest()[:8]}"
-
-
-def layer_names(depth: int) -> list[str]:
-    """The layers of ``cnnopt.model.resnet.resnet`` that have a kernel, in the order of computation."""
-    blocks = range(1, (depth - 2) // 6 + 1)
-    convolutions = [f"stage{s}_block{b}_conv{c}" for s in (1, 2, 3) for b in blocks for c in (1, 2)]
-    return ["stem", *convolutions, "classifier"]
-
-
-def weight_shapes(depth: int, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight of ``cnnopt.model.resnet``, but for ``mean:0`` and ``std:0``, which only broadcast."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    channels = 3
-    for layer in layer_names(depth)[:-1]:
-        filters = 16 if layer == "stem" else 8 << int(layer[5])
-        shapes[f"{layer}/kernel:0"] = (3, 3, channels, filters)
-        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
-            shapes[f"{layer}_bn/{name}:0"] = (filters,)
-        channels = filters
-    return {**shapes, "classifier/kernel:0": (channels, num_classes), "classifier/bias:0": (num_classes,)}
 
 
 def read(path: Path) -> TrainedRun:

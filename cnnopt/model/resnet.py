@@ -10,6 +10,8 @@ import tensorflow as tf
 import tf_keras as keras
 from tf_keras import layers
 
+from cnnopt.model import topology
+
 
 def pixel_statistics(images: np.ndarray, normalize: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float32, of uint8 images [n, 32, 32, 3], to broadcast against one image.
@@ -112,11 +114,10 @@ def resnet(
 ) -> keras.Model:
     """A ResNet v1 of ``depth`` = 6n+2 layers: raw pixels [batch, 32, 32, 3] to float32 logits [batch, num_classes].
 
-    ``widen`` runs half-precision convolutions in float32 (see ``Conv2D``). Kernels are drawn from the global
-    Keras seed with He initialisation; convolutions have no bias, as BatchNorm follows each of them.
+    Names and shapes of its layers are those of ``topology``, which raises ValueError for another depth. ``widen`` runs
+    half-precision convolutions in float32 (see ``Conv2D``). Kernels are drawn from the global Keras seed with He
+    initialisation; convolutions have no bias, as BatchNorm follows each of them.
     """
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth {depth} is not 6n+2")
 
     def conv_bn(x: tf.Tensor, filters: int, strides: int, name: str) -> tf.Tensor:
         x = parts.convolution(
@@ -144,16 +145,14 @@ def resnet(
 
     images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
     x = parts.standardize(mean, std, name="standardize")(images)
-    x = shortcut = relu(conv_bn(x, 16, 1, "stem"), "stem_relu")
-    for stage, filters in enumerate((16, 32, 64), start=1):
-        for block in range(1, (depth - 2) // 6 + 1):
-            prefix = f"stage{stage}_block{block}"
-            down = stage > 1 and block == 1
-            if down:
-                shortcut = IdentityShortcut(name=f"{prefix}_shortcut")(shortcut)
-            y = relu(conv_bn(x, filters, 2 if down else 1, f"{prefix}_conv1"), f"{prefix}_relu1")
-            y = parts.rounded(conv_bn(y, filters, 1, f"{prefix}_conv2"), f"{prefix}_conv2")
-            x, shortcut = join(shortcut, y, prefix)
+    x = shortcut = relu(conv_bn(x, topology.FILTERS[0], 1, "stem"), "stem_relu")
+    for block in topology.blocks(depth):
+        if block.downsamples:
+            shortcut = IdentityShortcut(name=f"{block.name}_shortcut")(shortcut)
+        strides = 2 if block.downsamples else 1
+        y = relu(conv_bn(x, block.filters, strides, f"{block.name}_conv1"), f"{block.name}_relu1")
+        y = parts.rounded(conv_bn(y, block.filters, 1, f"{block.name}_conv2"), f"{block.name}_conv2")
+        x, shortcut = join(shortcut, y, block.name)
     x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
     # Logits stay float32 under any policy: the softmax of half-precision logits loses small probabilities.
     x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)

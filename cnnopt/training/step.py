@@ -14,7 +14,7 @@ import tf_keras as keras
 from cnnopt.config import TrainConfig
 from cnnopt.data.datasets import Dataset
 from cnnopt.distributed import collectives
-from cnnopt.model import fused
+from cnnopt.model import fused, topology
 from cnnopt.model.precision import DynamicLossScale, Precision
 from cnnopt.model.pruning import Pruner, prunable_kernels
 from cnnopt.model.resnet import FLOAT, Parts, pixel_statistics, resnet
@@ -218,21 +218,21 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, total_ste
     masks = [*pruner.masks_of(shared), None]
     return Exchange(
         sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock,
-        vectors=by_stage(model.trainable_variables, len(sizes)) if ranks > 1 else None,
+        vectors=bucket_by_stage(model.trainable_variables, len(sizes)) if ranks > 1 else None,
     )  # fmt: skip
 
 
-def by_stage(gradients: Sequence[tf.Variable], count: int) -> list[list[int]]:
-    """What of ``count`` tensors, of which ``gradients`` are the first, is sent together, by places.
+def bucket_by_stage(gradients: Sequence[tf.Variable], count: int) -> list[list[int]]:
+    """Which of ``count`` tensors are sent together, by places; ``gradients`` are the first of them.
 
     The last stage has three quarters of all gradients, and they are there when two thirds of the backward pass are
     still to come, in which they travel. What is no gradient is there before.
     """
-    vectors: list[list[int]] = [[], [], []]
+    buckets: list[list[int]] = [[] for _ in topology.FILTERS]
     for place in range(count):
-        name = gradients[place].name if place < len(gradients) else ""
-        vectors[2 if name.startswith(("stem", "stage1")) else 1 if name.startswith("stage2") else 0].append(place)
-    return [vector for vector in vectors if vector]
+        stage = topology.stage_of(gradients[place].name) if place < len(gradients) else len(buckets)
+        buckets[len(buckets) - stage].append(place)
+    return buckets
 
 
 def _optimizer(name: str, rate: float, decay: float) -> keras.optimizers.Optimizer:

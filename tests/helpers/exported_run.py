@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cnnopt.config import TrainConfig
-from cnnopt.export.trained import layer_names, weight_shapes
+from cnnopt.model.topology import layer_names, weight_shapes
 from cnnopt.run import checkpoint
 from tests.helpers import ROOT
 

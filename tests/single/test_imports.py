@@ -1,6 +1,7 @@
 """Who may import whom, read from the source; what may be loaded by importing the light modules, tried."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ MODULES = {
 PURE = [
     "cnnopt.config",
     "cnnopt.schedules",
+    "cnnopt.model.topology",
     "cnnopt.distributed.slurm",
     "cnnopt.distributed.rendezvous",
     "cnnopt.launch",
@@ -91,3 +93,35 @@ def test_importing_it_loads_nothing_slow(module):
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()).isdisjoint({"tensorflow", "keras", "tf_keras", "horovod", "numpy", "sklearn"})
+
+
+def test_the_old_name_of_the_comparison_is_answered_with_the_new_one():
+    command = [sys.executable, "-m", "cnnopt.report", "runs/a"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "python -m cnnopt.compare" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("cnnopt.report", None),
+        ("cnnopt.models", None),
+        ("cnnopt.callbacks", None),
+        ("cnnopt.environment", None),
+        ("cnnopt.exchange", None),
+        ("cnnopt.record", None),
+        ("cnnopt.export.card", None),
+        # Files once, folders now, which hold no names of their own.
+        ("cnnopt.training", "build_model"),
+        ("cnnopt.data", "load"),
+        ("cnnopt.distributed", "start"),
+    ],
+)
+def test_old_import_paths_fail(module, name):
+    if name is None:
+        with pytest.raises(ImportError):
+            importlib.import_module(module)
+    else:
+        assert not hasattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ from cnnopt.data import datasets
 from cnnopt.distributed import host
 from cnnopt.export import render, tflite_file
 from cnnopt.export.options import NEEDS, VARIANTS, OptionError, choose, parse_args
-from cnnopt.export.trained import layer_names, read, weight_shapes
+from cnnopt.export.trained import read
 from cnnopt.finetune import settings_of
 from cnnopt.quantize import main
 from cnnopt.run import checkpoint
@@ -273,17 +273,6 @@ def test_documented_keys_are_those_of_the_report(trained):
                 yield from keys(item)
 
     assert not {key for key in keys(trained[1]) if f"`{key}`" not in text}
-
-
-def test_weight_shapes_are_those_of_the_network():
-    host.prepare({**host.TENSORFLOW, **host.QUIET})
-    from cnnopt.model.resnet import resnet
-
-    for depth, classes in ((8, 10), (20, 100)):
-        model = resnet(depth, classes, mean=np.zeros(3, np.float32), std=np.ones(3, np.float32))
-        shapes = {w.name: tuple(w.shape) for w in model.weights}
-        assert {**weight_shapes(depth, classes), "mean:0": (3,), "std:0": (3,)} == shapes
-        assert [layer.name for layer in model.layers if hasattr(layer, "kernel")] == layer_names(depth)
 
 
 # -------------------------------------------------------------------------------------------- what it refuses
