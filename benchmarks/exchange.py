@@ -24,7 +24,7 @@ def requests(sparsities: list[float]) -> dict[str, dict]:
     for name in ("dense", f"sparse {sparsities[-1]:.0%}"):
         found |= {f"{name}, {wire}": {**found[name], "wire": wire} for wire in ("bfloat16", "float16")}
     for name in ("dense", f"sparse {sparsities[0]:.0%}", f"sparse {sparsities[-1]:.0%}"):
-        found[f"{name}, in one"] = {**found[name], "apart": False}
+        found[f"{name}, in one"] = {**found[name], "bucketed": False}
     return found
 
 

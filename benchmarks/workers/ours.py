@@ -2,11 +2,11 @@
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
 Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|bfloat16|float16", "sparsity": 0.6,
-          "optimizer": "sgd|muon", "gives_way": true, "bound": true, "apart": true}
+          "optimizer": "sgd|muon", "gives_way": true, "bound": true, "bucketed": true}
 
 With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; with
 ``"bound": false`` all threads may run on all cores of the host. Left out, they stay as they are. With
-``"apart": false`` all is sent in one vector, when the last gradient is there.
+``"bucketed": false`` all is sent at once, when the last gradient is there.
 """
 
 import functools
@@ -34,10 +34,9 @@ from cnnopt.model import precision  # noqa: E402
 from cnnopt.model.pruning import magnitude_masks  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 from cnnopt.training import loop  # noqa: E402
-from cnnopt.training import step as training_step  # noqa: E402
+from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
 
 IMAGES = datasets.load("synthetic", synthetic_sizes=(2048, 64))
-BY_STAGE = training_step.bucket_by_stage
 COMPUTE = precision.choose(asked, has_gpu=collectives.device() == "GPU")
 
 
@@ -49,15 +48,11 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 
 
 @functools.cache
-def model(exchange: str, wire: str, optimizer: str, apart: bool) -> training_step.SynchronousModel:
-    """The program's model; ``none`` leaves out the exchange: the collectives, and what is done to their sums."""
-    config, timeline = settings("dense" if exchange == "none" else exchange, wire, optimizer)
-    training_step.bucket_by_stage = BY_STAGE if apart else lambda *_: None
-    made = training_step.build_model(config, IMAGES, timeline, COMPUTE, ranks=world.size)
-    if exchange == "none":
-        made.exchange.total = lambda flat, name: flat
-        for vector in made.exchange.vectors:
-            vector.put_back = lambda summed: summed
+def model(exchange: str, wire: str, optimizer: str, bucketed: bool) -> SynchronousModel:
+    """The program's model; with the exchange ``none`` it is that of a lone rank, which sends nothing."""
+    alone = exchange == "none"
+    config, timeline = settings("dense" if alone else exchange, wire, optimizer)
+    made = build_model(config, IMAGES, timeline, COMPUTE, ranks=1 if alone else world.size, bucketed=bucketed)
     collectives.broadcast(list(made.named_state().values()))
     made.make_train_function()
     return made
@@ -89,7 +84,7 @@ def set_priority(gives_way: bool) -> None:
 
 def block(
     steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6, optimizer: str = "sgd",
-    gives_way: bool | None = None, bound: bool | None = None, apart: bool = True,
+    gives_way: bool | None = None, bound: bool | None = None, bucketed: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Train for some steps, with the peers' optimizer unless told; tell how long that took and what was sent."""
     if gives_way is not None:
@@ -97,7 +92,7 @@ def block(
     if bound is not None:
         cores = host.ALLOWED if bound else set(range(os.cpu_count() or 1))
         host.bind(cores, instead_of=os.sched_getaffinity(0))
-    mine = model(exchange, wire, optimizer, apart)
+    mine = model(exchange, wire, optimizer, bucketed)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))
     mine.exchange.follow_masks()

@@ -124,11 +124,12 @@ class Exchange:
         return shaped, tf.reduce_all([tf.reduce_all(tf.math.is_finite(total)) for total in totals])
 
     def total(self, flat: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum over all ranks of ``flat``, float32 [kept]; counted."""
+        """The sum over all ranks of ``flat``, float32 [kept]; counted. One rank sends nothing."""
         sent = tf.cast(flat, self.wire)
         if self.ranks > 1:
             self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
-        return tf.cast(collectives.allreduce_sum(sent, name), tf.float32)
+            sent = collectives.allreduce_sum(sent, name)
+        return tf.cast(sent, tf.float32)
 
 
 def choose(

@@ -200,7 +200,9 @@ def _moving_statistics(model: keras.Model) -> list[tf.Variable]:
     return [w for w in model.non_trainable_weights if "moving_" in w.name]
 
 
-def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, total_steps: int, ranks: int) -> Exchange:
+def _exchange(
+    config: TrainConfig, model: keras.Model, pruner: Pruner, total_steps: int, *, ranks: int, bucketed: bool
+) -> Exchange:
     """For the gradients, the changes of moving statistics, and two requests."""
     shared = [*model.trainable_variables, *_moving_statistics(model)]
     sizes = [*(int(np.prod(v.shape)) for v in shared), 2]
@@ -218,7 +220,7 @@ def _exchange(config: TrainConfig, model: keras.Model, pruner: Pruner, total_ste
     masks = [*pruner.masks_of(shared), None]
     return Exchange(
         sizes, masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock,
-        vectors=bucket_by_stage(model.trainable_variables, len(sizes)) if ranks > 1 else None,
+        vectors=bucket_by_stage(model.trainable_variables, len(sizes)) if bucketed and ranks > 1 else None,
     )  # fmt: skip
 
 
@@ -245,11 +247,12 @@ def _optimizer(name: str, rate: float, decay: float) -> keras.optimizers.Optimiz
 
 def build_model(
     config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int,
-    parts: Parts | None = None,
+    parts: Parts | None = None, bucketed: bool = True,
 ) -> SynchronousModel:  # fmt: skip
     """The network, its optimizer, masks and schedules, as ``config`` says; weights are those of ``config.seed``.
 
-    ``parts``: the layers that the network is made of, if not those that ``precision`` asks for.
+    ``ranks``: that exchange; with 1 nothing is sent. ``parts``: the layers that the network is made of, if not those
+    that ``precision`` asks for. ``bucketed``: send gradients in buckets, each as soon as it is there, or all in one.
     """
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
@@ -295,6 +298,6 @@ def build_model(
         ema=config.ema,
         pruner=pruner,
         loss_scale=DynamicLossScale(precision.scales_loss or config.wire_dtype == "float16"),
-        exchange=_exchange(config, model, pruner, timeline.total_steps, ranks),
+        exchange=_exchange(config, model, pruner, timeline.total_steps, ranks=ranks, bucketed=bucketed),
     )
     return model
