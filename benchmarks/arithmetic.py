@@ -1,4 +1,4 @@
-"""What a step multiplies, and how fast this machine multiplies at best. To be imported once TensorFlow is set up."""
+"""Multiplications of a step, and the best rate of this machine. Import it after TensorFlow is set up."""
 
 from __future__ import annotations
 

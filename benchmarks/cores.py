@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Whose core it is: what it costs that Horovod's threads do not give way, and that ranks are not kept to their cores.
+"""Speed with and without the lower priority of Horovod's threads, and with and without core binding.
 
-Two ranks on this machine for each ``HOROVOD_CYCLE_TIME``, which take turns, with the exchange and without: as in the
-program, with Horovod's threads at the priority of all others, which needs root to be undone, and with ranks that may
-run on all cores.
+Two ranks on this machine for each ``HOROVOD_CYCLE_TIME`` take turns, with the exchange and without. They run as in the
+program, with Horovod's threads at normal priority (needs root), and with ranks that may run on all cores.
 
     sudo .venv/bin/python benchmarks/cores.py --depth 20 44 --out cores.json
 """

@@ -1,7 +1,7 @@
-"""Start ranks for Horovod's Gloo on this machine: side by side, or each on a "host" of its own with a limited link.
+"""Start ranks for Horovod's Gloo on this machine: side by side, or each on its own "host" with a limited link.
 
-A host is a network namespace with its own name, joined to a bridge by a link that ``tc tbf`` limits in both
-directions. No ssh, and no launcher: Horovod needs a few variables and a rendezvous server on the first host.
+A host is a network namespace with its own name, joined to a bridge by a link that ``tc tbf`` limits in both directions.
+It needs neither ssh nor a launcher: Horovod needs a few variables and a rendezvous server on the first host.
 
 Usage, by ``start`` alone: python benchmarks/hosts.py HOST... serves the rendezvous of ranks on these hosts.
 """

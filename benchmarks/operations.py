@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Which TensorFlow operations a step spends its time in: one process, one thread, one operation at a time.
+"""Time of each kind of TensorFlow operation in a step: one process, one thread, one operation at a time.
 
-TensorFlow's own profiler writes a trace each round; what is printed is the time of each kind of operation without what
-it calls, the median of the rounds, beside the rate of a matrix product in the same process. The step trains one
-resident batch, as the input pipeline's thread would take turns with what is measured. A second table has the bytes that
-each kind reads and writes, by the shapes of its inputs and outputs, before TensorFlow fuses any.
+TensorFlow's profiler writes a trace each round. The table has the time of each kind of operation, without the
+operations that it calls: the median of the rounds, beside the rate of a matrix product in the same process. The step
+trains one resident batch, because the thread of the input pipeline would disturb the measurement. A second table has
+the bytes that each kind reads and writes, by the shapes of its inputs and outputs, before TensorFlow fuses any.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How the step time grows with ranks, links and bytes; a cost model; and what it says of more ranks than were measured.
+"""Step time by ranks, links and bytes; a cost model; and its prediction for more ranks. Needs root.
 
-First 1, 2 and 4 ranks on this machine: weak (--batch images a rank) and strong (--batch images in all), with the
-exchange and with it left out. Then two ranks on hosts of their own, as in exchange.py. The model is fitted to the
-links of --fit, and compared with those of --held-out, which it has not seen. Needs root.
+First 1, 2 and 4 ranks on this machine: weak (--batch images a rank) and strong (--batch images in all), with and
+without the exchange. Then two ranks on two hosts, as in exchange.py. The model is fitted to the links of --fit and
+compared with those of --held-out.
 
     sudo .venv/bin/python benchmarks/scaling.py --batch 32 --out docs/benchmarks/scaling.json
 """

@@ -1,9 +1,9 @@
 """Contestants that take turns on one machine: blocks of steps, interleaved, and the medians of many rounds.
 
 Each contestant is a group of processes, one a rank, that stay up for the whole comparison. A rank reads one line of
-JSON from standard input, ``{"steps": 20, ...}``, does it, and answers ``@@ {"seconds": ...}``. A block counts with the
-seconds of its slowest rank. Whatever else the machine does hits all contestants alike, as they take turns every few
-seconds. Those that wait and have Horovod are stopped: its thread would look for work all the while, on the same cores.
+JSON from standard input, ``{"steps": 20, ...}``, runs the steps, and answers ``@@ {"seconds": ...}``. The time of a
+block is that of its slowest rank. The turns change every few seconds, so other load affects all contestants alike.
+Waiting contestants with Horovod are stopped, because its thread would use the same cores.
 """
 
 from __future__ import annotations

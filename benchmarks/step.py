@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Where the time of a step goes, in one process: against the rate of matrix products, and what each part costs.
+"""Time of a step and of its parts, in one process, and the rate of a step against that of matrix products.
 
-The whole step takes turns with the same step without pruning, with one resident batch in place of the input pipeline,
-with another optimizer, and without what XLA compiles; the stages' convolutions and normalisations take turns by
-themselves, forward and backward. Saving and recording are timed as the training thread sees them.
+The whole step takes turns with the same step without pruning, with one resident batch and no input pipeline, with
+another optimizer, and without XLA. The convolutions and normalizations of each stage take turns by themselves, forward
+and backward. Saving and recording are timed as the training thread waits for them.
 
     .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --rounds 10 --out docs/benchmarks/step.json
 """

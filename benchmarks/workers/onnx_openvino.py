@@ -2,8 +2,8 @@
 
     python onnx_openvino.py FOLDER      (network.npz and images.npz in FOLDER; one JSON line for each request line)
 
-The ONNX graph is written node by node: it is the network of cnnopt.model.resnet.resnet with BatchNorm folded in, and no
-converter that would have to be trusted is between it and the weights.
+The ONNX graph is written node by node: the network of cnnopt.model.resnet.resnet with BatchNorm folded in. So no
+converter can change the weights.
 """
 
 from __future__ import annotations
