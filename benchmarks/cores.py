@@ -41,7 +41,7 @@ def main() -> None:
                     start(f"cores-{depth}-{cycle:g}", [WORKER, str(depth), str(args.batch), args.precision], 2,
                           environment={"HOROVOD_CYCLE_TIME": f"{cycle:g}"})
                 )  # fmt: skip
-                # Of one exchange the ways do not follow each other, or the second would find its data in the caches.
+                # Turns with the same exchange do not follow each other: the second would find its data in the caches.
                 for way, request in WAYS.items():
                     for exchange in ("none", "dense", "sparse"):
                         turns[f"{cycle:g}/{way}/{exchange}"] = (
@@ -56,7 +56,7 @@ def main() -> None:
             turn: [answer["horovods_seconds"] / answer["seconds"] for answer in answers]
             for turn, answers in heard.items()
         }
-        # Of the round, over all cycles: what is left out waits for none.
+        # The reference of a round, over all cycles: without an exchange there is no cycle to wait for.
         alone = [
             statistics.median(found)
             for found in zip(*(v for k, v in seconds.items() if k.endswith(f"{PROGRAM}/none")), strict=True)

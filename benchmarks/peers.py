@@ -77,10 +77,10 @@ def main() -> None:
                 "none": (ours, {**steps, "exchange": "none"}),
                 "half": (ours, {**steps, "exchange": args.exchange, "wire": "bfloat16"}),
             }
-            # At once, as a peer that starts takes its ports seconds later.
+            # Both at once, because a trainer takes its ports only seconds after its start.
             first_port = free_ports(2 * len(args.peers))
             for i, peer in enumerate(args.peers):
-                # A port for each rank, as both may have one address.
+                # A port for each rank, because both may have one address.
                 both = zip(on.addresses * 2, (first_port + 2 * i, first_port + 2 * i + 1), strict=False)
                 addresses = ",".join(f"{address}:{port}" for address, port in both)
                 worker = [DDP, *size, compute] if peer == "ddp" else [KERAS, *size, compute, peer]

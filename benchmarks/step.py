@@ -54,7 +54,7 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def strided(images: tf.Tensor) -> tf.Tensor:
-    """``IdentityShortcut`` as it is usually written."""
+    """The usual form of ``IdentityShortcut``, a strided slice."""
     channels = images.shape[-1]
     return tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
@@ -79,7 +79,7 @@ def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> di
                 with tf.GradientTape() as tape:
                     tape.watch(images)
                     output = layer(images, training=True)
-                # With the ones that are the default, TensorFlow computes what is linear ahead of the step.
+                # With the default gradients, which are ones, TensorFlow computes the linear parts ahead of the step.
                 return tape.gradient(output, [images, *layer.trainable_weights], output_gradients=output)
 
             found[f"stage {stage} {name}"] = tf.function(both)
@@ -89,7 +89,7 @@ def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> di
 def build(
     config: TrainConfig, images: datasets.Dataset, compute: precision.Precision, streams: ExitStack
 ) -> tuple[training_step.SynchronousModel, Iterator]:
-    """A model that is as sparse as it will be, and its stream, which ``streams`` ends."""
+    """A model with its final sparsity, and its stream, which ``streams`` ends."""
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     model = training_step.build_model(config, images, timeline, compute, ranks=1)
     model.make_train_function()
