@@ -1,4 +1,4 @@
-"""What a step multiplies, and how fast this machine multiplies at best. To be imported once TensorFlow is set up."""
+"""Multiplications of a step, and the best rate of this machine. Import it after TensorFlow is set up."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ GEMM = 1536
 
 
 def matrix_product(compute: str) -> Callable[[], object]:
-    """One of GEMM x GEMM matrices of type ``compute``."""
+    """A matrix product of GEMM x GEMM matrices of type ``compute``."""
     square = tf.random.normal([GEMM, GEMM], dtype=compute)
     return tf.function(lambda: tf.matmul(square, square))
 
 
 def floating_point_operations(model: keras.Model) -> float:
-    """Of all convolutions and the classifier, for one image: forward, and twice that backward, but for the stem."""
+    """Of convolutions and classifier, for one image. Backward counts twice forward, once for the stem."""
     total = 0.0
     for layer in model.layers:
         kernel = getattr(layer, "kernel", None)

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Whose core it is: what it costs that Horovod's threads do not give way, and that ranks are not kept to their cores.
+"""Speed with and without the lower priority of Horovod's threads, and with and without core binding.
 
-Two ranks on this machine for each ``HOROVOD_CYCLE_TIME``, which take turns, with the exchange and without: as in the
-program, with Horovod's threads at the priority of all others, which needs root to be undone, and with ranks that may
-run on all cores.
+Two ranks on this machine for each ``HOROVOD_CYCLE_TIME`` take turns, with the exchange and without. They run as in the
+program, with Horovod's threads at normal priority (needs root), and with ranks that may run on all cores.
 
     sudo .venv/bin/python benchmarks/cores.py --depth 20 44 --out cores.json
 """
@@ -42,7 +41,7 @@ def main() -> None:
                     start(f"cores-{depth}-{cycle:g}", [WORKER, str(depth), str(args.batch), args.precision], 2,
                           environment={"HOROVOD_CYCLE_TIME": f"{cycle:g}"})
                 )  # fmt: skip
-                # Of one exchange the ways do not follow each other, or the second would find its data in the caches.
+                # Turns with the same exchange do not follow each other: the second would find its data in the caches.
                 for way, request in WAYS.items():
                     for exchange in ("none", "dense", "sparse"):
                         turns[f"{cycle:g}/{way}/{exchange}"] = (
@@ -57,7 +56,7 @@ def main() -> None:
             turn: [answer["horovods_seconds"] / answer["seconds"] for answer in answers]
             for turn, answers in heard.items()
         }
-        # Of the round, over all cycles: what is left out waits for none.
+        # The reference of a round, over all cycles: without an exchange there is no cycle to wait for.
         alone = [
             statistics.median(found)
             for found in zip(*(v for k, v in seconds.items() if k.endswith(f"{PROGRAM}/none")), strict=True)

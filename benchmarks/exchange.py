@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What it buys to send the gradients of kept weights only, on links of 10 Gbit/s, 1 Gbit/s and 100 Mbit/s.
+"""Speed of the exchanges, dense and sparse, on links of 10 Gbit/s, 1 Gbit/s and 100 Mbit/s. Needs root.
 
-Ranks on hosts of their own (network namespaces, an equal share of the cores each), whose links ``tc tbf`` limits. All
-links, exchanges and sparsities take turns in the same processes; "in one" is one vector, sent when the last gradient is
-there. Needs root.
+Each rank runs on its own host: a network namespace with an equal share of the cores and a link that ``tc tbf`` limits.
+All links, exchanges and sparsities take turns in the same processes. "in one" is one bucket, sent when the last
+gradient is ready.
 
     sudo .venv/bin/python benchmarks/exchange.py --batch 16 --out docs/benchmarks/exchange.json
 """

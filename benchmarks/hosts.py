@@ -1,7 +1,7 @@
-"""Start ranks for Horovod's Gloo on this machine: side by side, or each on a "host" of its own with a limited link.
+"""Start ranks for Horovod's Gloo on this machine: side by side, or each on its own "host" with a limited link.
 
-A host is a network namespace with its own name, joined to a bridge by a link that ``tc tbf`` limits in both
-directions. No ssh, and no launcher: Horovod needs a few variables and a rendezvous server on the first host.
+A host is a network namespace with its own name, joined to a bridge by a link that ``tc tbf`` limits in both directions.
+It needs neither ssh nor a launcher: Horovod needs a few variables and a rendezvous server on the first host.
 
 Usage, by ``start`` alone: python benchmarks/hosts.py HOST... serves the rendezvous of ranks on these hosts.
 """
@@ -26,19 +26,19 @@ class Hosts:
 
     @property
     def addresses(self) -> list[str]:
-        """One of each host."""
+        """The address of each host."""
         return [f"10.77.0.{i + 1}" for i in range(len(self.names))] or ["127.0.0.1"]
 
     def enter(self, host: int) -> list[str]:
-        """The start of a command line that runs what follows on ``host``."""
+        """The prefix of a command line that runs the rest on ``host``."""
         if not self.names:
             return []
         name = self.names[host]
         return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
 
     def limit(self, rate: str) -> None:
-        """Let no more than ``rate``, such as 1gbit, out of and into each host."""
-        # What a link lets pass within 5 ms, and one segment of TCP at least, may pass at once.
+        """Limit the link of each host to ``rate``, such as 1gbit, in both directions."""
+        # A burst is the bytes of 5 ms, and at least one TCP segment.
         burst = max(65536, int(bits_per_second(rate) / 8 / 200))
         for i, name in enumerate(self.names):
             limit = ["root", "tbf", "rate", rate, "burst", str(burst), "latency", "200ms"]
@@ -46,7 +46,7 @@ class Hosts:
             _run("tc", "qdisc", "replace", "dev", f"cnnopt-v{i}", *limit)
 
     def sent_bytes(self, host: int) -> int:
-        """What has left ``host`` since it is there, with the headers of TCP, IP and Ethernet."""
+        """Bytes that ``host`` has sent since its start, with the headers of TCP, IP and Ethernet."""
         path = "/sys/class/net/eth0/statistics/tx_bytes"
         done = subprocess.run(
             ["ip", "netns", "exec", self.names[host], "cat", path], capture_output=True, text=True, check=True
@@ -55,7 +55,7 @@ class Hosts:
 
 
 def bits_per_second(rate: str) -> float:
-    """Of ``tc``'s notation: 10gbit, 100mbit."""
+    """Bits a second from ``tc``'s notation: 10gbit, 100mbit."""
     return float(rate.rstrip("gmbit")) * {"g": 1e9, "m": 1e6}[rate.lstrip("0123456789.")[0]]
 
 
@@ -69,7 +69,7 @@ def hosts(count: int) -> Iterator[Hosts]:
     if os.geteuid():
         sys.exit("network namespaces need root: run this with sudo")
     made = Hosts(count)
-    # Where another benchmark has it, this one ends, and leaves alone what it has not made.
+    # If another benchmark has the namespace, this one ends and leaves it alone.
     _run("ip", "link", "add", "cnnopt-br", "type", "bridge")
     try:
         _run("ip", "link", "set", "cnnopt-br", "up")
@@ -124,11 +124,11 @@ def start(
                 "GLOO_RENDEZVOUS_ADDR": on.addresses[0], "GLOO_RENDEZVOUS_PORT": port,
                 "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_TIMEOUT_SECONDS": 3600,
             }  # fmt: skip
-            # Where there are more ranks than cores, they take the cores in turn.
+            # If there are more ranks than cores, they share the cores in turn.
             share = slice(rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks)
             mine = cores[share] if ranks <= len(cores) else [cores[rank % len(cores)]]
             pin = ["taskset", "-c", ",".join(map(str, mine))] if pinned else []
-            # A rank of ours would take its part of cores that are its own already.
+            # Each rank already has its share of the cores; cnnopt would divide them again.
             threads = {"TF_NUM_INTRAOP_THREADS": str(len(mine))} if pinned else {}
             kept = {name: value for name, value in os.environ.items() if pinned or not name.endswith("_THREADS")}
             contestants.append(

@@ -4,11 +4,10 @@
     .venv/bin/uv venv .venv-inference && .venv/bin/uv pip install -p .venv-inference --group inference-peers
     python benchmarks/inference.py runs/NAME
 
-The peers have an environment of their own, as they need another numpy than TensorFlow 2.18. They get the network that
-the run ended with (BatchNorm folded in, float32) and the calibration images of our int8 file, quantize it by their own
-means (quantize_static; NNCF), and measure it as we measure ours: accuracy over the test images, then latency in rounds,
-each file for a second a round, one after the other, so that what else the machine does meets all of them. Reported are
-medians over all calls. Writes inference.json and inference.md with --output.
+The other runtimes have a separate environment. They get the last weights of the run (BatchNorm folded in, float32) and
+the calibration images of our int8 file. They quantize with their own tools (quantize_static; NNCF). All files are
+measured alike: accuracy over the test images, then latency in rounds, one second for each file in turn, so that other
+load affects all of them. The table has medians over all calls. --output writes inference.json and inference.md.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Ours:
                                                  *interpreter.get_output_details())  # fmt: skip
 
     def _call(self, interpreter: Any, source: dict[str, Any], target: dict[str, Any]) -> np.ndarray:
-        """From pixels to logits, as one call of the other runtimes goes."""
+        """One call from pixels to logits, like a call of the other runtimes."""
         interpreter.set_tensor(source["index"], self.interpret.quantized(self.pixels, source))
         interpreter.invoke()
         return interpreter.get_tensor(target["index"])
@@ -96,7 +95,7 @@ class Ours:
 
 
 class Peers:
-    """The other runtimes, in a process of another environment that is asked line by line."""
+    """The other runtimes, in a process of another environment that answers requests line by line."""
 
     def __init__(self, python: Path, folder: Path) -> None:
         self.folder = folder
@@ -112,7 +111,7 @@ class Peers:
         self.names, self.versions, self.sizes = ready["names"], ready["versions"], ready["sizes"]
 
     def read(self) -> Any:
-        """The next answer. Raises UserError where the process has ended."""
+        """The next answer. Raises UserError if the process has ended."""
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
             raise UserError(f"the peers' process ended with status {self.process.wait()}; see above")
@@ -166,7 +165,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             logits = maker.logits(name, test)
             scores = measure.accuracy(logits, labels, reference)
             results[label] = {"size": maker.size(name), **{k: scores[k] for k in ("accuracy", "loss", "agreement")}}
-            # The same weights, or the comparison is of nothing.
+            # Without equal weights the comparison means nothing.
             if "float32" in label and scores["agreement"] < 0.99:
                 raise UserError(f"{label} and TFLite float32 name the same class on {scores['agreement']:.1%} only")
         times: dict[str, list[float]] = {label: [] for label in makers}
@@ -195,7 +194,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The table, and under it what it was measured on."""
+    """The table, and under it the machine and the versions."""
     lines = ["| | raw KiB | gzip KiB | top-1 % | agrees % | ms, median | p90 | p99 |", "|---|" + "---|" * 7]
     for label, entry in found["results"].items():
         sizes = [f"{entry['size'][kind] / 1024:.1f}" for kind in ("raw", "gzip")]
@@ -217,7 +216,7 @@ MS = ("median_ms", "p90_ms", "p99_ms")
 
 
 def main() -> int:
-    """Compare, print, and write where asked."""
+    """Compare, print, and write to ``--output``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run that cnnopt.quantize has exported")
     parser.add_argument(

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Which TensorFlow operations a step spends its time in: one process, one thread, one operation at a time.
+"""Time of each kind of TensorFlow operation in a step: one process, one thread, one operation at a time.
 
-TensorFlow's own profiler writes a trace each round; what is printed is the time of each kind of operation without what
-it calls, the median of the rounds, beside the rate of a matrix product in the same process. The step trains one
-resident batch, as the input pipeline's thread would take turns with what is measured. A second table has the bytes that
-each kind reads and writes, by the shapes of its inputs and outputs, before TensorFlow fuses any.
+TensorFlow's profiler writes a trace each round. The table has the time of each kind of operation, without the
+operations that it calls: the median of the rounds, beside the rate of a matrix product in the same process. The step
+trains one resident batch, because the thread of the input pipeline would disturb the measurement. A second table has
+the bytes that each kind reads and writes, by the shapes of its inputs and outputs, before TensorFlow fuses any.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
 """
@@ -37,15 +37,15 @@ from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 from cnnopt.training.step import build_model  # noqa: E402
 
-# Kinds that take less of a step than this are added up.
+# Kinds that take a smaller share of a step are added up.
 SMALL = 0.004
 XLA = "compiled by XLA"
-# They hand on what they are given, or ask for its shape, or are gone when TensorFlow has simplified the graph.
+# They pass a tensor on, read its shape, or disappear when TensorFlow simplifies the graph.
 MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill")
 
 
 def lines_of(space: xplane_pb2.XSpace, threads: str) -> list[tuple[xplane_pb2.XPlane, xplane_pb2.XLine]]:
-    """What the threads that are called so did, and the plane that it is on."""
+    """The events of the threads with this name, and their plane."""
     return [(plane, line) for plane in space.planes for line in plane.lines if line.name.startswith(threads)]
 
 
@@ -68,7 +68,7 @@ def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
         seconds[kind] += event.duration_ps * 1e-12
         counts[kind] += 1
         around.append((event.offset_ps + event.duration_ps, kind))
-    # XLA computes in a thread of its own, for which the executor waits.
+    # XLA computes in another thread, and the executor waits for it.
     for _, compiled in lines_of(space, "host_executor"):
         spent = sum(event.duration_ps for event in compiled.events) * 1e-12
         seconds[XLA] += spent

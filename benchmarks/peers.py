@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""This program and its peers, two ranks each, on the same network in the same minutes.
+"""Speed relative to other trainers: two ranks each, the same network, the same minutes.
 
-All contestants stay up and take turns. Ours trains as the program does: augmented images, 60% sparse, the exchange
-that it chooses; with the peers' optimizer, SGD, and with Muon, its default; once more with bfloat16 on the wire. The
-peers get one resident batch: PyTorch's DistributedDataParallel (channels_last, gloo; in a Python of its own,
---torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the latter with
+All contestants stay up and take turns. Ours trains as the program does, with augmented images, 60% zeros and the
+exchange that it chooses. It runs with SGD, as the others do, with Muon, its default, and with bfloat16 on the wire. The
+others get one resident batch: PyTorch's DistributedDataParallel (channels_last, gloo; with its own Python,
+--torch-python), MultiWorkerMirroredStrategy, Horovod's DistributedOptimizer under Keras ``fit``, and the same with
 tfmot's ``prune_low_magnitude``, which knows float32 only.
 
-All ranks are given their part of the cores and as many threads, which is what the program does by itself. With
---as-shipped they are given nothing, and run as their guides start them: ours divides the cores, torchrun gives a rank
-one thread, and TensorFlow's peers take as many threads as there are cores.
+Each rank gets its share of the cores and as many threads, as in the program. With --as-shipped the ranks start as their
+guides say: ours divides the cores, torchrun gives a rank one thread, and TensorFlow's trainers take a thread for each
+core of the machine.
 
-With --link the two ranks are on hosts of their own (network namespaces), joined by such a link; this needs root.
+With --link the two ranks run on hosts (network namespaces) that such a link joins; this needs root.
 
     .venv/bin/python benchmarks/peers.py --depth 20 44 --torch-python .venv-peers/bin/python
 """
@@ -77,10 +77,10 @@ def main() -> None:
                 "none": (ours, {**steps, "exchange": "none"}),
                 "half": (ours, {**steps, "exchange": args.exchange, "wire": "bfloat16"}),
             }
-            # At once, as a peer that starts takes its ports seconds later.
+            # Both at once, because a trainer takes its ports only seconds after its start.
             first_port = free_ports(2 * len(args.peers))
             for i, peer in enumerate(args.peers):
-                # A port for each rank, as both may have one address.
+                # A port for each rank, because both may have one address.
                 both = zip(on.addresses * 2, (first_port + 2 * i, first_port + 2 * i + 1), strict=False)
                 addresses = ",".join(f"{address}:{port}" for address, port in both)
                 worker = [DDP, *size, compute] if peer == "ddp" else [KERAS, *size, compute, peer]

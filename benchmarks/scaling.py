@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How the step time grows with ranks, links and bytes; a cost model; and what it says of more ranks than were measured.
+"""Step time by ranks, links and bytes; a cost model; and its prediction for more ranks. Needs root.
 
-First 1, 2 and 4 ranks on this machine: weak (--batch images a rank) and strong (--batch images in all), with the
-exchange and with it left out. Then two ranks on hosts of their own, as in exchange.py. The model is fitted to the
-links of --fit, and compared with those of --held-out, which it has not seen. Needs root.
+First 1, 2 and 4 ranks on this machine: weak (--batch images a rank) and strong (--batch images in all), with and
+without the exchange. Then two ranks on two hosts, as in exchange.py. The model is fitted to the links of --fit and
+compared with those of --held-out.
 
     sudo .venv/bin/python benchmarks/scaling.py --batch 32 --out docs/benchmarks/scaling.json
 """
@@ -28,13 +28,13 @@ EXCHANGES = {
 }
 
 
-#: When the vectors are there that are sent apart, of a step without exchange: forward takes a third of it, and each of
-#: three stages a third of what is left, the last one first.
+#: Shares of a step without exchange after which each bucket is ready. The forward pass takes a third of the step, and
+#: each of three stages a third of the rest, the last stage first.
 READY = (5 / 9, 7 / 9, 1)
 
 
 def on_the_link(compute: float, sizes: Sequence[float], link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
-    """Seconds until the last of vectors of ``sizes`` bytes has come, each after the other and not before it is there.
+    """Seconds until the last bucket of ``sizes`` bytes has arrived, one after the other, none before it is ready.
 
     It travels in Gloo's ring: each rank sends 2 (n - 1) / n of it, in 2 (n - 1) messages. These take ``hop`` seconds
     each, but for the two between two ranks, which are part of what is fitted.
@@ -60,14 +60,14 @@ class CostModel:
     def fit(cls, compute: float, samples: list[tuple[str, list[float], float, float]]) -> "CostModel":
         """By non-negative least squares, from (kind, bytes, bits a second of the link, seconds) of two ranks."""
         kinds = sorted({kind for kind, *_ in samples})
-        # In megabytes, so that the columns are of one size.
+        # In megabytes, so that the columns have the same magnitude.
         left = [[*(kind == k for k in kinds), sum(sizes) / 1e6] for kind, sizes, _, _ in samples]
         right = [seconds - on_the_link(compute, sizes, link) for _, sizes, link, seconds in samples]
         *fixed, a_byte = nnls(np.array(left, float), np.array(right))[0]
         return cls(compute, dict(zip(kinds, map(float, fixed), strict=True)), float(a_byte) / 1e6)
 
     def seconds(self, kind: str, sizes: list[float], link: float, *, ranks: int = 2, hop: float = 0.0) -> float:
-        """Of one step of ``ranks`` ranks that exchange ``sizes`` bytes over links of ``link`` bits a second."""
+        """Seconds of a step of ``ranks`` ranks that exchange ``sizes`` bytes over links of ``link`` bits a second."""
         sent = on_the_link(self.compute, sizes, link, ranks=ranks, hop=hop)
         return sent + self.fixed[kind] + self.a_byte * sum(sizes)
 
@@ -97,7 +97,7 @@ def on_this_machine(args, depth: int) -> tuple[str, dict]:
 
 
 def on_links(args, depth: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Two ranks on limited links: seconds of each turn, and bytes of the vectors of each exchange."""
+    """Two ranks on limited links: seconds of each turn, and bytes of the buckets of each exchange."""
     links = [*args.fit, *args.held_out]
     command = [WORKER, str(depth), str(args.batch), args.precision]
     with hosts(2) as pair, start(f"scaling-{depth}", command, 2, on=pair) as ours:
@@ -111,10 +111,10 @@ def on_links(args, depth: int) -> tuple[dict[str, list[float]], dict[str, list[f
 
 
 def compare(args, seconds: dict[str, list[float]], sizes: dict[str, list[float]]) -> tuple[str, CostModel]:
-    """The steps that ``on_links`` measured beside those of the model, which is fitted to some of them."""
+    """The measured steps of ``on_links`` beside those of the model, which is fitted to some of them."""
     links = [*args.fit, *args.held_out]
     medians = {turn: median_and_spread(values)[0] for turn, values in seconds.items()}
-    # Of the links that are fitted, as what is held out must not be seen.
+    # From the fitted links alone: the model must not see the others.
     compute = float(np.median([medians[f"{link} none"] for link in args.fit]))
     sent = [name for name in EXCHANGES if name != "none"]
     model = CostModel.fit(
@@ -136,7 +136,7 @@ def compare(args, seconds: dict[str, list[float]], sizes: dict[str, list[float]]
 
 
 def extrapolation(args, model: CostModel, sizes: dict[str, list[float]]) -> tuple[str, dict[str, list[float]]]:
-    """Share of the speed without exchange that is left, to 1,024 ranks."""
+    """Share of the speed without exchange, to 1,024 ranks."""
     counts = [2**i for i in range(1, 11)]
     curves = {
         f"{name}, {link}": [

@@ -1,9 +1,9 @@
 """Contestants that take turns on one machine: blocks of steps, interleaved, and the medians of many rounds.
 
 Each contestant is a group of processes, one a rank, that stay up for the whole comparison. A rank reads one line of
-JSON from standard input, ``{"steps": 20, ...}``, does it, and answers ``@@ {"seconds": ...}``. A block counts with the
-seconds of its slowest rank. Whatever else the machine does hits all contestants alike, as they take turns every few
-seconds. Those that wait and have Horovod are stopped: its thread would look for work all the while, on the same cores.
+JSON from standard input, ``{"steps": 20, ...}``, runs the steps, and answers ``@@ {"seconds": ...}``. The time of a
+block is that of its slowest rank. The turns change every few seconds, so other load affects all contestants alike.
+Waiting contestants with Horovod are stopped, because its thread would use the same cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER = "@@ "
 
 
 class Contestant:
-    """Running ranks, which answer one request at a time; those that are ``restless`` take time while they wait too."""
+    """Running ranks that answer one request at a time; ``restless`` ones use the processor while they wait."""
 
     def __init__(self, name: str, ranks: Sequence[subprocess.Popen[str]], *, restless: bool = False) -> None:
         self.name, self.ranks, self.restless = name, list(ranks), restless
@@ -36,7 +36,7 @@ class Contestant:
         """Every rank's answer to ``request``; raises RuntimeError, with the log's place, if one ends instead."""
         for process in self.ranks:
             assert process.stdin is not None
-            # A rank that has ended has no answer either, and that says more.
+            # A rank that has ended gives no answer, and that error says more.
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
@@ -51,9 +51,9 @@ class Contestant:
         raise RuntimeError(f"{self.name}: rank {rank} has ended; see benchmarks/logs/{self.name}.{rank}.txt")
 
     def stop(self) -> None:
-        """Take no more of the processor until ``go_on``.
+        """Use no processor until ``go_on``.
 
-        Only where it matters: MultiWorkerMirroredStrategy gives up ranks that are silent for 10 seconds.
+        Only ``restless`` ranks: MultiWorkerMirroredStrategy gives up ranks that are silent for 10 seconds.
         """
         for process in self.ranks if self.restless else ():
             process.send_signal(signal.SIGSTOP)
@@ -78,7 +78,7 @@ def serve(answer: Any) -> None:
 
 
 def open_log(name: str, rank: int) -> Any:
-    """A file for what rank ``rank`` of contestant ``name`` says on standard error."""
+    """The file for the standard error of rank ``rank`` of contestant ``name``."""
     folder = ROOT / "benchmarks/logs"
     folder.mkdir(exist_ok=True)
     return (folder / f"{name}.{rank}.txt").open("w")
@@ -100,7 +100,7 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     contestants = {contestant for contestant, _ in turns.values()}
-    # From the first block on, in which ours may measure what to choose.
+    # All wait from the first block on: there ours may measure which exchange to choose.
     for contestant in contestants:
         contestant.stop()
     for contestant, request in [*turns.values()] * 2:
@@ -134,19 +134,19 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(values: Sequence[float], others: Sequence[float], *, digits: int = 2) -> str:
-    """Of two turns: the median of the rounds' ratios, and half the distance between their quartiles."""
+    """The median of the rounds' ratios of two turns, and half the distance between their quartiles."""
     middle, spread = median_and_spread([value / other for value, other in zip(values, others, strict=True)])
     return f"{middle:.{digits}f} ±{middle * spread:.{digits}f}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
+    """A markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """The machine, versions and settings of a measurement."""
     from cnnopt.run.run_folder import environment
 
     found = environment({})
@@ -170,7 +170,7 @@ def report(out: Path | None, text: str, content: Mapping[str, Any]) -> None:
 
 
 def arguments(description: str | None, *, blocks: bool = True) -> argparse.ArgumentParser:
-    """What every comparison takes; ``--steps`` where it measures ``blocks`` of steps."""
+    """The flags of every comparison; ``--steps`` if it measures ``blocks`` of steps."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--depth", type=int, nargs="+", default=[44], help="of the CIFAR ResNet")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16; auto asks the machine")

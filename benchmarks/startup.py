@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Seconds from the shell to the first step finished, of one rank and of two, by each launcher.
+"""Seconds from the shell to the end of the first step, of one rank and of two, by each launcher.
 
-The first step is finished when its checkpoint is there (--save-every 1s), so the save is in the time too. What a
-launcher adds is the difference to `one process`; `import tensorflow` is what none of them can go below.
+The first step ends when its checkpoint is there (--save-every 1s), so the save is included. A launcher adds the
+difference to `one process`. None can be faster than `import tensorflow`.
 
     .venv/bin/python benchmarks/startup.py --depth 20 --batch 64 --out startup.json
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Where the time of a step goes, in one process: against the rate of matrix products, and what each part costs.
+"""Time of a step and of its parts, in one process, and the rate of a step against that of matrix products.
 
-The whole step takes turns with the same step without pruning, with one resident batch in place of the input pipeline,
-with another optimizer, and without what XLA compiles; the stages' convolutions and normalisations take turns by
-themselves, forward and backward. Saving and recording are timed as the training thread sees them.
+The whole step takes turns with the same step without pruning, with one resident batch and no input pipeline, with
+another optimizer, and without XLA. The convolutions and normalizations of each stage take turns by themselves, forward
+and backward. Saving and recording are timed as the training thread waits for them.
 
     .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --rounds 10 --out docs/benchmarks/step.json
 """
@@ -54,7 +54,7 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def strided(images: tf.Tensor) -> tf.Tensor:
-    """``IdentityShortcut`` as it is usually written."""
+    """The usual form of ``IdentityShortcut``, a strided slice."""
     channels = images.shape[-1]
     return tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
@@ -79,7 +79,7 @@ def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> di
                 with tf.GradientTape() as tape:
                     tape.watch(images)
                     output = layer(images, training=True)
-                # With the ones that are the default, TensorFlow computes what is linear ahead of the step.
+                # With the default gradients, which are ones, TensorFlow computes the linear parts ahead of the step.
                 return tape.gradient(output, [images, *layer.trainable_weights], output_gradients=output)
 
             found[f"stage {stage} {name}"] = tf.function(both)
@@ -89,7 +89,7 @@ def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> di
 def build(
     config: TrainConfig, images: datasets.Dataset, compute: precision.Precision, streams: ExitStack
 ) -> tuple[training_step.SynchronousModel, Iterator]:
-    """A model that is as sparse as it will be, and its stream, which ``streams`` ends."""
+    """A model with its final sparsity, and its stream, which ``streams`` ends."""
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     model = training_step.build_model(config, images, timeline, compute, ranks=1)
     model.make_train_function()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 depth, batch, precision = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-# Where nothing is said it is as under torchrun, which gives each of several ranks one.
+# Without the variable it is 1, as torchrun gives each of several ranks.
 torch.set_num_threads(int(os.environ.get("TF_NUM_INTRAOP_THREADS", "1")))
 
 
@@ -55,7 +55,7 @@ torch.distributed.init_process_group(
 )  # fmt: skip
 model = nn.parallel.DistributedDataParallel(network)
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
-# One resident batch: a peer pays for no input pipeline, while our own ranks read and augment theirs.
+# One resident batch: the other trainers pay for no input pipeline, while our ranks read and augment images.
 images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 labels = torch.randint(10, (batch,))
 

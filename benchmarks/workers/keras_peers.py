@@ -17,7 +17,7 @@ depth, batch, asked, peer = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys
 rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
 os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3")
 if threads := os.environ.get("TF_NUM_INTRAOP_THREADS"):
-    # As cnnopt/distributed/collectives.py: the comparison is not one of defaults.
+    # As in cnnopt/distributed/collectives.py: defaults are not compared.
     os.environ.update(TF_ENABLE_ONEDNN_OPTS="1", OMP_NUM_THREADS=threads, TF_NUM_INTEROP_THREADS="2")
 if peer == "multiworker":
     workers = {"worker": os.environ["PEER_ADDRESSES"].split(",")}
@@ -58,7 +58,7 @@ with scope:
         schedule = tfmot.sparsity.keras.ConstantSparsity(0.6, begin_step=0, frequency=100)
 
         def prune(layer: keras.layers.Layer) -> keras.layers.Layer:
-            """Convolutions and the classifier, as our own pruner does; tfmot wraps no layer of a user's own."""
+            """Convolutions and the classifier, as our pruner does; tfmot cannot wrap a user-defined layer."""
             if isinstance(layer, keras.layers.Conv2D):
                 layer = keras.layers.Conv2D.from_config(layer.get_config())
             if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
@@ -73,9 +73,9 @@ with scope:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
 
-# One resident batch: a peer pays for no input pipeline, while our own ranks read and augment theirs.
+# One resident batch: the other trainers pay for no input pipeline, while our ranks read and augment images.
 if peer == "multiworker":
-    # The strategy takes global batches, and cuts them up.
+    # The strategy takes global batches and divides them.
     images, labels = np.concatenate([images] * size), np.concatenate([labels] * size)
 stream = tf.data.Dataset.from_tensors((images, labels)).repeat()
 options = tf.data.Options()

@@ -2,8 +2,8 @@
 
     python onnx_openvino.py FOLDER      (network.npz and images.npz in FOLDER; one JSON line for each request line)
 
-The ONNX graph is written node by node: it is the network of cnnopt.model.resnet.resnet with BatchNorm folded in, and no
-converter that would have to be trusted is between it and the weights.
+The ONNX graph is written node by node: the network of cnnopt.model.resnet.resnet with BatchNorm folded in. So no
+converter can change the weights.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def graph(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
 
 
 def saturates() -> bool:
-    """True on x86 without VNNI, whose sums of two int8 products are cut off at 16 bits.
+    """True on x86 without VNNI, where sums of two int8 products saturate at 16 bits.
 
     Both runtimes advise 7 bits for the weights there (reduce_range; overflow_fix), or accuracy falls.
     """
@@ -133,11 +133,11 @@ def build(folder: Path, calibration: np.ndarray) -> tuple[dict[str, Callable], d
         dense,
         nncf.Dataset(list(calibration.astype(np.float32)[:, np.newaxis])),
         subset_size=len(calibration),
-        # For networks whose activations are not symmetric about zero, as those of ReLU.
+        # For networks with activations that are not symmetric about zero, such as those of ReLU.
         preset=nncf.QuantizationPreset.MIXED,
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
     )
-    # float32 throughout: where a CPU has bfloat16, OpenVINO would compute in it unasked.
+    # float32 throughout: OpenVINO would use bfloat16 by itself on a CPU that has it.
     settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     for kind, model in (("float32", dense), ("int8", quantized)):
         path = folder / f"openvino-{kind}.xml"

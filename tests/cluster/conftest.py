@@ -1,4 +1,4 @@
-"""The SLURM cluster that tests share; it ends with the session."""
+"""The SLURM cluster that the tests share. It ends with the session."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A run whose hosts change: a rank stops and is dropped, a host comes back, and the batch stays what it is."""
+"""A run whose hosts change: a stopped rank is dropped, a host comes back, and the global batch stays the same."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The launcher's world, acted out: the rendered manifest's own commands, over ssh between namespaces."""
+"""The Kubernetes job acted out: the commands of the rendered manifest, over ssh between namespaces."""
 
 import json
 import threading

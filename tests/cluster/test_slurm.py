@@ -1,4 +1,4 @@
-"""The job scripts under a real SLURM: they train, quantize, stop, break, and say in one line what cannot work."""
+"""The job scripts under a real SLURM: they train, quantize, stop, fail, and refuse wrong input in one line."""
 
 import json
 import re

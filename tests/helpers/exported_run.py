@@ -1,4 +1,4 @@
-"""A small finished run, written as train_hvd.py writes it, and its files as cnnopt.quantize makes them."""
+"""A small finished run as train_hvd.py writes it, and its files as cnnopt.quantize makes them."""
 
 import json
 import os

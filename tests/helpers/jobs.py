@@ -1,4 +1,4 @@
-"""Starting real ranks, and ending whatever a test started."""
+"""Start real ranks, and end every process that a test started."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The manifests as a cluster would get them: rendered by the real kustomize, and the pods that come of them."""
+"""The manifests as a cluster gets them: rendered by the real kustomize, and the pods that they describe."""
 
 import copy
 import functools

@@ -1,8 +1,8 @@
-"""A small cluster on one machine: pods as network, mount and process namespaces on a bridge of their own.
+"""A small cluster on one machine: pods as network, mount and process namespaces on one bridge.
 
-What the operator and the kubelet would give a pod is here as they give it: the image's files and variables (from the
-Dockerfile), a read-only root, the volumes of the manifest, a uid without privileges, the job's key, the hostfile, a
-name. What is not: seccomp, memory and CPU limits. Names come from one hosts file in place of a DNS.
+A pod here has what the operator and the kubelet give it: the image's files and variables (from the Dockerfile), a
+read-only root, the volumes of the manifest, a uid without privileges, the job's key, the hostfile, a name. It has no
+seccomp and no memory or CPU limits. Names come from a hosts file, because there is no DNS.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld, two slurmd, with folder and ports of their own."""
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in its own folder, on free ports."""
 
 import os
 import shutil

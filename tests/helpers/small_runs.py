@@ -1,4 +1,4 @@
-"""The program's own model, stream and loop, on a ResNet-8 and a few synthetic images."""
+"""The program's model, stream and loop with a ResNet-8 and a few synthetic images."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

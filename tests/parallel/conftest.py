@@ -1,4 +1,4 @@
-"""What the tests of ranks share."""
+"""Fixtures that the tests of ranks share."""
 
 from tests.helpers.jobs import start
 

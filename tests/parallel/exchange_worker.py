@@ -1,6 +1,6 @@
-"""What one rank sees of its exchange, written to DEST/rank<r>.{json,npz} for test_exchange.py to compare.
+"""One rank's view of its exchange, written to DEST/rank<r>.{json,npz} for test_exchange.py to compare.
 
-Without a variant it is the sums alone.
+Without a variant it writes the sums alone.
 
 Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE/OPTIMIZER...
 """

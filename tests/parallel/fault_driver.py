@@ -1,4 +1,4 @@
-"""Runs jobs into faults one after the other, and compares what comes out with a run that had none.
+"""Brings faults to jobs, one after the other, and compares the results with those of an undisturbed run.
 
 Usage: python tests/parallel/fault_driver.py FAULTS [SEED]     prints the table of docs/reliability.md
 """

@@ -1,8 +1,8 @@
-"""Ranks forked from one process that has imported TensorFlow, so that a job starts in seconds; test_faults.py's.
+"""Ranks forked from one process that has imported TensorFlow, so that a job of test_faults.py starts in seconds.
 
-horovodrun and two imports of TensorFlow take 20 s a job, of which a fork takes none. The parent has no thread but its
-own when it forks, which it checks: TensorFlow and Horovod start theirs in the ranks. A rank is train_hvd.main(), with
-Horovod's variables in its environment as horovodrun sets them, and a fault planted in it.
+horovodrun and two imports of TensorFlow take 20 s a job; a fork takes almost none. The parent checks that it has no
+other thread when it forks: TensorFlow and Horovod start theirs in the ranks. A rank is train_hvd.main() with a planted
+fault, and with Horovod's variables in its environment as horovodrun sets them.
 
 Reads a job {"argv", "environment": [per rank], "log", "events", "fault"} per line, and answers with the ranks' pids;
 an empty line is answered with the wait status of each rank that has ended since.

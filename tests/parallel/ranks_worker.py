@@ -1,4 +1,4 @@
-"""What one rank finds out about itself, written to DEST/rank<r>.{json,npz} for test_ranks.py to compare.
+"""One rank's weights and measurements, written to DEST/rank<r>.{json,npz} for test_ranks.py to compare.
 
 Usage: horovodrun -np N python ranks_worker.py DEST [WEIGHTS_OF_ONE_RANK]
 """

@@ -1,4 +1,4 @@
-"""The exchange of ranks: what it sends, counted; that sparse is dense bit for bit; its collectives, one trace."""
+"""The exchange between ranks: its bytes and collectives, one trace, and sparse equal to dense bit for bit."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped and told to stop at random steps, and what is left of the run (fault_driver.py)."""
+"""Ranks that are killed, stopped or told to stop at random steps, and the run afterwards (fault_driver.py)."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Quantization-aware fine-tuning under horovodrun: zeros held, ranks compared, one record of it."""
+"""Quantization-aware fine-tuning under horovodrun: zeros stay, ranks agree, one record is written."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Ranks at 1, 2 and 4 processes, compared with each other."""
+"""Runs with 1, 2 and 4 ranks, compared with each other."""
 
 import json
 import os

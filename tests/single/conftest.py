@@ -1,4 +1,4 @@
-"""Sets what TensorFlow reads when it starts, as the program does; starts it once, for the tests that need it."""
+"""Sets TensorFlow's variables as the program does, and starts TensorFlow once for the tests that need it."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The program as a user starts it: mistakes answered at once, and whole runs from flags to files."""
+"""The program as a user starts it: mistakes are answered at once, and whole runs go from flags to files."""
 
 import contextlib
 import json

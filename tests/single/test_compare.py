@@ -1,4 +1,4 @@
-"""Runs side by side, on the real runs of docs/results and a made-up card."""
+"""Comparisons of runs: a real run of docs/results with a made-up report, and a run that was stopped."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The command line: presets, one line for every mistake, and what decides whether a run may go on."""
+"""The command line: presets, one line for every mistake, and the settings that a run may change."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""How many ranks go where, and what cannot be started; tests/cluster/test_elastic_hosts.py starts them."""
+"""The number of ranks for each host, and refused starts; tests/cluster/test_elastic_hosts.py starts ranks."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; what may be loaded by importing the light modules, tried."""
+"""Import rules, read from the source, and the modules that light imports load, tried."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests, rendered: valid for the cluster and for the operator, and of one mind with the image."""
+"""The rendered Kubernetes manifests: valid for the cluster and the operator, and consistent with the image."""
 
 import copy
 import os

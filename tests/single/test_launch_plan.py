@@ -1,4 +1,4 @@
-"""One plan for three launchers; and every command of scripts, manifests and documents is one that TrainConfig knows."""
+"""One plan for three launchers; every command of scripts, manifests and documents is known to TrainConfig."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The post-step as a user runs it: a trained run in, measured files and a report out; and what it refuses."""
+"""cnnopt.quantize as a user runs it: from a trained run to measured files and a report; and refused input."""
 
 import json
 import shutil

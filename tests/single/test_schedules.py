@@ -1,4 +1,4 @@
-"""Tables with the value of every step; and the timeline against a count of images one by one."""
+"""Schedules by tables of every step, and the timeline against a count of single images."""
 
 import math
 

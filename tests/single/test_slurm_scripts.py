@@ -1,4 +1,4 @@
-"""The job scripts as text: what they pass on, and shellcheck's opinion of them. tests/cluster runs them."""
+"""The job scripts as text: the flags that they pass on, and shellcheck. tests/cluster runs them."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Reading the published layouts, the training stream, and downloads from a real server."""
+"""The published layouts, the training stream, and downloads from a real server."""
 
 import hashlib
 import http.server

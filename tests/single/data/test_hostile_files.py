@@ -1,4 +1,4 @@
-"""Damaged and hostile copies: always a DataError of one line; never another exception, a hang or a file."""
+"""Damaged and hostile copies give a DataError of one line, and never another exception, a hang or a file."""
 
 import contextlib
 import gzip

@@ -1,4 +1,4 @@
-"""Images that all ranks of a host share: decoded once, mapped by all, never wrong and never in the way."""
+"""The shared images of a host: decoded once, mapped by all ranks, and never wrong."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""What a rank does with the GPUs of its host, as far as that can be told without one."""
+"""The choice of a rank's GPU, tested on made-up device lists."""
 
 import pytest
 import tensorflow as tf

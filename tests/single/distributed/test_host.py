@@ -1,4 +1,4 @@
-"""What a process finds out about its host, and asks of it, before TensorFlow is loaded."""
+"""Cores, variables and threads of a process, before TensorFlow is loaded."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Which rank says what when the exchange fails. Ranks are objects here, and processes where one is killed."""
+"""The rank that is named after a failed exchange. Ranks are objects here, and processes if one is killed."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""How ranks get their places from SLURM, where they find each other, and what cnnopt.launch does with them."""
+"""Places of ranks under SLURM, their rendezvous, and cnnopt.launch, which serves it."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""Signals before, during and after training, in a process whose main thread does not come back to Python."""
+"""Signals before, during and after training, while the main thread does not come back to Python."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Sizes, zeros, accuracy, reading and packing of .tflite files, on arrays and files whose answer is known."""
+"""Sizes, zeros, accuracy, reading and packing of .tflite files, on arrays and files with known answers."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""What is compiled between convolutions is what TensorFlow computes operation by operation, bit for bit."""
+"""XLA's functions between convolutions equal TensorFlow's operations bit for bit."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Which type is chosen where, float32 weights under all of them, and the loss scale step by step."""
+"""The chosen compute type, float32 weights under each type, and the loss scale step by step."""
 
 import ml_dtypes
 import numpy as np

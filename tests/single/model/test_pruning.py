@@ -1,4 +1,4 @@
-"""Masks that are exact, schedules that arrive, and zeros that stay zero."""
+"""Exact masks, schedules that reach the final sparsity, and zeros that stay zero."""
 
 from fractions import Fraction
 

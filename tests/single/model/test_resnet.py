@@ -1,4 +1,4 @@
-"""The network of the paper: its counts, shapes, shortcuts, standardisation, and convolutions made wide."""
+"""The network of the paper: counts, shapes, shortcuts, standardization, and widened convolutions."""
 
 import ml_dtypes
 import numpy as np

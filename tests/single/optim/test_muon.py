@@ -1,4 +1,4 @@
-"""Muon against its definition, computed in float64 by another road: the singular value decomposition."""
+"""Muon against its definition by the singular value decomposition, in float64."""
 
 import hashlib
 

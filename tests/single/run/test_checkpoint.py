@@ -1,4 +1,4 @@
-"""What a checkpoint promises: complete or absent, exact, verified, and harmless whoever wrote it."""
+"""Checkpoints are complete or absent, exact, verified, and harmless whoever wrote them."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The run folder, and going on from a checkpoint: bit for bit, on one curve, and never from another run's."""
+"""The run folder, and resuming: bit for bit, on one curve, and never from another run's checkpoint."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What an exchange keeps, in one process; and that the step's graph does not grow unseen."""
+"""The exchange of buckets in one process, and the size of the step's graph."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a run leaves at a save, and what another takes up from it: small runs in one process."""
+"""Saved state and resumed runs: small runs in one process."""
 
 import json
 import resource

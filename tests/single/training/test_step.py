@@ -1,4 +1,4 @@
-"""The step: its arithmetic against numpy, what a skipped step leaves alone, exact evaluation, one trace."""
+"""The step: its arithmetic against numpy, skipped steps, exact evaluation, one trace."""
 
 import math
 
