@@ -1,17 +1,18 @@
-"""Quantization-aware fine-tuning of a finished run, on all ranks of the launcher: python -m cnnopt.finetune RUN EPOCHS
+"""Quantization-aware fine-tuning of a finished run, on all ranks of the launcher.
 
-``python -m cnnopt.quantize RUN --qat EPOCHS`` starts it, once for all variants that are fine-tuned. The network is
+    horovodrun -np 2 python -m cnnopt.finetune runs/NAME 2 --clusters 0 16
+    python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
+
+The second command exports what the first has made; it runs the first itself where that is not done. The network is
 that of ``cnnopt.export.qat``; the step, the exchange and the comparison of ranks are those of ``cnnopt.training``; the
-masks are those that the run ended with. Each fine-tuning has a run folder of its own in RUN/qat/, and goes on where it
-was stopped. Exit status as of train_hvd.py.
+masks are those that the run ended with. Each fine-tuning is a run folder in runs/NAME/qat/, and goes on where it was
+stopped. Exit status as of train_hvd.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,25 +157,25 @@ def _network(
 
 def main() -> int:
     """Run a command line; every expected failure is one line and an exit status."""
-    parser = Parser(prog="cnnopt.finetune", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("epochs", type=int)
-    parser.add_argument(
-        "--clusters", type=int, nargs="+", default=[0], help="values a kernel of each fine-tuning; 0: any"
+    parser = Parser(
+        prog="python -m cnnopt.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", help="folder that holds the data set")
-    parser.add_argument("--then", nargs=argparse.REMAINDER, help="what the first rank calls cnnopt.quantize with")
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("epochs", type=int, help="of each fine-tuning")
+    parser.add_argument(
+        "--clusters", type=int, nargs="+", default=[0], metavar="N",
+        help="fine-tune once for each N: with N values a kernel, or with all that int8 has where N is 0 [0]",
+    )  # fmt: skip
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
 
     def body(request: StopRequest, peers: PeerStatus) -> int:
         given = parser.parse_args()
+        if given.epochs < 1:
+            raise UserError(f"EPOCHS {given.epochs}: give 1 or more")
         for clusters in given.clusters:
             if clusters and clusters not in CLUSTERS:
                 raise UserError(f"--clusters {clusters}: give 0, or {CLUSTERS[0]} to {CLUSTERS[-1]}")
-        status = fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, peers)
-        if status == 0 and given.then and launched()[0].first:
-            sys.stdout.flush()
-            os.execv(sys.executable, [sys.executable, "-m", "cnnopt.quantize", *given.then])
-        return status
+        return fine_tune(given.run, given.epochs, given.clusters, given.data_dir, request, peers)
 
     return entrypoint.run("cnnopt.finetune", body)
 

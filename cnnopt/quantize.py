@@ -5,6 +5,7 @@
     python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
+``--qat`` runs ``cnnopt.finetune`` first, as a child process of each rank, unless what it would make is there already.
 Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png, and to TensorBoard
 (docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
 """
@@ -13,16 +14,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from cnnopt.command_line import Parser
+from cnnopt.distributed import child
 from cnnopt.distributed.world import launched
 from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
 from cnnopt.run import atomic_files
+
+if TYPE_CHECKING:
+    from cnnopt.export.trained import TrainedRun
 
 
 def writable(folder: Path, remedy: str) -> Path:
@@ -37,44 +42,65 @@ def writable(folder: Path, remedy: str) -> Path:
     return folder
 
 
-def fine_tune(options: Options) -> NoReturn:
-    """Become this rank's part of ``cnnopt.finetune``, whose first rank becomes this program again when it is done.
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, and can be done: ``variants`` of ``run``, beside the float32 file of ``baseline``."""
 
-    One process after the other, and not one in the other: what is measured knows no Horovod, and a signal meets the
-    process that it is for.
-    """
-    data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
-    clusters = ["--clusters", *map(str, options.fine_tunings().values())]
-    command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *clusters, *data_dir]
-    os.execv(sys.executable, [*command, "--then", *options.argv, "--tuned"])
+    options: Options
+    run: TrainedRun
+    variants: tuple[str, ...]
+    baseline: TrainedRun | None
+    folder: Path
+
+    def fine_tuned(self) -> dict[str, Path]:
+        """For each variant that is fine-tuned, the run folder of that, which may not be there yet."""
+        clusters = self.options.fine_tunings()
+        return {variant: self.run.fine_tuned(self.options.qat or 0, n) for variant, n in clusters.items()}
 
 
-def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Export and measure the variants of a run; returns the content of report.json."""
-    # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
+def check(options: Options) -> Plan:
+    """Refuse at once what cannot work; TensorFlow is not loaded yet. Raises UserError."""
     from cnnopt.data import datasets
-    from cnnopt.distributed import host
     from cnnopt.export import trained
-    from cnnopt.run.run_folder import RunFolder
 
     run = trained.read(options.run)
     variants = choose(options, run.sparsity)
     baseline = trained.read_baseline(options.baseline, run) if options.baseline else None
     folder = writable(options.run / "export", "copy the run to a writable folder")
-    name, seed = run.identity["dataset"], run.identity["seed"]
+    name = run.identity["dataset"]
     datasets.check(name, options.data_dir)
     options.check_calibration(name, datasets.DATASETS[name])
+    return Plan(options, run, variants, baseline, folder)
 
-    # ---- Fine-tune, where asked ------------------------------------------------------------------------------------
-    folders = {variant: run.fine_tuned(options.qat or 0, n) for variant, n in options.fine_tunings().items()}
-    done = all(RunFolder(folder).result() is not None for folder in folders.values())
+
+def fine_tune(options: Options, plan: Plan | None) -> int:
+    """Fine-tune where that is not done; returns the exit status. ``plan`` is what the first rank has, and no other.
+
+    In a process of its own, as what is measured afterwards knows no Horovod and has all cores.
+    """
+    from cnnopt.run.run_folder import RunFolder
+
+    done = plan is not None and all(RunFolder(folder).result() is not None for folder in plan.fine_tuned().values())
     # Other ranks cannot know that it is done, and wait to be told.
-    if folders and not options.tuned and (not done or launched()[0].size > 1):
-        fine_tune(options)
-    tuned = {variant: trained.read(folder) for variant, folder in folders.items()}
+    if done and launched()[0].size == 1:
+        return 0
+    data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
+    clusters = ["--clusters", *map(str, options.fine_tunings().values())]
+    command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *clusters, *data_dir]
+    return child.run(command)
 
-    # ---- Load: after the ranks have met, as others would not wait for a download ----------------------------------
-    images = datasets.load(name, options.data_dir, seed=seed, show_progress=True)
+
+def quantize(plan: Plan) -> dict[str, Any]:
+    """Export and measure the variants of a run; returns the content of report.json."""
+    # ---- Load: after the ranks have fine-tuned, as others would not wait for a download -----------------------------
+    from cnnopt.data import datasets
+    from cnnopt.distributed import host
+    from cnnopt.export import trained
+
+    options, run = plan.options, plan.run
+    tuned = {variant: trained.read(folder) for variant, folder in plan.fine_tuned().items()}
+    name = run.identity["dataset"]
+    images = datasets.load(name, options.data_dir, seed=run.identity["seed"], show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
     options.check_calibration(name, len(images.train_images))
@@ -86,57 +112,19 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     chosen.sort()
 
     # ---- Convert -------------------------------------------------------------------------------------------------
-    say(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
+    print(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
     host.prepare({**host.TENSORFLOW, **host.QUIET})
     with host.quiet_stderr():
-        from cnnopt.export import convert, pack, qat, report
+        from cnnopt.export import report, variants
 
-    def make(model: Any, variant: str, label: str) -> report.Export:
-        file = folder / f"{label}.tflite"
-        content = convert.convert(model, variant, images.train_images[chosen])
-        kernels = convert.file_kernels(content, file, variant, run.kernels())
-        atomic_files.replace(file, content)
-        # Of what was here before; --pack makes it anew.
-        file.with_name(file.name + pack.SUFFIX).unlink(missing_ok=True)
-        say(f"  {file}  {len(content):,} bytes")
-        return report.Export(label, file, content, kernels)
-
-    model = convert.float_model(run)
-    exact = make(model, "float32", "float32")
-    exports = [exact]
-    stages = {"trained": run.kernels(), "loaded": convert.kernels_of(model, run.depth)}
-    converted = {"converted": {layer: kernel.weights for layer, kernel in exact.kernels.items()}}
-    ways = {"float32": {**stages, **converted}}
-    for variant in variants:
-        if variant == "float32":
-            continue
-        source, way = model, {**stages, **converted}
-        if variant == "clustered-int8":
-            assert options.clusters is not None
-            source = convert.clustered_model(run, options.clusters)
-            way = {**stages, "clustered": convert.kernels_of(source, run.depth)}
-        if variant in tuned:
-            source = convert.fine_tuned_model(tuned[variant])
-            now = "clustered" if options.fine_tunings()[variant] else "loaded"
-            way = {"trained": run.kernels(), "fine-tuned": tuned[variant].kernels()}
-            way[now] = convert.kernels_of(source, run.depth)
-        export = make(source, variant, variant)
-        if variant in tuned:
-            folded = {layer: kernel * qat.gain(source, layer) for layer, kernel in way["fine-tuned"].items()}
-            export = replace(export, exact=folded)
-        last = "encoded" if variant == "sparse-float32" else "quantized"
-        ways[variant] = {**way, last: {layer: kernel.weights for layer, kernel in export.kernels.items()}}
-        exports.append(export)
-    reference = exact
-    if baseline:
-        reference = make(convert.float_model(baseline), "float32", "dense-float32")
-        exports.insert(0, reference)
+    exports = []
+    baseline = [variants.float32(plan.baseline, "dense-float32")] if plan.baseline else []
+    for variant in (*baseline, *variants.of_run(run, plan.variants, clusters=options.clusters, tuned=tuned)):
+        exports.append(variants.write(variant, plan.folder, images.train_images[chosen]))
+        print(f"  {exports[-1].path}  {len(exports[-1].content):,} bytes")
 
     # ---- Measure these very files --------------------------------------------------------------------------------
-    content = report.report(
-        run, exports, ways, model, images, baseline=baseline, reference=reference, clusters=options.clusters,
-        tuned=tuned, say=say,
-    )  # fmt: skip
+    content = report.report(exports, images, clusters=options.clusters)
     content["calibration"] = {
         "split": "train",
         "seed": options.seed,
@@ -145,7 +133,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
     }
     if options.pack:
         for entry, export in zip(content["files"], exports, strict=True):
-            if export.name in PACKED:
+            if entry["name"] in PACKED:
                 entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
     return content
 
@@ -224,11 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 archive_command(argv[0], argv[1:])
             return 0
         options = parse_args(argv, __doc__)
-        if not first:
-            if options.qat:
-                fine_tune(options)
+        plan = check(options) if first else None
+        if options.qat and (status := fine_tune(options, plan)):
+            return status
+        if plan is None:
             return 0
-        content = quantize(options)
+        content = quantize(plan)
         from cnnopt.export import render, tensorboard
 
         render.save(content, options.run)

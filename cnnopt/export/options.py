@@ -49,8 +49,6 @@ class Options:
     seed: int
     data_dir: str | None
     pack: bool
-    tuned: bool
-    argv: tuple[str, ...]
 
     def asked(self) -> list[str]:
         """The variants that --variants names, or all whose flags are given."""
@@ -99,9 +97,7 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
     parser.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
     parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
     parser.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
-    # cnnopt.finetune has run already: what ``fine_tune`` adds.
-    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
-    given = {**vars(parser.parse_args(argv)), "argv": tuple(argv)}
+    given = vars(parser.parse_args(argv))
     if given["variants"] is not None:
         given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
         for name in given["variants"]:

@@ -1,4 +1,4 @@
-"""The card of a run: every measurement of every exported file, as report.json holds it."""
+"""The report of a run: every measurement of every exported file, as report.json holds it."""
 
 from __future__ import annotations
 
@@ -6,112 +6,67 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tf_keras as keras
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cnnopt.data.datasets import Dataset
 from cnnopt.distributed import host
 from cnnopt.errors import RunError
-from cnnopt.export import explain, interpret, latency, measure, tflite_file
+from cnnopt.export import explain, interpret, latency, measure, qat, tflite_file
 from cnnopt.export.render import SCHEMA
 from cnnopt.export.trained import TrainedRun
+from cnnopt.export.variants import Export, Kernels
 
 #: Flags of /proc/cpuinfo (the last two: ARM) for which XNNPACK has kernels that sum int8 products as they are.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
 
-@dataclass(frozen=True, eq=False)
-class Export:
-    """A file that was written, its bytes, and its kernels by layer.
-
-    ``exact``: the float kernels that it was quantized from, where they are not those of the float32 file.
-    """
-
-    name: str
-    path: Path
-    content: bytes
-    kernels: Mapping[str, tflite_file.Kernel]
-    exact: Mapping[str, np.ndarray] | None = None
-
-
-def report(
-    run: TrainedRun,
-    exports: Sequence[Export],
-    ways: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
-    model: keras.Model,
-    images: Dataset,
-    *,
-    baseline: TrainedRun | None,
-    reference: Export,
-    clusters: int | None,
-    tuned: Mapping[str, TrainedRun],
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) -> dict[str, Any]:
     """The content of report.json but for calibration and archives (docs/quantize.md, "report.json").
 
-    ``ways``: for each file of this run the kernels at each stage on the way to it. ``model``: the float32 network
-    of the run. ``tuned``: for each file that was fine-tuned, the run folder of that. Raises RunError where two variants
-    are the same bytes, TfliteError, LatencyError.
+    ``exports``: the files of one run, float32 among them, and perhaps the float32 file of a baseline, to which sizes
+    are then compared. Raises RunError where two files are the same bytes, TfliteError, LatencyError.
     """
-    digests: dict[str, str] = {}
-    for export in exports:
-        # The original study's table holds one file under two names; equal bytes cannot be two measurements.
-        twin = digests.setdefault(tflite_file.digest(export.content), export.name)
-        if twin != export.name:
-            raise RunError(f"{export.path} is to the byte the {twin} file; leave one of them out")
-    threads = host.cores()
-    expected = model.predict(images.test_images.astype(np.float32), batch_size=200, verbose=0)
-    own = {layer: kernel.weights for layer, kernel in next(e for e in exports if e.name == "float32").kernels.items()}
+    _check_that_files_differ(exports)
+    own = next(export for export in exports if export.variant.label == "float32")
+    run, network = own.variant.run, own.variant.source
+    others = [export for export in exports if export.variant.run is not run]
+    reference = others[0] if others else own
     reference_size = measure.sizes(reference.content, list(reference.kernels.values()))
+    expected = network.predict(images.test_images.astype(np.float32), batch_size=200, verbose=0)
+    threads = host.cores()
     files: list[dict[str, Any]] = []
     columns = (TextColumn("  {task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not os.isatty(2), transient=True) as progress:
         for export in exports:
+            variant = export.variant
             # From the disk, so that what is measured is what is there.
             data = tflite_file.read(export.path)
-            task = progress.add_task(export.name, total=len(images.test_images))
-            begin = time.perf_counter()
-            logits = interpret.logits(
-                data,
-                export.path,
-                images.test_images,
-                threads=threads,
-                advance=functools.partial(progress.advance, task),
-            )
-            seconds = time.perf_counter() - begin
-            mine = export.name in ways
             size = measure.sizes(data, list(export.kernels.values()))
             files.append(
                 {
-                    "name": export.name,
+                    "name": variant.label,
                     "file": f"export/{export.path.name}",
                     "sha256": tflite_file.digest(data),
-                    "run": str(run.path if mine or baseline is None else baseline.path),
+                    "run": str(variant.run.path),
                     "size": size,
                     "times_smaller": measure.ratios(size, reference_size),
-                    "weights": measure.weights(
-                        export.kernels,
-                        (export.exact or own) if mine else {layer: k.weights for layer, k in export.kernels.items()},
-                    ),
-                    "fine_tuned": _fine_tuning(tuned[export.name], run) if export.name in tuned else None,
-                    "ledger": measure.ledger(ways[export.name], run.masks) if mine else None,
-                    "test": {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds},
+                    "weights": measure.weights(export.kernels, _quantized_from(export, exports)),
+                    "fine_tuned": _fine_tuning(variant.tuned, run) if variant.tuned else None,
+                    "ledger": measure.ledger(_stages(export, own), run.masks) if variant.run is run else None,
+                    "test": _test(export, data, images, expected, threads, progress),
                     "packed": None,
                 }
             )
-    say("  latency, one file after the other")
+    print("  latency, one file after the other")
     # One thread first, as everybody compares that.
     counts = sorted({1, threads})
     for entry, timings in zip(files, latency.measure([e.path for e in exports], counts), strict=True):
         entry["latency"] = timings
-    correct = float(np.mean(expected.argmax(axis=1) == images.test_labels))
     content = {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -121,24 +76,65 @@ def report(
             "dataset": images.name,
             "classes": list(images.class_names),
             "depth": run.depth,
-            "parameters": int(sum(np.prod(w.shape) for w in model.trainable_weights)),
+            "parameters": int(sum(np.prod(w.shape) for w in network.trainable_weights)),
             "step": run.step,
             "checkpoint": run.checkpoint.name,
             "averaged_weights": bool(run.identity.get("ema")),
             "sparsity": run.sparsity,
             "trained_accuracy": run.result.get("accuracy"),
-            "float32_accuracy": correct,
+            "float32_accuracy": float(np.mean(expected.argmax(axis=1) == images.test_labels)),
             "clusters": clusters,
         },
         "reference": {
-            "kind": "baseline" if baseline else "self",
-            "run": str(baseline.path if baseline else run.path),
-            "file": reference.name,
+            "kind": "self" if reference is own else "baseline",
+            "run": str(reference.variant.run.path),
+            "file": reference.variant.label,
             **reference_size,
         },
         "files": files,
     }
     return {**content, "notes": explain.notes(content)}
+
+
+def _check_that_files_differ(exports: Sequence[Export]) -> None:
+    # The original study's table holds one file under two names; equal bytes cannot be two measurements.
+    names: dict[str, str] = {}
+    for export in exports:
+        name = export.variant.label
+        twin = names.setdefault(tflite_file.digest(export.content), name)
+        if twin != name:
+            raise RunError(f"{export.path} is to the byte the {twin} file; leave one of them out")
+
+
+def _quantized_from(export: Export, exports: Sequence[Export]) -> Kernels:
+    """The float kernels that a file was quantized from: those of the float32 file of its run, or as fine-tuned."""
+    variant = export.variant
+    if variant.tuned:
+        return {layer: kernel * qat.gain(variant.source, layer) for layer, kernel in variant.tuned.kernels().items()}
+    return next(e for e in exports if e.variant.name == "float32" and e.variant.run is variant.run).weights
+
+
+def _stages(export: Export, own: Export) -> Mapping[str, Kernels]:
+    """The kernels of a file at each stage on the way to it; ``own`` is the float32 file of its run."""
+    variant = export.variant
+    stages = dict(variant.stages)
+    if variant.source is own.variant.source:
+        stages["converted"] = own.weights
+    if export is not own:
+        stages["encoded" if variant.name == "sparse-float32" else "quantized"] = export.weights
+    return stages
+
+
+def _test(
+    export: Export, data: bytes, images: Dataset, expected: np.ndarray, threads: int, progress: Progress
+) -> dict[str, Any]:
+    """Accuracy on the test images, and how long it took."""
+    task = progress.add_task(export.variant.label, total=len(images.test_images))
+    begin = time.perf_counter()
+    advance = functools.partial(progress.advance, task)
+    logits = interpret.logits(data, export.path, images.test_images, threads=threads, advance=advance)
+    seconds = time.perf_counter() - begin
+    return {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds}
 
 
 def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,6 +262,24 @@ def test_terminal_and_markdown_hold_the_figures(trained):
     assert (path / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_the_report_has_the_keys_of_its_schema_in_their_order(trained):
+    """As in ``report_keys.txt``, which the code before ``Variant`` wrote; "*" is a layer or a package."""
+    seen = {}
+
+    def note(value, path=""):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                place = f"{path}/{'*' if path.endswith(('/layers', '/packages')) else key}"
+                seen.setdefault(place)
+                note(inner, place)
+        elif isinstance(value, list):
+            for item in value:
+                note(item, path)
+
+    note(trained[1])
+    assert list(seen) == Path(__file__).with_name("report_keys.txt").read_text().split()
+
+
 def test_documented_keys_are_those_of_the_report(trained):
     text = (ROOT / "docs" / "quantize.md").read_text()
 
@@ -418,6 +438,24 @@ def test_sparse_variants_of_a_dense_run(no_tensorflow, tmp_path, capsys):
     assert parse_args([str(run), "--qat", "2"]).fine_tunings() == {"int8-qat": 0}
     with pytest.raises(OptionError):
         choose(parse_args([str(run), "--variants", "sparse-int8"]), 0.1)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_fine_tuning_and_its_status_is_handed_on(number, status, tmp_path):
+    path = make_run(tmp_path / "r")
+    command = [sys.executable, "-m", "cnnopt.quantize", str(path), "--qat", "50", "--variants", "int8-qat"]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as job:
+        try:
+            assert any(line.startswith("epoch") for line in job.stdout)
+            job.send_signal(number)
+            output = job.stdout.read()
+            assert job.wait(300) == status, output
+        finally:
+            job.kill()
+    assert not (path / "report.json").exists()
+    saved = checkpoint.list_steps(read(path).fine_tuned(50) / "checkpoints")
+    assert saved
+    assert ("stopped as told and saved" in output) == (status == 75)
 
 
 def test_only_the_first_rank_quantizes(no_tensorflow, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,34 @@
+"""Wait for a child process that hears the signals of this one. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+#: Passed on. A blocked signal waits, so none is lost while the child starts.
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+#: In ``si_code`` of a signal that the kernel itself sent, such as a terminal's Ctrl-C (asm-generic/siginfo.h).
+SI_KERNEL = 0x80
+
+
+def run(command: Sequence[str]) -> int:
+    """Run ``command`` in this environment; its exit status, or 128 plus the number of the signal that ended it."""
+    sys.stdout.flush()
+    heard = {*PASSED_ON, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    try:
+        child = os.posix_spawn(command[0], list(command), os.environ, setsigmask=before)
+        while True:
+            told = signal.sigwaitinfo(heard)
+            if told.si_signo == signal.SIGCHLD:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    code = os.waitstatus_to_exitcode(status)
+                    return code if code >= 0 else 128 - code
+            # The terminal sends it to the child too.
+            elif told.si_code != SI_KERNEL:
+                os.kill(child, told.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,92 @@
+"""Which files are made of a run, from which network, and through which stages. Import after ``host.prepare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tf_keras as keras
+
+from cnnopt.export import convert, pack, tflite_file
+from cnnopt.export.trained import TrainedRun
+from cnnopt.run import atomic_files
+
+#: Float kernels by layer, in the order of computation.
+Kernels = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A file to make.
+
+    ``name``: a key of ``options.VARIANTS``, which says how ``source`` is converted. ``label``: name of the file.
+    ``run``: the run whose weights it holds. ``stages``: the kernels at each stage on the way to ``source``.
+    ``tuned``: the fine-tuning of ``run`` that ``source`` is the result of.
+    """
+
+    label: str
+    name: str
+    run: TrainedRun
+    source: keras.Model
+    stages: Mapping[str, Kernels]
+    tuned: TrainedRun | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """A variant that was written: its file, the bytes of it, and its kernels by layer."""
+
+    variant: Variant
+    path: Path
+    content: bytes
+    kernels: Mapping[str, tflite_file.Kernel]
+
+    @property
+    def weights(self) -> Kernels:
+        """The kernels as the file computes with them."""
+        return {layer: kernel.weights for layer, kernel in self.kernels.items()}
+
+
+def float32(run: TrainedRun, label: str = "float32") -> Variant:
+    """The network of a run as it is."""
+    source = convert.float_model(run)
+    stages = {"trained": run.kernels(), "loaded": convert.kernels_of(source, run.depth)}
+    return Variant(label, "float32", run, source, stages)
+
+
+def of_run(
+    run: TrainedRun, names: Sequence[str], *, clusters: int | None, tuned: Mapping[str, TrainedRun]
+) -> Iterator[Variant]:
+    """float32, with which the others are compared, and the variants ``names``; ``tuned``: those that are fine-tuned."""
+    exact = float32(run)
+    yield exact
+    for name in names:
+        if name in tuned:
+            source = convert.fine_tuned_model(tuned[name])
+            last = "clustered" if name.startswith("clustered-") else "loaded"
+            stages: dict[str, Kernels] = {
+                "trained": run.kernels(),
+                "fine-tuned": tuned[name].kernels(),
+                last: convert.kernels_of(source, run.depth),
+            }
+            yield Variant(name, name, run, source, stages, tuned[name])
+        elif name == "clustered-int8":
+            assert clusters is not None
+            source = convert.clustered_model(run, clusters)
+            stages = {**exact.stages, "clustered": convert.kernels_of(source, run.depth)}
+            yield Variant(name, name, run, source, stages)
+        elif name != "float32":
+            yield Variant(name, name, run, exact.source, exact.stages)
+
+
+def write(variant: Variant, folder: Path, calibration: np.ndarray) -> Export:
+    """Make the file in ``folder``; ``calibration`` as of ``convert.convert``. Raises ConversionError, WriteError."""
+    file = folder / f"{variant.label}.tflite"
+    content = convert.convert(variant.source, variant.name, calibration)
+    kernels = convert.file_kernels(content, file, variant.name, variant.run.kernels())
+    atomic_files.replace(file, content)
+    # The archive of an earlier file; --pack makes it anew.
+    file.with_name(file.name + pack.SUFFIX).unlink(missing_ok=True)
+    return Export(variant, file, content, kernels)
