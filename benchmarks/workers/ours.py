@@ -21,14 +21,14 @@ from side_by_side import serve
 
 from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
-from cnnopt.distributed import collectives, host
+from cnnopt.distributed import collectives, cpu_tuning, host
 from cnnopt.distributed.world import launched
 
 host.with_huge_pages()
 depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 collectives.prepare(launched()[0], deterministic=False, verbose=False)
 world = collectives.start(verbose=False)
-HOROVODS = [thread for thread in host.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
+HOROVODS = [thread for thread in cpu_tuning.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 
 from cnnopt.model import precision  # noqa: E402
 from cnnopt.model.pruning import magnitude_masks  # noqa: E402
@@ -79,7 +79,7 @@ def set_priority(gives_way: bool) -> None:
             os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, 0))
     if gives_way:
-        host.give_way(HOROVODS)
+        cpu_tuning.give_way(HOROVODS)
 
 
 def block(
@@ -91,7 +91,7 @@ def block(
         set_priority(gives_way)
     if bound is not None:
         cores = host.ALLOWED if bound else set(range(os.cpu_count() or 1))
-        host.bind(cores, instead_of=os.sched_getaffinity(0))
+        cpu_tuning.bind(cores, instead_of=os.sched_getaffinity(0))
     mine = model(exchange, wire, optimizer, bucketed)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))

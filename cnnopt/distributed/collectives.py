@@ -9,12 +9,11 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnopt.distributed import host, rendezvous, slurm
+from cnnopt.distributed import cpu_tuning, host, rendezvous, slurm
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.world import World, launched, threads_per_rank
 from cnnopt.errors import RunError, UserError
@@ -83,10 +82,10 @@ def start(*, verbose: bool) -> World:
     launch_info, launcher = launched()
     tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TF_NUM_INTRAOP_THREADS"]))
     tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TF_NUM_INTEROP_THREADS"]))
-    before = host.threads()
+    before = cpu_tuning.threads()
     # Horovod: initialise before anything that needs the rank.
     hvd.init()
-    horovods = host.threads() - before
+    horovods = cpu_tuning.threads() - before
     world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if world.size != launch_info.size:
         raise LaunchError(
@@ -94,40 +93,10 @@ def start(*, verbose: bool) -> World:
             "start it with horovodrun or cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
         )
     _pin(world)
-    if device() == "CPU":
-        # They look for work a thousand times a second, on the cores that compute.
-        host.give_way(horovods)
-    mine = Given(hostname(), host.ALLOWED, int(os.environ["TF_NUM_INTRAOP_THREADS"]), device())
+    mine = cpu_tuning.Given(hostname(), host.ALLOWED, int(os.environ["TF_NUM_INTRAOP_THREADS"]), device())
     # All ranks take part, whatever they compute on.
-    if (place := core_slice(gather_objects(mine), world.rank)) is not None:
-        host.bind(host.part(mine.cores, *place))
+    cpu_tuning.tune(gather_objects(mine), world.rank, waiting=horovods)
     return world
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a rank has been given: its host and cores, how many threads it computes with, and ``GPU`` or ``CPU``."""
-
-    host: str
-    cores: frozenset[int]
-    threads: int
-    device: str
-
-
-def core_slice(everyone: Sequence[Given], rank: int) -> tuple[int, int] | None:
-    """Which part of its cores, of how many, a rank is to keep to; None where it may run on all.
-
-    Ranks that have the same cores divide them, where parts are of one size, as all wait for the slowest, and have a
-    core for each thread. Ranks that a launcher has bound apart have not the same. With GPUs little runs on cores.
-    """
-    mine = everyone[rank]
-    sharing = [other for other, given in enumerate(everyone) if (given.host, given.cores) == (mine.host, mine.cores)]
-    # 0 threads are as many as there are cores.
-    threads = max(everyone[other].threads or len(mine.cores) for other in sharing)
-    fits = len(mine.cores) % len(sharing) == 0 and threads * len(sharing) <= len(mine.cores)
-    if len(sharing) == 1 or not fits or any(everyone[other].device == "GPU" for other in sharing):
-        return None
-    return sharing.index(rank), len(sharing)
 
 
 def _pin(world: World) -> None:
@@ -274,4 +243,4 @@ def shutdown() -> None:
     import horovod.tensorflow as hvd
 
     hvd.shutdown()
-    host.unbind()
+    cpu_tuning.unbind()

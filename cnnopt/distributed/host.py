@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 #: What TensorFlow reads when it starts.
@@ -27,8 +27,6 @@ ASKS_FOR_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 CPUINFO = Path("/proc/cpuinfo")
 #: The cores that this process was started with, whichever of them it has bound itself to since.
 ALLOWED = frozenset(os.sched_getaffinity(0))
-#: What is added to the nice value of a thread that gives way: it gets a tenth of a core that another wants too.
-NICER = 10
 #: Which programs the kernel gives memory in pages of 2 MB: all, those that ask, or none.
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -91,61 +89,6 @@ def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
         if name not in os.environ and "[madvise]" in policy.read_text():
             os.environ[name] = value
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def threads() -> set[int]:
-    """The threads of this process, by the kernel's ids; none where it does not list them."""
-    with contextlib.suppress(OSError):
-        return {int(name) for name in os.listdir("/proc/self/task")}
-    return set()
-
-
-def part(given: Iterable[int], index: int, count: int, system: Path = Path("/sys/devices/system/cpu")) -> set[int]:
-    """Part ``index`` of ``count`` of the given cores, next to each other: hyperthreads of a core, cores of a socket."""
-
-    def place(core: int) -> tuple[int, ...]:
-        names = ("physical_package_id", "core_id")
-        with contextlib.suppress(OSError, ValueError):
-            return (*(int((system / f"cpu{core}/topology/{name}").read_text()) for name in names), core)
-        return (0, core, core)
-
-    ordered = sorted(given, key=place)
-    return set(ordered[index * len(ordered) // count : (index + 1) * len(ordered) // count])
-
-
-def bind(mine: Set[int], instead_of: Set[int] = ALLOWED) -> None:
-    """Let all threads that run on the cores ``instead_of``, and what they start, run on those of ``mine`` alone.
-
-    A thread that the user has bound elsewhere is left alone. Where the kernel refuses, nothing but speed is lost.
-    """
-    for thread in threads():
-        with contextlib.suppress(OSError):
-            if os.sched_getaffinity(thread) == instead_of:
-                os.sched_setaffinity(thread, mine)
-
-
-def unbind() -> None:
-    """After ``bind``: let these threads run on all cores that this process was started with."""
-    bind(ALLOWED, instead_of=os.sched_getaffinity(0))
-
-
-def is_bound() -> bool:
-    """Whether this thread runs on other cores than those that this process was started with."""
-    return os.sched_getaffinity(0) != ALLOWED
-
-
-def give_way(waiting: Iterable[int]) -> None:
-    """Keep threads that wake often from interrupting those that compute; they run on once a core is free, or by turns.
-
-    By SCHED_BATCH, which preempts nobody (sched(7)). Not by SCHED_IDLE: beside one busy program of anybody's on the
-    same core, the exchange would wait for that (docs/benchmarks.md, "Whose core it is"). A policy that the user has
-    chosen is left alone. Where the kernel refuses, or the thread has ended, nothing but speed is lost.
-    """
-    for thread in waiting:
-        with contextlib.suppress(OSError):
-            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
-                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from cnnopt.config import TrainConfig
-from cnnopt.distributed import collectives, host
+from cnnopt.distributed import collectives, cpu_tuning
 from cnnopt.distributed.world import World
 from cnnopt.model.precision import Precision
 from cnnopt.run.run_folder import RunFolder
@@ -41,7 +41,7 @@ def start_table(
         if pruner.enabled
         else "none"
     )
-    bound = ", on cores of its own" if host.is_bound() else ""
+    bound = ", on cores of its own" if cpu_tuning.is_bound() else ""
     rows = {
         "run": folder.path,
         "ranks": f"{world.size} ({', '.join(f'{name}: {len(d)} x {d[0]}' for name, d in hosts.items())})",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cnnopt.config import TrainConfig
-from cnnopt.distributed import collectives, host
+from cnnopt.distributed import collectives, cpu_tuning
 from cnnopt.distributed.world import launched
 
 collectives.prepare(launched()[0], deterministic=True, verbose=False)
@@ -135,9 +135,9 @@ def cores_of(thread: int) -> list[int] | None:
 def main(dest: Path, weights: Path | None) -> None:
     model, losses = train("float32")
     found = {"rank": world.rank, "size": world.size, "losses": losses, "epoch": images_of_an_epoch()}
-    found["threads"] = [how for how in map(scheduling, host.threads()) if how is not None]
+    found["threads"] = [how for how in map(scheduling, cpu_tuning.threads()) if how is not None]
     found["main thread"] = scheduling(os.getpid())
-    found["cores"] = [cores_of(thread) for thread in host.threads()]
+    found["cores"] = [cores_of(thread) for thread in cpu_tuning.threads()]
     arrays = {name: v.numpy() for name, v in model.named_state().items()}
     if world.size > 1:
         found["wrong_mask"] = wrong_mask_is_named(model)

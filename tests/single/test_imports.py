@@ -18,6 +18,8 @@ PURE = [
     "cnnopt.config",
     "cnnopt.schedules",
     "cnnopt.model.topology",
+    "cnnopt.distributed.child",
+    "cnnopt.distributed.cpu_tuning",
     "cnnopt.distributed.slurm",
     "cnnopt.distributed.rendezvous",
     "cnnopt.launch",

@@ -83,37 +83,6 @@ def test_horovod_joins_no_vectors_unless_told_to(deterministic, monkeypatch):
     assert found["HOROVOD_FUSION_THRESHOLD"] == "0"
 
 
-def given(host: str = "a", cores: int = 8, threads: int = 2, device: str = "CPU", first: int = 0) -> collectives.Given:
-    return collectives.Given(host, frozenset(range(first, first + cores)), threads, device)
-
-
-@pytest.mark.parametrize(
-    ("everyone", "places"),
-    [
-        ([given()], [None]),
-        ([given()] * 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ([given("a"), given("b"), given("a"), given("b")], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-        ([given(cores=4), given(cores=4, first=4)], [None, None]),
-        ([given(cores=4)] * 2 + [given(cores=4, first=4)] * 2, [(0, 2), (1, 2), (0, 2), (1, 2)]),
-        ([given(cores=4), given(cores=4, first=2)], [None, None]),
-        ([given(cores=3, threads=1)] * 2, [None, None]),
-        ([given(cores=2, threads=1)] * 4, [None] * 4),
-        ([given(threads=5)] * 2, [None, None]),
-        ([given(threads=1), given(threads=5)], [None, None]),
-        ([given(threads=0)] * 2, [None, None]),
-        ([given(), given(device="GPU")], [None, None]),
-        ([given("a"), given("a"), given("b", device="GPU")], [(0, 2), (1, 2), None]),
-    ],
-    ids=[
-        "alone", "one host", "two hosts", "bound apart", "two to a socket", "bound to some that are the same",
-        "parts of two sizes", "more ranks than cores", "more threads than a part", "one with more threads",
-        "threads by TensorFlow", "a GPU beside", "a GPU elsewhere",
-    ],
-)  # fmt: skip
-def test_ranks_that_have_the_same_cores_divide_them(everyone, places):
-    assert [collectives.core_slice(everyone, rank) for rank in range(len(everyone))] == places
-
-
 def test_a_setting_that_hosts_have_settled_otherwise_is_one_line(monkeypatch):
     collectives.assert_same("--precision auto", "float32")
     monkeypatch.setattr(collectives, "gather_objects", lambda value: [("float16", "a"), ("float16", "a"), value])
