@@ -45,10 +45,12 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     world = collectives.start(verbose=config.verbose)
     config.check_ranks(world.size)
     collectives.exchange_addresses(peers)
+    from rich.console import Console
+
     from cnnopt.model import precision
     from cnnopt.run import run_folder
     from cnnopt.training import callbacks, resume, session
-    from cnnopt.training.console import Console, final_line, start_table, tensorboard_command
+    from cnnopt.training.console import final_line, start_table, tensorboard_command
     from cnnopt.training.step import build_model
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)

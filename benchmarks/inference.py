@@ -176,7 +176,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     for label, entry in results.items():
         median, p90, p99 = np.percentile(times[label], [50, 90, 99])
         entry |= {"median_ms": median, "p90_ms": p90, "p99_ms": p99, "calls": len(times[label])}
-    from cnnopt.export import card as machine_of
+    from cnnopt.export import report as machine_of
 
     machine = machine_of.machine(len(os.sched_getaffinity(0)))
     machine["packages"] |= peers.versions

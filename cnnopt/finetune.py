@@ -92,10 +92,11 @@ def fine_tune(
     if not remaining:
         return 0
 
+    from rich.console import Console
+
     from cnnopt.run import run_folder
     from cnnopt.schedules import Timeline
     from cnnopt.training import resume, session
-    from cnnopt.training.console import Console
 
     console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
     rank = session.Rank(world, console, request, peers)

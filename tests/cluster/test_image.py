@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.manifests import ROOT
+from tests.helpers import ROOT
 
 TARGET = os.environ.get("CNNOPT_TEST_IMAGE")
 CUDA = os.environ.get("CNNOPT_TEST_CUDA", "")

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from tests.helpers.manifests import ROOT, Manifests
+from tests.helpers import ROOT
+from tests.helpers.manifests import Manifests
 
 #: Runs in the pod's own namespaces: "$1" is the folder of the layer, "$2" the pod's name, the rest the command, which
 #: becomes process 1. For MOUNTS stand the mount commands of its volumes.

@@ -72,6 +72,24 @@ def inside():
     assert imports(source) == {"a.b", "c", "c.d", "cnnopt", "cnnopt.e", "cnnopt.f", "cnnopt.f.g", "h"}
 
 
+def definitions(source: str) -> set[str]:
+    """Every name that the source defines anywhere in it."""
+    nodes = list(ast.walk(ast.parse(source)))
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return stored | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    sources = [*MODULES.values(), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "train_hvd.py"]
+    defined = {name: definitions(path.read_text()) for name, path in MODULES.items()}
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cnnopt"):
+                for alias in node.names:
+                    known = f"{node.module}.{alias.name}" in MODULES or alias.name in defined.get(node.module, ())
+                    assert known, f"{path}: {alias.name} is not defined in {node.module}"
+
+
 def test_only_distributed_imports_horovod():
     importers = [name for name, path in MODULES.items() if "horovod" in tops(imports(path.read_text()))]
     assert importers == ["cnnopt.distributed.collectives"]

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from cnnopt.config import parse_args
-from tests.helpers.manifests import OVERLAYS, ROOT, Manifests
+from tests.helpers import ROOT
+from tests.helpers.manifests import OVERLAYS, Manifests
 
 CRD = Path(os.environ.get("CNNOPT_MPIJOB_CRD", ROOT.parent / "shared/k8s/mpijob-crd-v2beta1.yaml"))
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")

@@ -10,7 +10,8 @@ import pytest
 
 from cnnopt import launch_plan
 from cnnopt.config import parse_args
-from tests.helpers.manifests import ROOT, Manifests, render
+from tests.helpers import ROOT
+from tests.helpers.manifests import Manifests, render
 
 GPUS = ["--nodes", "2", "--gpus-per-node", "4", "--", "--depth", "44", "--sparsity", "0.6"]
 OTHER = ["--", "--dataset", "cifar100", "--epochs=2"]

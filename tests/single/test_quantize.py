@@ -18,8 +18,9 @@ from cnnopt.export.trained import read
 from cnnopt.finetune import settings_of
 from cnnopt.quantize import main
 from cnnopt.run import checkpoint
+from tests.helpers import ROOT
 from tests.helpers.cifar_copies import BINARY_10, small_copy
-from tests.helpers.exported_run import ENVIRONMENT, ROOT, STEP, forge, make_run, quantize
+from tests.helpers.exported_run import ENVIRONMENT, STEP, forge, make_run, quantize
 
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
 pytestmark = pytest.mark.timeout(1200)
