@@ -117,15 +117,20 @@ def operations(config: TrainConfig) -> int:
     return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
 
-def test_the_graph_of_a_step_stays_small():
-    # 98 operations a layer when this was written. Each costs microseconds.
-    dense = operations(small_runs.settings(exchange="dense", optimizer="sgd"))
-    assert dense <= 105 * 8
-    assert operations(small_runs.settings(exchange="sparse", optimizer="sgd")) <= dense + 12
+def added(depth: int, without: dict[str, str], having: dict[str, str]) -> int:
+    """How many more operations a step has with the settings ``having`` than with ``without``."""
+    return operations(small_runs.settings(depth=depth, **having)) - operations(
+        small_runs.settings(depth=depth, **without)
+    )
 
 
-@pytest.mark.parametrize("depth", [8, 14])
-def test_muon_adds_operations_for_each_shape_of_kernel_and_none_for_each_kernel(depth):
-    # About 85 when this was written; the convolutions of these networks have six shapes.
-    muon, sgd = (operations(small_runs.settings(depth=depth, optimizer=name)) for name in ("muon", "sgd"))
-    assert muon - sgd <= 6 * 90
+# Each operation costs microseconds. How many one layer takes is TensorFlow's affair; that these take none is ours.
+def test_sending_what_is_kept_adds_no_operations_for_a_layer():
+    ways = [{"optimizer": "sgd", "exchange": kind} for kind in ("dense", "sparse")]
+    assert added(14, *ways) == added(8, *ways)
+
+
+def test_muon_adds_operations_for_a_shape_of_kernel_and_none_for_a_kernel():
+    # The convolutions of both networks have six shapes.
+    ways = [{"optimizer": name} for name in ("sgd", "muon")]
+    assert added(14, *ways) <= added(8, *ways)
