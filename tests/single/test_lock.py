@@ -106,3 +106,9 @@ def test_the_lock_holds_no_address():
     # Each user has an index of their own; uv.lock, which records one, is not committed for that reason.
     for name in FILES:
         assert "://" not in (ROOT / name).read_text()
+
+
+def test_the_image_compiles_with_the_cuda_of_its_lock():
+    (compiler,) = re.findall(r"nvidia/cuda:(\d+\.\d+)", (ROOT / "docker/Dockerfile").read_text())
+    locked = dict(re.findall(r"^(nvidia-\S+)==(\S+)", (ROOT / "docker/requirements-gpu.txt").read_text(), re.MULTILINE))
+    assert locked["nvidia-cuda-nvcc-cu12"].startswith(f"{compiler}.")
