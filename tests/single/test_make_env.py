@@ -64,8 +64,11 @@ def uv() -> Path:
 
 def settle(machine: Path, *before: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run ``make_env.sh python``, which settles the interpreter and builds nothing."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VENV", "UV_"))}
-    environment |= {"PATH": str(machine / "bin"), "UV_CACHE_DIR": str(machine / "cache"), **variables}
+    # No settings of this machine, which may have packages at hand without a network.
+    ours = ("PYTHON", "VENV", "UV_", "PIP_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "UV_CACHE_DIR": str(machine / "cache")}
+    environment |= {"PATH": str(machine / "bin"), **variables}
     command = [*before, str(machine / "scripts/make_env.sh"), "python"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
