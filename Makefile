@@ -5,9 +5,11 @@ SHELL := /bin/bash
 # One set-up, then one thing at a time: the tests measure time and fill the machine by themselves.
 .NOTPARALLEL:
 
-BIN := .venv/bin
+# VENV=.venv-3.11 PYTHON=python3.11 keeps an environment for another Python beside it; EXTRAS=1 adds the extra group.
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
 # horovodrun starts its workers with whatever `python` is first on PATH.
-train test-single test-parallel: export PATH := $(CURDIR)/$(BIN):$(PATH)
+train test-single test-parallel: export PATH := $(BIN):$(PATH)
 # horovodrun imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
 train: export TF_USE_LEGACY_KERAS := 1
 
@@ -16,11 +18,9 @@ train: export TF_USE_LEGACY_KERAS := 1
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-env: .venv/.installed  ## build .venv from the lock: seconds, the first time minutes (it compiles Horovod)
-
-# The stamp follows the lock, so that another TensorFlow is never run with the Horovod built for the last one.
-.venv/.installed: requirements-dev.txt pyproject.toml
-	@scripts/make_env.sh
+# It compares the lock, so that another TensorFlow is never run with the Horovod built for the last one.
+env:  ## build .venv from the lock: seconds, the first time minutes (it compiles Horovod)
+	@VENV=$(VENV) scripts/make_env.sh
 
 train: env  ## train the demo preset on two processes of this machine
 	$(BIN)/horovodrun --gloo -np 2 $(BIN)/python train_hvd.py --preset demo $(ARGS)
@@ -57,5 +57,5 @@ lock:  ## bring requirements*.txt in step with pyproject.toml; UPGRADE=1 takes t
 	@scripts/make_env.sh lock $(if $(UPGRADE),--upgrade)
 
 clean:  ## remove .venv, .tools and caches; runs/ stays
-	rm -rf .venv .tools .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,10 @@
 """Our .tflite files against ONNX Runtime and OpenVINO: one run, one machine, the same weights, batch 1, 1 thread.
 
-    python -m cnnopt.quantize runs/NAME --variants float32,int8
-    .venv/bin/uv venv .venv-inference && .venv/bin/uv pip install -p .venv-inference --group inference-peers
-    python benchmarks/inference.py runs/NAME
+    make env EXTRAS=1
+    .venv/bin/python -m cnnopt.quantize runs/NAME --variants float32,int8
+    .venv/bin/python benchmarks/inference.py runs/NAME
 
-The other runtimes have a separate environment. They get the last weights of the run (BatchNorm folded in, float32) and
+The other runtimes have a separate process. They get the last weights of the run (BatchNorm folded in, float32) and
 the calibration images of our int8 file. They quantize with their own tools (quantize_static; NNCF). All files are
 measured alike: accuracy over the test images, then latency in rounds, one second for each file in turn, so that other
 load affects all of them. The table has medians over all calls. --output writes inference.json and inference.md.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ from cnnopt.errors import CnnoptError, UserError
 from cnnopt.export import measure, trained
 from cnnopt.run import run_folder
 
+PACKAGES = ("nncf", "onnx", "onnxruntime", "openvino")
 WORKER = Path(__file__).with_name("workers") / "onnx_openvino.py"
 
 
@@ -95,13 +97,13 @@ class Ours:
 
 
 class Peers:
-    """The other runtimes, in a process of another environment that answers requests line by line."""
+    """The other runtimes, in a process of their own that answers requests line by line."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [str(python), str(WORKER), str(folder)],
+            [sys.executable, str(WORKER), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -156,7 +158,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "network.npz", **folded(run))
         np.savez(Path(folder) / "images.npz", test=test, calibration=images.train_images[chosen])
-        peers = Peers(given.peers, Path(folder))
+        peers = Peers(Path(folder))
         ours = Ours(files)
         makers = {f"TFLite {name}": (ours, name) for name in files} | {name: (peers, name) for name in peers.names}
         results: dict[str, dict[str, Any]] = {}
@@ -219,9 +221,6 @@ def main() -> int:
     """Compare, print, and write to ``--output``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run that cnnopt.quantize has exported")
-    parser.add_argument(
-        "--peers", type=Path, default=Path(".venv-inference/bin/python"), help="python that has the peers"
-    )
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--images", type=int, default=10_000, help="test images for the accuracy [10000]")
     parser.add_argument("--rounds", type=int, default=10, help="of latency [10]")
@@ -229,8 +228,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for inference.json and inference.md")
     given = parser.parse_args()
     try:
-        if not given.peers.exists():
-            raise UserError(f"--peers {given.peers}: no such python; see the first lines of {Path(__file__).name}")
+        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+            raise UserError(f"{', '.join(missing)}: not installed; on Python 3.11 or newer, run make env EXTRAS=1")
         host.prepare({**host.TENSORFLOW, **host.QUIET})
         found = compare(given)
     except CnnoptError as error:

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # scripts/make_env.sh                    build .venv from requirements-dev.txt (make env)
+# scripts/make_env.sh python             print the Python that it is built with, which is fetched where none fits
 # scripts/make_env.sh lock [--upgrade]   write requirements*.txt from pyproject.toml (make lock)
 #
-# PYTHON=/path/to/python3.11 chooses the interpreter. Exit status 2: something must be installed first.
+# PYTHON=/path/to/python3.11 chooses the interpreter, VENV=FOLDER a folder other than .venv, EXTRAS=1 the packages of
+# requirements-extra.txt. Exit status 2: something must be installed first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # 0.9 is the first series in which Horovod's build settings in pyproject.toml are no preview feature.
 readonly uv_least=0.9
-readonly stamp=.venv/.installed
+readonly venv=${VENV:-.venv} stamp=${VENV:-.venv}/.installed
+readonly remedy="apt-get install python3 python3-venv where that is 3.10 to 3.13, or set PYTHON=/path/to/python3.13"
 
 # From inside an activated .venv, its own python and uv would be found, and deleted while in use.
-PATH=${PATH//"$PWD/.venv/bin:"/}
+PATH=${PATH//"$(realpath --canonicalize-missing "$venv")/bin:"/}
 unset VIRTUAL_ENV PYTHONHOME PYTHONPATH
 # Horovod's inner make would inherit ours (serial, as soon as `make train ARGS=...` sets a variable), or else run 8
 # compilers on any machine.
@@ -20,24 +23,37 @@ MAKEFLAGS=-j$(nproc)
 export MAKEFLAGS
 # Horovod compiles against this TensorFlow with these two files (scripts/horovod/toolchain.cmake says why).
 export CMAKE_TOOLCHAIN_FILE=$PWD/scripts/horovod/toolchain.cmake
-# What is built here is built with the Python that the checks below have seen.
+# Only fetch_python fetches one, and not where the user forbids it: what is built here is built with the Python that
+# the checks below have seen.
+readonly may_fetch=${UV_PYTHON_DOWNLOADS:-manual}
 export UV_PYTHON_DOWNLOADS=never
 
 say() { echo "make_env: $*" >&2; }
 
-find_python() {
-    local candidate candidates=(python3.13 python3.12 python3.11 python3.10 python3)
-    [ -z "${PYTHON-}" ] || candidates=("$PYTHON")
+# The first of the candidates from Python 3.$1 to 3.$2 that can import the modules $3.
+first_python() {
+    local candidate
     # Run, not merely looked up: a pyenv shim is on PATH for versions it then refuses to start.
-    for candidate in "${candidates[@]}"; do
+    for candidate in "${@:4}"; do
         # The base executable, because a venv made from another venv breaks when that one goes.
-        "$candidate" -c '
-import sys
-if not (3, 10) <= sys.version_info < (3, 14):
+        "$candidate" -c "
+import $3
+if not (3, $1) <= sys.version_info[:2] <= (3, $2):
     sys.exit(1)
-print(getattr(sys, "_base_executable", sys.executable))' 2>/dev/null && return
+print(getattr(sys, '_base_executable', sys.executable))" 2>/dev/null && return
     done
     return 1
+}
+
+find_python() {
+    local candidates=(python3.13 python3.12 python3.11 python3.10 python3 "$PWD"/.tools/python/*/bin/python3.13)
+    [ -z "${PYTHON-}" ] || candidates=("$PYTHON")
+    first_python 10 13 sys "${candidates[@]}"
+}
+
+# Any Python that can fetch the locked uv.
+find_helper() {
+    first_python 8 99 "sys, ensurepip, venv" ${PYTHON:+"$PYTHON"} python3 python3.{13,12,11,10,9,8,14}
 }
 
 find_compiler() {
@@ -51,7 +67,7 @@ find_compiler() {
 
 find_uv() {
     local candidate version
-    for candidate in uv "$PWD/.tools/bin/uv"; do
+    for candidate in uv "$PWD/.tools/uv/bin/uv"; do
         version=$("$candidate" --version 2>/dev/null) || continue
         if printf '%s\n' "$uv_least" "${version#uv }" | sort --version-sort --check=silent; then
             command -v "$candidate"
@@ -61,36 +77,66 @@ find_uv() {
     return 1
 }
 
+# Ends with one line: what could not be fetched, the last words of the program that tried, and the remedy.
+refused() {
+    say "$1 could not be fetched ($(tail -n 1 <<<"$2" | sed -E 's/^ *(cause|hint|error): *//I')): $3"
+    exit 2
+}
+
 fetch_uv() {
-    say "fetching uv into .tools"
-    "$python" -m venv --clear .tools
-    sed -n '/^uv==/,/[^\\]$/p' requirements-dev.txt >.tools/uv.txt
-    .tools/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
-        --requirement .tools/uv.txt
+    local output
+    "$helper" -m venv --clear .tools/uv
+    sed -n '/^uv==/,/[^\\]$/p' requirements-dev.txt >.tools/uv/requirements.txt
+    output=$(.tools/uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+        --only-binary :all: --requirement .tools/uv/requirements.txt 2>&1) ||
+        if [ -n "$python" ]; then
+            refused uv "$output" "connect to a package index, or put uv $uv_least or newer on PATH"
+        else
+            refused "no Python 3.10 to 3.13 here, and uv, which would fetch one," "$output" "$remedy"
+        fi
+    say "fetched uv into .tools"
+}
+
+fetch_python() {
+    local output
+    output=$(UV_PYTHON_DOWNLOADS=$may_fetch "$uv" python install --no-bin --install-dir .tools/python 3.13 2>&1) ||
+        refused "no Python 3.10 to 3.13 here, and one" "$output" "$remedy"
+    python=$(find_python)
+    say "no Python 3.10 to 3.13 here: fetched $("$python" --version) into .tools"
 }
 
 lock() {
     local compile=("$uv" pip compile pyproject.toml --universal --python-version 3.10 --generate-hashes
         --no-header --no-annotate --quiet)
-    # The versions already in an output file are kept while pyproject.toml allows them. Starting the run-time
-    # file from the other one gives both the same versions.
-    "${compile[@]}" --group dev "$@" --output-file requirements-dev.txt >/dev/null
+    # The versions already in an output file are kept while pyproject.toml allows them. Starting each file from the
+    # larger one gives all three the same versions.
+    "${compile[@]}" --group dev --group extra "$@" --output-file requirements-extra.txt >/dev/null
+    cp requirements-extra.txt requirements-dev.txt
+    "${compile[@]}" --group dev --output-file requirements-dev.txt >/dev/null
     cp requirements-dev.txt requirements.txt
     "${compile[@]}" --output-file requirements.txt >/dev/null
     # With the upper bound in every line, pip on Python 3.13 would skip every package and call it success.
-    sed -i "s/python_full_version < '3.14' and //" requirements.txt requirements-dev.txt
+    sed -i "s/python_full_version < '3.14' and //" requirements.txt requirements-dev.txt requirements-extra.txt
+}
+
+# All that decides what is in an environment that is built from the file $1.
+inputs() {
+    {
+        cat "$1" scripts/horovod/*
+        awk '/^\[/ { inside = /^\[+tool\.uv/ } inside' pyproject.toml
+    } | sha256sum
 }
 
 install() {
-    say "building .venv with $("$python" --version); the first time Horovod is compiled, about 3 minutes on 2 cores"
+    say "building $venv with $("$python" --version); the first time Horovod is compiled, about 3 minutes on 2 cores"
     # Anew each time: an interrupted set-up leaves nothing behind, and Horovod is never older than its TensorFlow.
-    "$uv" venv --quiet --clear --python "$python" .venv
+    "$uv" venv --quiet --clear --python "$python" "$venv"
     # Compiled ahead, because every rank imports TensorFlow, and with PYTHONDONTWRITEBYTECODE set (as in many
     # containers) each of them would compile it again.
-    "$uv" pip install --python .venv/bin/python --require-hashes --compile-bytecode --requirement requirements-dev.txt
+    "$uv" pip install --python "$venv/bin/python" --require-hashes --compile-bytecode --requirement "$requirements"
     local output
     # Loading it proves that it fits this TensorFlow.
-    if ! output=$(.venv/bin/python -c '
+    if ! output=$("$venv/bin/python" -c '
 import sys
 import horovod.tensorflow
 sys.exit(not horovod.tensorflow.gloo_built())' 2>&1); then
@@ -98,21 +144,31 @@ sys.exit(not horovod.tensorflow.gloo_built())' 2>&1); then
         say "Horovod does not work here: run '$uv cache clean horovod', then make env again"
         exit 1
     fi
-    echo "$inputs" >"$stamp"
+    inputs "$requirements" >"$stamp"
     say "done"
 }
 
-if [ -z "${1-}" ]; then
-    # All that decides what is in .venv. Make compares times, and so calls after other edits and checkouts too.
-    inputs=$({
-        cat requirements-dev.txt
-        awk '/^\[/ { inside = /^\[+tool\.uv/ } inside' pyproject.toml
-    } | sha256sum)
-    if [ -e "$stamp" ] && [ "$(<"$stamp")" = "$inputs" ]; then
-        touch "$stamp"
-        exit
+requirements="requirements-dev.txt"
+[ -z "${EXTRAS-}" ] || requirements="requirements-extra.txt"
+
+case ${1-} in
+lock | python) ;;
+"")
+    if [ -e "$stamp" ]; then
+        # An environment with the extras serves where they are not asked for.
+        for file in "$requirements" requirements-extra.txt; do
+            [ "$(<"$stamp")" != "$(inputs "$file")" ] || exit 0
+        done
+    elif [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+        say "$venv is there, but no Python environment: set VENV to another folder, or remove it"
+        exit 2
     fi
-fi
+    ;;
+*)
+    say "unknown argument $1: give lock, python or nothing"
+    exit 2
+    ;;
+esac
 
 missing=0
 need() {
@@ -121,27 +177,29 @@ need() {
 }
 
 [ "$(uname -s)" = Linux ] || need "Linux, for which Horovod and TensorFlow are built here (on Windows: WSL 2)"
-python=$(find_python) ||
-    need "Python 3.10 to 3.13${PYTHON:+ (PYTHON=$PYTHON is not one)}: apt-get install python3 python3-venv, or set PYTHON=/path/to/python3.11"
-if [ "${1-}" != lock ]; then
+uv=$(find_uv) || uv=""
+python=$(find_python) || python=""
+if [ -z "$python" ] && [ -n "${PYTHON-}" ]; then
+    need "Python 3.10 to 3.13 (PYTHON=$PYTHON is not one): $remedy"
+elif [ -z "$uv" ] && ! helper=$(find_helper); then
+    what="Python 3.10 to 3.13"
+    [ -z "$python" ] || what="uv $uv_least or newer, or the venv module to fetch it with"
+    need "$what: apt-get install python3 python3-venv"
+fi
+if [ -z "${1-}" ]; then
     find_compiler || need "a C++17 compiler, to build Horovod${CXX:+ (CXX=$CXX is not one)}: apt-get install g++"
     make --version >/dev/null 2>&1 || need "make, to build Horovod: apt-get install make"
-fi
-if ! uv=$(find_uv) && [ -n "$python" ] && ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-    need "uv $uv_least or newer, or the venv module to fetch it with: apt-get install python3-venv"
 fi
 [ "$missing" = 0 ] || exit 2
 
 if [ -z "$uv" ]; then
     fetch_uv
-    uv=$PWD/.tools/bin/uv
+    uv=$PWD/.tools/uv/bin/uv
 fi
+[ -n "$python" ] || fetch_python
 
 case ${1-} in
 lock) lock "${@:2}" ;;
-"") install ;;
-*)
-    say "unknown argument $1: give lock or nothing"
-    exit 2
-    ;;
+python) echo "$python" ;;
+*) install ;;
 esac

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnnopt.distributed import cpu_tuning, host, rendezvous, slurm
+from cnnopt.distributed.gpus import too_new
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.world import World, launched, threads_per_rank
 from cnnopt.errors import RunError, UserError
@@ -115,6 +116,10 @@ def _pin(world: World) -> None:
         mine = gpus[world.local_rank % len(gpus)]
         tf.config.set_visible_devices(mine, "GPU")
         tf.config.experimental.set_memory_growth(mine, True)
+        capability = tf.config.experimental.get_device_details(mine).get("compute_capability")
+        line = too_new(capability, tf.sysconfig.get_build_info().get("cuda_compute_capabilities", []))
+        if line and world.local_rank == 0:
+            print(f"cnnopt: {platform.node()}: {line}", file=sys.stderr, flush=True)
 
 
 def hostname() -> str:

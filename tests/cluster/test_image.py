@@ -155,8 +155,8 @@ def registry_settings() -> dict[str, str]:
 @pytest.fixture
 def build(tmp_path: Path) -> Iterator[Build]:
     base = tmp_path / "debian"
-    # As in FROM: bookworm, with nothing but the essential packages and apt.
-    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(base)], check=True, capture_output=True)
+    # As in FROM: Debian 13, with nothing but the essential packages and apt.
+    subprocess.run(["debootstrap", "--variant=minbase", "trixie", str(base)], check=True, capture_output=True)
     # Names, as an engine writes them into a container, and the certificates that this machine trusts.
     for path in (Path("/etc/resolv.conf"), Path("/etc/hosts"), *Path("/usr/local/share/ca-certificates").glob("*.crt")):
         (base / str(path)[1:]).parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ def test_each_rank_of_a_host_gets_one_gpu_and_takes_its_memory_as_needed(local_r
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
     monkeypatch.setattr(tf.config, "set_visible_devices", lambda device, kind: told.append(("visible", device)))
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda device, on: told.append((on, device)))
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: {"compute_capability": (8, 0)})
     collectives._pin(World(rank=local_rank + 4, size=8, local_rank=local_rank, local_size=4))
     assert told == [("visible", gpus[pinned]), (True, gpus[pinned])]
 
