@@ -160,8 +160,8 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
 def check_nccl_interface(environ: Mapping[str, str]) -> None:
     """Raise RendezvousError if this host has none of the networks that NCCL_SOCKET_IFNAME leaves to NCCL.
 
-    As NCCL reads it: names separated by commas, each a beginning; "=" before the first makes them whole names, "^" those
-    to leave out.
+    As NCCL reads it: beginnings of names, separated by commas. A "=" before the first makes them whole names, and a "^"
+    names to leave out.
     """
     given = environ.get("NCCL_SOCKET_IFNAME", "")
     here = [name for _, name in socket.if_nameindex()]
