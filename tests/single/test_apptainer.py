@@ -59,7 +59,7 @@ def test_it_copies_what_is_there(target):
     text = definition(target)
     copied = [line.split() for line in sections(text, "build")["%files"]]
     assert {to for _, to in copied} >= {"/build/pyproject.toml", "/build/requirements.txt"}
-    assert all((ROOT / source).is_file() for source, _ in copied)
+    assert all((ROOT / source).exists() for source, _ in copied)
     assert sections(text, "final")["%files from build"] == ["/opt/venv /opt/venv"]
     others = re.findall(r"^COPY --from=(\S+[:/]\S+) (.*)$", DOCKERFILE, re.MULTILINE) if target == "gpu" else []
     for number, (image, paths) in enumerate(others):
