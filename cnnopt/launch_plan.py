@@ -1,4 +1,4 @@
-"""One run, said to three launchers.
+"""One run, said to each launcher.
 
     python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44 --sparsity 0.6
     python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 --cpus-per-rank 8 -- --preset super
@@ -6,8 +6,9 @@
     python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 --only kubernetes -- --preset super \
         > k8s/overlays/mine/kustomization.yaml
 
-Prints the horovodrun line, the sbatch command and a kustomize overlay, all with the same ranks and the same flags of
-train_hvd.py, which are checked first. Standard library only. Exit status: 0 done, 2 wrong input.
+Prints the horovodrun line, the sbatch command and two kustomize overlays, for the MPI Operator and for Kubeflow
+Trainer. All have the same ranks and the same flags of train_hvd.py, which are checked first. Standard library only.
+Exit status: 0 done, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -67,25 +68,52 @@ def sbatch(plan: Plan) -> str:
     return shlex.join(["sbatch", *size, "slurm/super.sbatch", *plan.flags, *said])
 
 
-def kustomization(plan: Plan) -> str:
+def mpijob(plan: Plan) -> str:
     """An overlay beside those of k8s/overlays: one worker to each node."""
-    run = f"/runs/{plan.config.name}"
+    replicas = "/spec/mpiReplicaSpecs"
+    launcher = f"{replicas}/Launcher/template/spec/containers/0"
+    job = {
+        "/spec/slotsPerWorker": plan.ranks_per_node,
+        f"{replicas}/Worker/replicas": plan.nodes,
+        f"{launcher}/args": _arguments(plan),
+        f"{launcher}/env/0/value": str(plan.cpus_per_rank),
+        **_resources(plan, f"{replicas}/Worker/template/spec/containers/0"),
+    }
+    return _kustomization(plan, {"MPIJob": job})
+
+
+def trainjob(plan: Plan) -> str:
+    """The same for Kubeflow Trainer: the TrainJob has the flags, and its runtime the size of a node."""
+    job = {
+        "/spec/trainer/numNodes": plan.nodes,
+        "/spec/trainer/numProcPerNode": plan.ranks_per_node,
+        "/spec/trainer/args": _arguments(plan),
+        "/spec/trainer/env/0/value": str(plan.cpus_per_rank),
+    }
+    runtime = _resources(plan, "/spec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0")
+    return _kustomization(plan, {"TrainJob": job, "TrainingRuntime": runtime}, "components:", "  - ../../trainjob")
+
+
+def _arguments(plan: Plan) -> list[str]:
     # Last, because the volumes are there whatever the flags say of other machines.
     data = ["--data-dir=/data"] if plan.config.data_dir else []
-    arguments = [*plan.flags, f"--name={plan.config.name}", *data, "--run-dir=/runs"]
-    launcher, worker = (f"/spec/mpiReplicaSpecs/{role}/template/spec/containers/0" for role in ("Launcher", "Worker"))
-    job: dict[str, Any] = {
-        "/spec/slotsPerWorker": plan.ranks_per_node,
-        "/spec/mpiReplicaSpecs/Worker/replicas": plan.nodes,
-        f"{launcher}/args": arguments,
-        f"{launcher}/env/0/value": str(plan.cpus_per_rank),
-    }
+    return [*plan.flags, f"--name={plan.config.name}", *data, "--run-dir=/runs"]
+
+
+def _resources(plan: Plan, container: str) -> dict[str, Any]:
     size = {"cpu": str(plan.cpus_per_rank * plan.ranks_per_node)}
     if plan.gpus_per_node:
         size["nvidia.com~1gpu"] = str(plan.gpus_per_node)
-    for bound in ("requests", "limits"):
-        job |= {f"{worker}/resources/{bound}/{name}": amount for name, amount in size.items()}
-    pod = "/spec/template/spec"
+    return {
+        f"{container}/resources/{bound}/{name}": amount
+        for bound in ("requests", "limits")
+        for name, amount in size.items()
+    }
+
+
+def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *components: str) -> str:
+    """The overlay cpu or gpu with values put into the objects named in ``jobs`` by kind, and into the quantize Job."""
+    pod, run = "/spec/template/spec", f"/runs/{plan.config.name}"
     quantize = {
         f"{pod}/initContainers/0/command/2": f"until [ -e {run}/result.json ]; do sleep 15; done",
         f"{pod}/containers/0/args": [run, "--data-dir=/data"],
@@ -95,9 +123,10 @@ def kustomization(plan: Plan) -> str:
         "kind: Kustomization",
         "resources:",
         f"  - ../{'gpu' if plan.gpus_per_node else 'cpu'}",
+        *components,
         "patches:",
     ]
-    for kind, name, values in (("MPIJob", "cnnopt", job), ("Job", "cnnopt-quantize", quantize)):
+    for kind, name, values in (*((kind, "cnnopt", jobs[kind]) for kind in jobs), ("Job", "cnnopt-quantize", quantize)):
         lines += [f"  - target: {{kind: {kind}, name: {name}}}", "    patch: |-"]
         # JSON is YAML, and quotes whatever a flag may hold.
         lines += [
@@ -107,7 +136,7 @@ def kustomization(plan: Plan) -> str:
 
 
 #: What is printed, in this order.
-LAUNCHERS = {"horovodrun": horovodrun, "slurm": sbatch, "kubernetes": kustomization}
+LAUNCHERS = {"horovodrun": horovodrun, "slurm": sbatch, "kubernetes": mpijob, "trainjob": trainjob}
 
 
 def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
@@ -119,7 +148,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     flags = tuple(argv[at + 1 :])
     parser = Parser(
         prog="python -m cnnopt.launch_plan",
-        description="Print one run as a horovodrun line, an sbatch command and a kustomize overlay.",
+        description="Print one run as a horovodrun line, an sbatch command and kustomize overlays.",
         usage="%(prog)s [options] -- FLAGS OF train_hvd.py",
         stray="flags of train_hvd.py go after --",
     )
@@ -127,7 +156,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one rank to each GPU [0]")
     parser.add_argument("--ranks-per-node", type=int, metavar="N", help="without GPUs [1]")
     parser.add_argument("--cpus-per-rank", type=int, default=4, metavar="N", help="cores and threads of a rank [4]")
-    parser.add_argument("--only", choices=LAUNCHERS, help="one of the three, ready for a file")
+    parser.add_argument("--only", choices=LAUNCHERS, help="one of them, ready for a file")
     given = parser.parse_args(argv[:at])
     for flag, least in (("nodes", 1), ("gpus_per_node", 0), ("ranks_per_node", 1), ("cpus_per_rank", 1)):
         value = getattr(given, flag)
@@ -154,8 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"# {plan.ranks} ranks on {plan.nodes} node{'s' * (plan.nodes > 1)}: with horovodrun")
     print(horovodrun(plan))
     print("\n# SLURM (add --partition and --account)", sbatch(plan), sep="\n")
-    print("\n# Kubernetes, as k8s/overlays/mine/kustomization.yaml: kubectl apply -k k8s/overlays/mine")
-    print(kustomization(plan))
+    for controller, overlay in (("MPI Operator", mpijob), ("Kubeflow Trainer", trainjob)):
+        print(f"\n# {controller}, as k8s/overlays/mine/kustomization.yaml: kubectl apply -k k8s/overlays/mine")
+        print(overlay(plan))
     return 0
 
 

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the job scripts share; sourced in the repository. Variables of the user's, before sbatch or with --export:
 #
+#   CNNOPT_SETUP      file to source in this script and before each rank: module load, conda activate, proxies
 #   LAUNCHER          srun (default), horovodrun (needs ssh between the nodes), pmix (needs a Horovod built with MPI)
 #   CNNOPT_INTERFACE  with srun: network of the rendezvous and of NCCL, such as ib0  [that of the node's name]
 #   CNNOPT_PORT       with srun: port of the rendezvous  [any free one]
@@ -19,22 +20,36 @@ CNNOPT_MOUNTS=${CNNOPT_MOUNTS:-}
 MAX_RESTARTS=${MAX_RESTARTS:-20}
 RESTARTS=${SLURM_RESTART_COUNT:-0}
 GPUS=${SLURM_GPUS_ON_NODE:-0}
+if [[ -n ${CNNOPT_SETUP:-} ]]; then
+    [[ -r $CNNOPT_SETUP ]] || refuse "CNNOPT_SETUP=$CNNOPT_SETUP: there is no such file on $(hostname)"
+    CNNOPT_SETUP=$(realpath "$CNNOPT_SETUP")
+    export CNNOPT_SETUP
+    # Modules and conda are not written for strict modes.
+    set +eu
+    # shellcheck disable=SC1090
+    source "$CNNOPT_SETUP"
+    site=$?
+    set -eu
+    ((site == 0)) || refuse "CNNOPT_SETUP=$CNNOPT_SETUP: its last command failed with status $site"
+fi
 PATH=$PWD/.venv/bin:$PATH
 if [[ $LAUNCHER != srun && -n ${CNNOPT_INTERFACE:-}${CNNOPT_PORT:-} ]]; then
     refuse "CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not $LAUNCHER"
 fi
 
-# step: starts tasks; inside: gets each of them into the image.
+# step: starts tasks; inside: sets the node up, and gets each of them into the image.
 step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
-inside=()
+inside=(${CNNOPT_SETUP:+slurm/set_up.sh})
 case $CONTAINER in
     "") python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("horovod") is None)' 2>/dev/null ||
         refuse "no .venv in $PWD and no environment with Horovod active: run 'make env' on a login node" ;;
     *.sif)
-        inside=(apptainer exec --bind "$PWD${CNNOPT_MOUNTS:+,$CNNOPT_MOUNTS}" --pwd "$PWD")
+        inside+=(apptainer exec --bind "$PWD${CNNOPT_MOUNTS:+,$CNNOPT_MOUNTS}" --pwd "$PWD")
         if ((GPUS)); then inside+=(--nv); fi
         inside+=("$CONTAINER") ;;
     *)
+        # The tasks begin in the image, which has no modules; srun hands them what this script has set.
+        inside=()
         # In pyxis' notation: each at the same path inside.
         mounts=$PWD:$PWD
         for folder in ${CNNOPT_MOUNTS//,/ }; do mounts+=,$folder:$folder; done

@@ -48,6 +48,9 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         "HOROVOD_FUSION_THRESHOLD": "0",
     }
     others = {**host.TENSORFLOW, "OMP_NUM_THREADS": str(threads)}
+    if host.has_gpu():
+        # A step is over in milliseconds, and Horovod looks for work every millisecond. NVIDIA's setting in MLPerf.
+        others["HOROVOD_CYCLE_TIME"] = "0.1"
     if deterministic:
         others["TF_DETERMINISTIC_OPS"] = "1"
     if not verbose:

@@ -53,6 +53,11 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
+def has_gpu(environ: Mapping[str, str] = os.environ, driver: Path = Path("/dev/nvidiactl")) -> bool:
+    """Whether this process may use an NVIDIA GPU: the driver is there, and the user has not hidden all of them."""
+    return driver.exists() and environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
 def cpu(cpuinfo: Path = CPUINFO) -> str:
     """The name of this machine's processor, or of its architecture."""
     with contextlib.suppress(OSError):

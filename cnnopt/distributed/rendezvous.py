@@ -152,8 +152,27 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
                     f"rank {rank} on {name} cannot reach the rendezvous {address}:{environ[_PORT]} ({error}); {remedy}"
                 ) from None
             time.sleep(1)
+    check_nccl_interface(environ)
     if not _is_here(address):
         check_own_name(address)
+
+
+def check_nccl_interface(environ: Mapping[str, str]) -> None:
+    """Raise RendezvousError if this host has none of the networks that NCCL_SOCKET_IFNAME leaves to NCCL.
+
+    As NCCL reads it: beginnings of names, separated by commas. A "=" before the first makes them whole names, and a "^"
+    names to leave out.
+    """
+    given = environ.get("NCCL_SOCKET_IFNAME", "")
+    here = [name for _, name in socket.if_nameindex()]
+    names = given.lstrip("^=").split(",")
+    whole = given.startswith(("=", "^="))
+    named = {name for name in here for other in names if (name == other if whole else name.startswith(other))}
+    if given and not (set(here) - named if given.startswith("^") else named):
+        raise RendezvousError(
+            f"NCCL_SOCKET_IFNAME={given}: {socket.gethostname()} has no such network, but {', '.join(here)}; give the "
+            "beginning of a name that every host has, several with commas, or unset it"
+        )
 
 
 def check_own_name(address: str) -> None:

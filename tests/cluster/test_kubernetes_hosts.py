@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cnnopt import launch_plan
 from cnnopt.run import checkpoint
-from tests.cluster import namespaces
+from tests.helpers import namespaces
 from tests.helpers.jobs import assert_pruned
-from tests.helpers.manifests import Manifests
+from tests.helpers.manifests import Manifests, TrainJob, render_plan
 
 pytestmark = [
     pytest.mark.timeout(1800),
@@ -63,6 +64,29 @@ def test_it_trains_over_the_workers_although_one_is_late(cluster):
     assert_pruned(final.arrays, 0.6)
     # Each worker has sent its gradients: 75,000 weights in float32, 32 steps an epoch, over the limited link.
     assert all(worker.sent()[0] > 96 * 75_000 * 4 // 2 for worker in cluster.workers)
+
+
+def test_a_trainjob_trains_over_its_nodes(tmp_path):
+    # Two nodes without GPUs. The plan's flags come first, so those of the test win.
+    plan, _ = launch_plan.parse_plan(["--nodes", "2", "--cpus-per-rank", "1", "--", *TINY])
+    manifests = TrainJob("plan", render_plan(tmp_path / "k8s", launch_plan.trainjob(plan)))
+    acted = namespaces.Cluster(tmp_path, manifests)
+    try:
+        launcher, nodes = acted.launcher, acted.workers
+        acted.publish(launcher)
+        # The launcher depends on them: JobSet makes it once they are ready.
+        for node in nodes:
+            acted.start_worker(node)
+        acted.start_launcher(["--epochs=2"], {})
+        assert launcher.wait(500) == 0, acted.logs()
+        assert "launch.sh: 2 ranks on 2 of 2 workers" in launcher.log.read_text()
+        environment = json.loads((acted.volume("cnnopt-runs") / "run/env.json").read_text())
+        assert environment["ranks"] == 2
+        assert environment["host"].startswith("cnnopt-node-0-0")
+        assert [line["epoch"] for line in metrics(acted)] == [1, 2]
+        assert_pruned(newest(acted).arrays, 0.6)
+    finally:
+        acted.end()
 
 
 def test_failures_and_stops_are_retried_and_go_on(cluster):

@@ -160,6 +160,26 @@ def test_apptainer_gets_the_command_of_a_rank(slurm):
     assert command in job.log()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "seen"),
+    [("--gpus-per-node=2", ["0,1"] * 4), ("--gpus-per-task=1", ["0", "1"] * 2)],
+    ids=["of the node", "of the task"],
+)
+def test_each_rank_is_set_up_and_sees_the_gpus_that_slurm_gives_it(slurm, gpus, seen):
+    setup = slurm.home / "setup.sh"
+    # A variable that is not there, as in many a module; then the devices are hidden, as they are made up.
+    setup.write_text(
+        'export SITE=$NOT_SET:set\n[ -z "$SLURM_STEP_ID" ] ||'
+        ' echo "rank $SLURM_PROCID on $SLURMD_NODENAME was given GPU $CUDA_VISIBLE_DEVICES"\nCUDA_VISIBLE_DEVICES=\n'
+    )
+    shape = ("--nodes=2", "--ntasks-per-node=2", gpus)
+    job = super_model(slurm, gpus.strip("-=12"), "--epochs", "1", sbatch=shape, CNNOPT_SETUP="setup.sh")
+    assert job.wait() == "COMPLETED", job.log()
+    given = re.findall(r"rank (\d) on (n\d) was given GPU (\S*)", job.log())
+    assert sorted(given) == [(str(rank), f"n{1 + rank // 2}", seen[rank]) for rank in range(4)]
+    assert "nodes     n1 n2: 4 ranks, 2 GPUs a node" in job.log()
+
+
 def test_wrong_input_is_not_tried_again_where_a_rank_is_slow_to_start(slurm):
     # srun ends rank 1 before it has loaded what would hear a signal.
     late = slurm.folder / "late"
@@ -193,9 +213,10 @@ def test_wrong_input_is_not_tried_again_where_a_rank_is_slow_to_start(slurm):
         ),
         ([], [], {"LAUNCHER": "ssh"}, "super: LAUNCHER=ssh: choose srun, horovodrun or pmix"),
         ([], [], {"CONTAINER": "some#image"}, "srun: unrecognized option '--container-image=some#image'"),
+        ([], [], {"CNNOPT_SETUP": "none.sh"}, "super: CNNOPT_SETUP=none.sh: there is no such file on "),
         ([], [], {"CNNOPT_INTERFACE": "ib9"}, "cnnopt.launch: --interface ib9: has no IPv4 address here"),
     ],
-    ids=["no GPU seen", "more ranks than GPUs", "no data", "no such launcher", "no pyxis", "no such network"],
+    ids=["no GPU seen", "more ranks than GPUs", "no data", "no such launcher", "no pyxis", "no set-up", "no network"],
 )
 def test_what_cannot_work_is_one_line_and_is_not_tried_again(slurm, sbatch, flags, variables, line):
     job = super_model(slurm, "wrong", *flags, sbatch=("--nodes=2", *sbatch), **variables)

@@ -14,6 +14,8 @@ import yaml
 from tests.helpers import ROOT
 
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+#: That of Kubeflow Trainer; the others are for the MPI Operator.
+TRAINJOB = "trainjob"
 
 
 def kustomize() -> list[str]:
@@ -38,12 +40,20 @@ def render(folder: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-class Manifests:
-    """The documents of an overlay, by kind and name."""
+def render_plan(folder: Path, text: str) -> list[dict[str, Any]]:
+    """All documents of an overlay that cnnopt.launch_plan has printed, beside copies of the others in ``folder``."""
+    shutil.copytree(ROOT / "k8s", folder)
+    (folder / "overlays/mine").mkdir()
+    (folder / "overlays/mine/kustomization.yaml").write_text(text)
+    return render(folder / "overlays/mine")
 
-    def __init__(self, overlay: str) -> None:
+
+class Manifests:
+    """The documents of an overlay, by kind and name; and what the MPI Operator makes of its MPIJob."""
+
+    def __init__(self, overlay: str, documents: list[dict[str, Any]] | None = None) -> None:
         self.overlay = overlay
-        self.documents = copy.deepcopy(_rendered(overlay))
+        self.documents = copy.deepcopy(_rendered(overlay)) if documents is None else documents
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [document for document in self.documents if document["kind"] == kind]
@@ -68,6 +78,45 @@ class Manifests:
     def slots(self) -> int:
         return self.job["spec"]["slotsPerWorker"]
 
+    @property
+    def launcher(self) -> str:
+        """The name of the launcher's pod."""
+        return f"{self.name}-launcher"
+
+    def worker(self, number: int) -> str:
+        """The name of a worker's pod."""
+        return f"{self.name}-worker-{number}"
+
+    @property
+    def name(self) -> str:
+        return "cnnopt"
+
+    @property
+    def domain(self) -> str:
+        """What follows the name of a pod in the hostfile."""
+        return f"{self.name}.default.svc"
+
+    #: Of the job's private key, which is root's and the group's (fsGroup) where it is mounted.
+    key_mode = 0o644
+
+    def hostfile(self) -> str:
+        """As the controller writes it."""
+        return "".join(f"{self.worker(i)}.{self.domain} slots={self.slots}\n" for i in range(self.workers))
+
+    def variables(self, role: str) -> dict[str, str]:
+        """The environment of a container: of the manifest, and of the controller."""
+        added = {"K_MPI_JOB_ROLE": role.lower()}
+        if role == "Launcher":
+            added |= {
+                "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
+                "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
+                "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
+                "OMPI_MCA_orte_set_default_slots": str(self.slots),
+                "NVIDIA_VISIBLE_DEVICES": "",
+                "NVIDIA_DRIVER_CAPABILITIES": "",
+            }
+        return {**{v["name"]: v["value"] for v in self.container(role).get("env", [])}, **added}
+
     def pods(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The template of each kind of pod, with a name for messages."""
         for role in ("Launcher", "Worker"):
@@ -81,3 +130,93 @@ class Manifests:
         for _, template in self.pods():
             for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]:
                 yield template["spec"], container
+
+
+class TrainJob(Manifests):
+    """The same of a TrainJob: the jobs that Kubeflow Trainer 2.3 makes of it and of its runtime.
+
+    As its source does: pkg/runtime/core/trainingruntime.go (newRuntimeInfo), pkg/runtime/framework/plugins/mpi/mpi.go
+    (EnforceMLPolicy, buildHostFileConfigMap), and plugins/jobset/{builder,jobset}.go (Trainer, SyncParallelCount).
+    """
+
+    key_mode = 0o640
+
+    @property
+    def job(self) -> dict[str, Any]:
+        (job,) = self.of("TrainJob")
+        return job
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        (runtime,) = self.of("TrainingRuntime")
+        return runtime
+
+    @property
+    def slots(self) -> int:
+        mpi, trainer = self.runtime["spec"]["mlPolicy"]["mpi"], self.job["spec"]["trainer"]
+        if "numProcPerNode" in trainer:
+            return trainer["numProcPerNode"]
+        limits = self.container("Worker")["resources"]["limits"]
+        return max(mpi.get("numProcPerNode", 1), int(limits.get("nvidia.com/gpu", 1)))
+
+    def replica(self, role: str) -> dict[str, Any]:
+        """A job of the JobSet, in the shape of a replica of an MPIJob."""
+        spec, trainer = self.runtime["spec"], self.job["spec"]["trainer"]
+        name = {"Launcher": "launcher", "Worker": "node"}[role]
+        (found,) = (job for job in spec["template"]["spec"]["replicatedJobs"] if job["name"] == name)
+        job = copy.deepcopy(found["template"])
+        labels = job.get("metadata", {}).get("labels", {})
+        is_trainer = labels.get("trainer.kubeflow.org/trainjob-ancestor-step") == "trainer"
+        count = spec["mlPolicy"].get("numNodes", 1) if is_trainer else job["spec"].get("parallelism", 1)
+        assert not spec["mlPolicy"]["mpi"].get("runLauncherAsNode"), "not followed here"
+        if name == "node":
+            count = trainer.get("numNodes", count)
+        pod = job["spec"]["template"]["spec"]
+        volumes, mounts = [{"name": "mpi-ssh-auth", "secret": {"secretName": f"{self.name}-mpi-ssh-auth"}}], []
+        mounts.append({"name": "mpi-ssh-auth", "mountPath": spec["mlPolicy"]["mpi"]["sshAuthMountPath"]})
+        variables = {}
+        if name == "launcher":
+            volumes.append({"name": "mpi-hostfile", "configMap": {"name": f"{self.name}-mpi-hostfile"}})
+            mounts.append({"name": "mpi-hostfile", "mountPath": "/etc/mpi"})
+            variables = {
+                "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
+                "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
+                "OMPI_MCA_orte_set_default_slots": str(self.slots),
+                "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
+            }
+        pod["volumes"] += volumes
+        for container in pod["containers"]:
+            if container["name"] != "node":
+                continue
+            container["volumeMounts"] += mounts
+            values = {v["name"]: v["value"] for v in container.get("env", [])} | variables
+            if is_trainer:
+                container |= {key: trainer[key] for key in ("image", "command", "args") if key in trainer}
+                values |= {v["name"]: v["value"] for v in trainer.get("env", [])}
+            container["env"] = [{"name": key, "value": value} for key, value in values.items()]
+        # JobSet's own labels.
+        template = job["spec"]["template"]
+        template["metadata"]["labels"] |= {
+            "jobset.sigs.k8s.io/jobset-name": self.name,
+            "jobset.sigs.k8s.io/replicatedjob-name": name,
+        }
+        return {"replicas": count, "restartPolicy": pod["restartPolicy"], "template": template, "job": job["spec"]}
+
+    @property
+    def launcher(self) -> str:
+        return f"{self.name}-launcher-0-0"
+
+    def worker(self, number: int) -> str:
+        return f"{self.name}-node-0-{number}"
+
+    @property
+    def domain(self) -> str:
+        return self.name
+
+    def variables(self, role: str) -> dict[str, str]:
+        return {v["name"]: v["value"] for v in self.container(role)["env"]}
+
+
+def of(overlay: str) -> Manifests:
+    """An overlay, for the controller that it is for."""
+    return TrainJob(overlay) if overlay == TRAINJOB else Manifests(overlay)

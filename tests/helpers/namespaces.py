@@ -117,6 +117,11 @@ class Pod:
             if "emptyDir" in volume:
                 size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
                 lines.append(f"mount -t tmpfs -o mode=1777,size={size} tmpfs {target}")
+            elif "secret" in volume:
+                assert bound[str(self.key)] == target
+            elif "configMap" in volume:
+                # The hostfile, which lies in the layer.
+                assert target == "etc/mpi"
             else:
                 bound[str(self.cluster.volume(volume["persistentVolumeClaim"]["claimName"]))] = target
         return lines + [f"mount --bind {shlex.quote(source)} {shlex.quote(to)}" for source, to in bound.items()]
@@ -182,12 +187,11 @@ class Pod:
 
 
 class Cluster:
-    """The pods of one MPIJob, those of strangers, and the bridge between them."""
+    """The pods of one MPIJob or TrainJob, those of strangers, and the bridge between them."""
 
     def __init__(self, folder: Path, manifests: Manifests) -> None:
         self.folder, self.manifests = folder, manifests
         self.prefix = f"cnnopt{os.getpid()}"
-        self.job = manifests.job["metadata"]["name"]
         self.pods: dict[str, Pod] = {}
         folder.chmod(0o755)
         self.hosts = folder / "hosts"
@@ -200,8 +204,8 @@ class Cluster:
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
         self.key = self.make_key("job")
-        self.launcher = self.add(f"{self.job}-launcher")
-        self.workers = [self.add(f"{self.job}-worker-{i}") for i in range(manifests.workers)]
+        self.launcher = self.add(manifests.launcher)
+        self.workers = [self.add(manifests.worker(i)) for i in range(manifests.workers)]
 
     def _layer(self, copied: list[tuple[str, str]]) -> Path:
         """The image's own files, to lie over those of this machine."""
@@ -219,10 +223,7 @@ class Cluster:
         for name, line in (("passwd", "mpiuser:x:1000:1000::/home/mpiuser:/bin/bash"), ("group", "mpiuser:x:1000:")):
             kept = [other for other in Path("/etc", name).read_text().splitlines() if ":1000:" not in other]
             (layer / "etc" / name).write_text("\n".join([*kept, line]) + "\n")
-        # As the operator's controller writes it.
-        spec = self.manifests
-        lines = (f"{self.job}-worker-{i}.{self.job}.default.svc slots={spec.slots}\n" for i in range(spec.workers))
-        (layer / "etc/mpi/hostfile").write_text("".join(lines))
+        (layer / "etc/mpi/hostfile").write_text(self.manifests.hostfile())
         # The interpreter may live in a folder that only root may enter, the home of root for one.
         for prefix in (sys.prefix, sys.base_prefix):
             for parent in list(Path(prefix).resolve().parents)[:-1]:
@@ -230,7 +231,7 @@ class Cluster:
         return layer
 
     def make_key(self, name: str) -> Path:
-        """A key pair as the operator's controller makes it, in a folder as the kubelet mounts it: root's, mode 644."""
+        """A key pair as the controller makes it, in a folder as the kubelet mounts it: root's and the group's."""
         folder = self.folder / f"key-{name}"
         folder.mkdir()
         private = folder / "id_rsa"
@@ -238,7 +239,8 @@ class Cluster:
         subprocess.run(command, check=True)
         shutil.copy(folder / "id_rsa.pub", folder / "authorized_keys")
         for file in folder.iterdir():
-            file.chmod(0o644)
+            file.chmod(self.manifests.key_mode if file == private else 0o644)
+            os.chown(file, 0, 1000)
         return folder
 
     def volume(self, claim: str) -> Path:
@@ -265,14 +267,14 @@ class Cluster:
     def publish(self, pod: Pod) -> None:
         """Give the pod its names: its own host name, and that of the job's Service."""
         with self.hosts.open("a") as hosts:
-            hosts.write(f"{pod.address} {pod.name}.{self.job}.default.svc {pod.name}\n")
+            hosts.write(f"{pod.address} {pod.name}.{self.manifests.domain} {pod.name}\n")
 
     def start_worker(self, pod: Pod) -> None:
         """sshd, as the manifest starts it; returns when the readiness probe succeeds."""
         container = self.manifests.container("Worker")
         (ssh,) = container["ports"]
         template = self.manifests.replica("Worker")["template"]["spec"]
-        pod.start(template, container["command"], {**self.environment, "K_MPI_JOB_ROLE": "worker"})
+        pod.start(template, container["command"], {**self.environment, **self.manifests.variables("Worker")})
         if pod.address not in self.hosts.read_text():
             self.publish(pod)
         end = time.monotonic() + 30
@@ -283,18 +285,7 @@ class Cluster:
     def start_launcher(self, arguments: Sequence[str], variables: dict[str, str]) -> None:
         """The manifest's launcher with more flags and variables, under what the image and the operator set."""
         container = self.manifests.container("Launcher")
-        environment = {
-            **self.environment,
-            **{variable["name"]: variable["value"] for variable in container["env"]},
-            "K_MPI_JOB_ROLE": "launcher",
-            "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
-            "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
-            "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
-            "OMPI_MCA_orte_set_default_slots": str(self.manifests.slots),
-            "NVIDIA_VISIBLE_DEVICES": "",
-            "NVIDIA_DRIVER_CAPABILITIES": "",
-            **variables,
-        }
+        environment = {**self.environment, **self.manifests.variables("Launcher"), **variables}
         template = self.manifests.replica("Launcher")["template"]["spec"]
         self.launcher.start(template, [*container["command"], *container["args"], *arguments], environment)
 

@@ -46,8 +46,8 @@ MinJobAge=3600
 KillWait=60
 OverTimeLimit=1
 GresTypes=gpu
-NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:1
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:1
+NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:2
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
@@ -94,8 +94,10 @@ class Cluster:
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         text = CONFIG.format(host=host, ports=ports, folder=folder, user=user, nodes=self.nodes)
         (folder / "slurm.conf").write_text(text)
-        # A GPU for SLURM; TensorFlow will find none.
-        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+        # GPUs for SLURM, which wants devices and numbers them by their names; TensorFlow will find none.
+        for number in range(2):
+            (folder / f"gpu{number}").symlink_to("/dev/null")
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
         (folder / "cgroup.conf").write_text("")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o400)

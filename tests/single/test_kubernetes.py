@@ -1,6 +1,7 @@
 """The rendered Kubernetes manifests: valid for the cluster and the operator, and consistent with the image."""
 
 import copy
+import functools
 import os
 import re
 import shutil
@@ -14,9 +15,16 @@ import yaml
 
 from cnnopt.config import parse_args
 from tests.helpers import ROOT
-from tests.helpers.manifests import OVERLAYS, Manifests
+from tests.helpers import manifests as overlays
+from tests.helpers.manifests import OVERLAYS, TRAINJOB, Manifests, TrainJob
 
-CRD = Path(os.environ.get("CNNOPT_MPIJOB_CRD", ROOT.parent / "shared/k8s/mpijob-crd-v2beta1.yaml"))
+#: Kind -> the variable that names its CRD, and where it is looked for without.
+CRDS = {
+    "MPIJob": ("CNNOPT_MPIJOB_CRD", "mpijob-crd-v2beta1.yaml"),
+    "TrainJob": ("CNNOPT_TRAINJOB_CRD", "trainer-trainjobs-crd-v1alpha1.yaml"),
+    "TrainingRuntime": ("CNNOPT_TRAININGRUNTIME_CRD", "trainer-trainingruntimes-crd-v1alpha1.yaml"),
+}
+GROUPS = {"MPIJob": "kubeflow.org", "TrainJob": "trainer.kubeflow.org", "TrainingRuntime": "trainer.kubeflow.org"}
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 CPU = {"requests": {"cpu": "4", "memory": "8Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}}
 GPU_SIZE = {"cpu": "16", "memory": "64Gi", "nvidia.com/gpu": 4}
@@ -25,7 +33,17 @@ GPU = {"requests": GPU_SIZE, "limits": GPU_SIZE}
 
 @pytest.fixture(params=OVERLAYS)
 def manifests(request: pytest.FixtureRequest) -> Manifests:
+    return overlays.of(request.param)
+
+
+@pytest.fixture(params=[name for name in OVERLAYS if name != TRAINJOB])
+def mpijob(request: pytest.FixtureRequest) -> Manifests:
     return Manifests(request.param)
+
+
+@pytest.fixture
+def trainjob() -> TrainJob:
+    return TrainJob(TRAINJOB)
 
 
 def closed(schema: dict) -> dict:
@@ -39,17 +57,24 @@ def closed(schema: dict) -> dict:
     return schema
 
 
-@pytest.fixture(scope="module")
-def operator() -> jsonschema.Draft7Validator:
-    if not CRD.exists():
-        if "CNNOPT_MPIJOB_CRD" in os.environ:
-            pytest.fail(f"CNNOPT_MPIJOB_CRD: there is no {CRD}")
-        pytest.skip("the operator's CRD is not beside the repository, and CNNOPT_MPIJOB_CRD does not name it")
+@functools.cache
+def validator(kind: str) -> jsonschema.Draft7Validator:
+    """For the documents of a custom resource; skips the test where its CRD is not at hand."""
+    variable, name = CRDS[kind]
+    path = Path(os.environ.get(variable, ROOT.parent / "shared/k8s" / name))
+    if not path.exists():
+        if variable in os.environ:
+            pytest.fail(f"{variable}: there is no {path}")
+        pytest.skip(f"the CRD of {kind} is not beside the repository, and {variable} does not name it")
     # Half a megabyte: seconds without libyaml.
-    (version,) = yaml.load(CRD.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
-    assert version["name"] == "v2beta1"
+    documents = yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    ((version,),) = [document["spec"]["versions"] for document in documents if document]
     schema = version["schema"]["openAPIV3Schema"]
-    schema["properties"]["metadata"] = {"type": "object"}
+    schema["properties"] |= {
+        "metadata": {"type": "object"},
+        "apiVersion": {"const": f"{GROUPS[kind]}/{version['name']}"},
+        "kind": {"const": kind},
+    }
     return jsonschema.Draft7Validator(closed(schema))
 
 
@@ -59,11 +84,12 @@ def validate_core(document: dict) -> None:
 
 def test_core_documents_are_valid(manifests):
     kinds = [document["kind"] for document in manifests.documents]
+    custom = ["TrainJob", "TrainingRuntime"] if manifests.overlay == TRAINJOB else ["MPIJob"]
     assert sorted(kinds) == sorted(
-        ["Deployment", "Job", "MPIJob", *["NetworkPolicy"] * 3, *["PersistentVolumeClaim"] * 2, "Service"]
+        ["Deployment", "Job", *custom, *["NetworkPolicy"] * 3, *["PersistentVolumeClaim"] * 2, "Service"]
     )
     for document in manifests.documents:
-        if document["kind"] != "MPIJob":
+        if document["kind"] not in CRDS:
             validate_core(document)
 
 
@@ -73,13 +99,23 @@ def test_a_wrong_field_would_be_found(manifests):
         validate_core(manifests.of("Job")[0])
 
 
-def test_the_job_is_valid_for_the_operator(manifests, operator):
-    operator.validate(manifests.job)
-    assert manifests.job["apiVersion"] == "kubeflow.org/v2beta1"
-    wrong = copy.deepcopy(manifests.job)
-    wrong["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+def test_the_job_is_valid_for_its_controller(manifests):
+    for document in (document for document in manifests.documents if document["kind"] in CRDS):
+        validator(document["kind"]).validate(document)
+        wrong = copy.deepcopy(document)
+        wrong["spec"]["bakoffLimit"] = {}
+        with pytest.raises(jsonschema.ValidationError, match="bakoffLimit"):
+            validator(document["kind"]).validate(wrong)
+
+
+def test_a_wrong_field_of_a_pod_would_be_found(mpijob, trainjob):
+    mpijob.container("Worker")["readynessProbe"] = {}
     with pytest.raises(jsonschema.ValidationError, match="readynessProbe"):
-        operator.validate(wrong)
+        validator("MPIJob").validate(mpijob.job)
+    node = trainjob.runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    node["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="readynessProbe"):
+        validator("TrainingRuntime").validate(trainjob.runtime)
 
 
 def test_the_pods_that_the_operator_makes_are_valid(manifests):
@@ -87,7 +123,7 @@ def test_the_pods_that_the_operator_makes_are_valid(manifests):
     for role, template in ((role, manifests.replica(role)["template"]) for role in ("Launcher", "Worker")):
         restart = manifests.replica(role)["restartPolicy"]
         # The operator overrides a policy in the template, with a warning, and knows these two.
-        assert "restartPolicy" not in template["spec"]
+        assert ("restartPolicy" in template["spec"]) == (manifests.overlay == TRAINJOB)
         assert restart in ("Never", "OnFailure")
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role.lower()}, "spec": template["spec"]}
         validate_core(pod)
@@ -95,8 +131,8 @@ def test_the_pods_that_the_operator_makes_are_valid(manifests):
 
 def test_names_are_dns_labels(manifests):
     names = [document["metadata"]["name"] for document in manifests.documents]
-    job = manifests.job["metadata"]["name"]
-    names += [f"{job}-launcher", f"{job}-worker-{manifests.workers - 1}"]
+    assert manifests.job["metadata"]["name"] == manifests.name
+    names += [manifests.launcher, manifests.worker(manifests.workers - 1)]
     for spec, container in manifests.containers():
         names += [container["name"], *(volume["name"] for volume in spec["volumes"])]
         ports = [port["name"] for port in container.get("ports", [])]
@@ -150,11 +186,12 @@ def test_every_container_is_locked_down(manifests):
         ("elastic", "cpu", 1, CPU, "1Gi"),
         ("gpu", "gpu", 4, GPU, "8Gi"),
         ("kueue", "gpu", 4, GPU, "8Gi"),
+        ("trainjob", "gpu", 4, GPU, "8Gi"),
         ("volcano", "gpu", 4, GPU, "8Gi"),
     ],
 )
 def test_the_size_of_each_overlay(overlay, tag, slots, resources, shm):
-    manifests = Manifests(overlay)
+    manifests = overlays.of(overlay)
     images = {container["image"] for _, container in manifests.containers()}
     assert images == {f"registry.example.com/cnnopt:0.1.0-{tag}"}
     assert manifests.slots == slots
@@ -169,20 +206,59 @@ def test_the_size_of_each_overlay(overlay, tag, slots, resources, shm):
 
 
 def test_the_job_starts_retries_and_ends_as_documented(manifests):
-    spec = manifests.job["spec"]
-    elastic = manifests.overlay == "elastic"
-    assert spec["launcherCreationPolicy"] == ("AtStartup" if elastic else "WaitForWorkersReady")
-    assert spec["runPolicy"]["cleanPodPolicy"] == "Running"
-    assert spec["runPolicy"]["backoffLimit"] == 6
     # A launcher is a new pod for each try; sshd is started again in its place.
     assert manifests.replica("Launcher")["restartPolicy"] == "Never"
     assert manifests.replica("Worker")["restartPolicy"] == "OnFailure"
     assert manifests.replica("Launcher")["replicas"] == 1
+    assert manifests.workers == (4 if manifests.overlay == "elastic" else 2)
     worker = manifests.container("Worker")
     assert worker["command"] == ["/usr/sbin/sshd", "-De"]
     assert worker["readinessProbe"]["tcpSocket"] == {"port": "ssh"}
     assert "pkill -TERM python" in worker["lifecycle"]["preStop"]["exec"]["command"][2]
     assert manifests.container("Launcher")["command"] == ["/opt/cnnopt/k8s/launch.sh"]
+
+
+def test_the_operator_starts_and_retries_the_launcher(mpijob):
+    spec = mpijob.job["spec"]
+    assert spec["launcherCreationPolicy"] == ("AtStartup" if mpijob.overlay == "elastic" else "WaitForWorkersReady")
+    assert spec["runPolicy"]["cleanPodPolicy"] == "Running"
+    assert spec["runPolicy"]["backoffLimit"] == 6
+
+
+def test_trainer_starts_and_retries_the_launcher(trainjob):
+    jobset = trainjob.runtime["spec"]["template"]["spec"]
+    node, launcher = jobset["replicatedJobs"]
+    assert launcher["dependsOn"] == [{"name": "node", "status": "Ready"}]
+    assert jobset["successPolicy"]["targetReplicatedJobs"] == ["launcher"]
+    assert trainjob.replica("Launcher")["job"]["backoffLimit"] == trainjob.replica("Worker")["job"]["backoffLimit"] == 6
+    # What Trainer gives to the launcher alone: with them, our image would meet a node without sshd (trainer 4030).
+    assert not {"image", "command", "resourcesPerNode"} & trainjob.job["spec"]["trainer"].keys()
+    # One container a pod, which has Trainer's name, as its webhook wants it.
+    for job in (node, launcher):
+        (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["name"] == "node"
+    assert trainjob.job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "cnnopt"}
+    assert trainjob.runtime["metadata"]["name"] == "cnnopt"
+
+
+def test_trainjob_and_mpijob_run_the_same_pods(trainjob):
+    mpijob = Manifests("gpu")
+    for role in ("Launcher", "Worker"):
+        ours, theirs = (m.replica(role)["template"]["spec"] for m in (trainjob, mpijob))
+        for pod in (ours, theirs):
+            (container,) = pod["containers"]
+            # Trainer's: a name, the key, the hostfile, and variables.
+            for key in ("name", "env"):
+                container.pop(key, None)
+            container["volumeMounts"] = [m for m in container["volumeMounts"] if not m["name"].startswith("mpi-")]
+            pod["volumes"] = [v for v in pod["volumes"] if not v["name"].startswith("mpi-")]
+            pod.pop("restartPolicy", None)
+        assert ours == theirs
+        own = {name: value for name, value in mpijob.variables(role).items() if name.isupper() and "MPI" not in name}
+        own = {name: value for name, value in own.items() if not name.startswith("NVIDIA")}
+        assert own.items() <= trainjob.variables(role).items()
+    assert trainjob.slots == mpijob.slots
+    assert trainjob.hostfile() == "cnnopt-node-0-0.cnnopt slots=4\ncnnopt-node-0-1.cnnopt slots=4\n"
 
 
 def test_what_queues_and_gang_schedulers_need():
@@ -224,11 +300,11 @@ def test_quantize_and_tensorboard_look_where_the_training_writes(manifests):
 
 
 def test_services_and_policies_select_the_pods_they_are_meant_for(manifests):
-    labels = {name: template["metadata"]["labels"] for name, template in manifests.pods()}
+    labels = {name: dict(template["metadata"]["labels"]) for name, template in manifests.pods()}
     (service,) = manifests.of("Service")
     selected = [name for name, have in labels.items() if service["spec"]["selector"].items() <= have.items()]
     assert selected == ["cnnopt-tensorboard"]
-    for name in ("Launcher", "Worker"):
+    for name in () if manifests.overlay == TRAINJOB else ("Launcher", "Worker"):
         # The operator adds these.
         labels[name] |= {
             "training.kubeflow.org/operator-name": "mpi-operator",
@@ -253,7 +329,7 @@ def test_services_and_policies_select_the_pods_they_are_meant_for(manifests):
     assert ports["port"] <= ssh["containerPort"] <= ports["endPort"]
 
 
-def test_overlays_change_what_they_say_and_nothing_else(manifests):
+def test_overlays_change_what_they_say_and_nothing_else(mpijob):
     base = Manifests("base")
 
     def common(rendered: Manifests) -> list[dict]:
@@ -278,7 +354,7 @@ def test_overlays_change_what_they_say_and_nothing_else(manifests):
         text = yaml.safe_dump_all(documents)
         return list(yaml.safe_load_all(re.sub(r"image: \S+", "image: any", text)))
 
-    assert common(manifests) == common(base)
+    assert common(mpijob) == common(base)
 
 
 # ---- The image is of one mind with the manifests --------------------------------------------------------------------
@@ -293,7 +369,8 @@ def test_the_image_runs_sshd_as_the_manifests_expect(manifests):
     server, client = directives(ROOT / "docker/sshd_config"), directives(ROOT / "docker/ssh_config")
     (port,) = manifests.container("Worker")["ports"]
     assert server["Port"] == client["Port"] == str(port["containerPort"]) == "2222"
-    mount = manifests.job["spec"]["sshAuthMountPath"]
+    custom = manifests.runtime["spec"]["mlPolicy"]["mpi"] if manifests.overlay == TRAINJOB else manifests.job["spec"]
+    mount = custom["sshAuthMountPath"]
     assert server["HostKey"] == client["IdentityFile"] == f"{mount}/id_rsa"
     assert server["AuthorizedKeysFile"] == f"{mount}/authorized_keys"
     dockerfile = (ROOT / "docker/Dockerfile").read_text()

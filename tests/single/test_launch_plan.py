@@ -1,17 +1,16 @@
-"""One plan for three launchers; every command of scripts, manifests and documents is known to TrainConfig."""
+"""One plan for each launcher; every command of scripts, manifests and documents is known to TrainConfig."""
 
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from cnnopt import launch_plan
 from cnnopt.config import parse_args
 from tests.helpers import ROOT
-from tests.helpers.manifests import Manifests, render
+from tests.helpers.manifests import Manifests, TrainJob, render_plan
 
 GPUS = ["--nodes", "2", "--gpus-per-node", "4", "--", "--depth", "44", "--sparsity", "0.6"]
 OTHER = ["--", "--dataset", "cifar100", "--epochs=2"]
@@ -23,7 +22,7 @@ def values(words: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("argv", "nodes", "ranks"), [(GPUS, 2, 8), (CORES, 4, 8), (OTHER, 1, 1), ([], 1, 1)])
-def test_all_three_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, tmp_path, monkeypatch):
+def test_all_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, tmp_path, monkeypatch):
     plan, _ = launch_plan.parse_plan(argv)
     assert (plan.nodes, plan.ranks) == (nodes, ranks)
 
@@ -44,44 +43,35 @@ def test_all_three_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, 
     queued = parse_args([*shlex.split(own), *batch[script + 1 :]])
     assert queued.identity() == trained.identity() == plan.config.identity()
 
-    rendered = overlay(tmp_path, plan)
-    assert rendered.workers * rendered.slots == ranks
-    config = parse_args(rendered.container("Launcher")["args"])
-    assert config.identity() == trained.identity()
-    # Without the flag an empty volume is downloaded to; k8s/base names it by a variable.
-    assert config.data_dir == ("/data" if trained.data_dir else None)
-    assert (config.run_dir, config.name) == ("/runs", trained.name)
-    resources = rendered.container("Worker")["resources"]
-    assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == str(plan.cpus_per_rank * plan.ranks_per_node)
-    assert resources["limits"].get("nvidia.com/gpu", "0") == str(plan.gpus_per_node)
-    environment = {v["name"]: v["value"] for v in rendered.container("Launcher")["env"]}
-    assert environment["TF_NUM_INTRAOP_THREADS"] == str(plan.cpus_per_rank)
-    quantize = rendered.of("Job")[0]["spec"]["template"]["spec"]
-    assert quantize["containers"][0]["args"][0] == f"/runs/{trained.name}"
-    assert f"/runs/{trained.name}/result.json" in quantize["initContainers"][0]["command"][2]
+    for rendered in (
+        Manifests("mine", render_plan(tmp_path / "mpijob", launch_plan.mpijob(plan))),
+        TrainJob("mine", render_plan(tmp_path / "trainjob", launch_plan.trainjob(plan))),
+    ):
+        assert rendered.workers * rendered.slots == ranks
+        config = parse_args(rendered.container("Launcher")["args"])
+        assert config.identity() == trained.identity()
+        # Without the flag an empty volume is downloaded to; k8s/base names it by a variable.
+        assert config.data_dir == ("/data" if trained.data_dir else None)
+        assert (config.run_dir, config.name) == ("/runs", trained.name)
+        resources = rendered.container("Worker")["resources"]
+        assert (
+            resources["limits"]["cpu"] == resources["requests"]["cpu"] == str(plan.cpus_per_rank * plan.ranks_per_node)
+        )
+        assert resources["limits"].get("nvidia.com/gpu", "0") == str(plan.gpus_per_node)
+        assert rendered.variables("Launcher")["TF_NUM_INTRAOP_THREADS"] == str(plan.cpus_per_rank)
+        quantize = rendered.of("Job")[0]["spec"]["template"]["spec"]
+        assert quantize["containers"][0]["args"][0] == f"/runs/{trained.name}"
+        assert f"/runs/{trained.name}/result.json" in quantize["initContainers"][0]["command"][2]
 
 
-def overlay(folder: Path, plan: launch_plan.Plan) -> Manifests:
-    """The plan's overlay, rendered beside links to the real ones."""
-    (folder / "base").symlink_to(ROOT / "k8s/base")
-    for name in ("cpu", "gpu"):
-        (folder / "overlays" / name).mkdir(parents=True)
-        text = (ROOT / f"k8s/overlays/{name}/kustomization.yaml").read_text()
-        (folder / "overlays" / name / "kustomization.yaml").write_text(text)
-    (folder / "overlays/mine").mkdir()
-    (folder / "overlays/mine/kustomization.yaml").write_text(launch_plan.kustomization(plan))
-    rendered = Manifests("base")
-    rendered.documents = render(folder / "overlays/mine")
-    return rendered
-
-
-def test_the_command_prints_all_three_or_one():
+def test_the_command_prints_all_or_one():
     command = [sys.executable, "-m", "cnnopt.launch_plan"]
     done = subprocess.run([*command, *GPUS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "horovodrun -np 8 -H node1:4,node2:4 python train_hvd.py --depth 44 --sparsity 0.6 --exp" in done.stdout
     assert "sbatch --nodes=2 --ntasks-per-node=4 --cpus-per-task=4 --gpus-per-node=4 slurm/super.sbatch" in done.stdout
     assert '"/spec/slotsPerWorker", "value": 4' in done.stdout
+    assert '"/spec/trainer/numProcPerNode", "value": 4' in done.stdout
     only = subprocess.run([*command, "--only", "slurm", *GPUS], cwd=ROOT, capture_output=True, text=True)
     assert only.stdout == launch_plan.sbatch(launch_plan.parse_plan(GPUS)[0]) + "\n"
 

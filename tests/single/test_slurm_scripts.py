@@ -18,7 +18,7 @@ SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here: sudo apt-get install shellcheck")
 def test_shellcheck_finds_nothing():
-    files = [str(path.relative_to(ROOT)) for path in [*SCRIPTS, ROOT / "slurm/common.sh", ROOT / ".ci/run"]]
+    files = [str(path.relative_to(ROOT)) for path in [*SCRIPTS, *(ROOT / "slurm").glob("*.sh"), ROOT / ".ci/run"]]
     done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -57,6 +57,42 @@ def test_a_network_is_not_ignored_by_other_launchers(name):
     )
     assert done.returncode == 2
     assert done.stderr == "test: CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not pmix\n"
+
+
+def sourced(setup: Path, command: str) -> subprocess.CompletedProcess[str]:
+    variables = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "CNNOPT_SETUP": str(setup)}
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; . slurm/common.sh; {command}"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_set_up_is_not_run_in_strict_mode_and_the_script_goes_on_in_it(tmp_path):
+    setup = tmp_path / "site.sh"
+    setup.write_text("false\nexport SITE=$NOT_SET:here\nPATH=/elsewhere:$PATH\n")
+    done = sourced(setup, 'echo "$SITE ${inside[*]} ${PATH%%:*} $-"')
+    assert (done.returncode, done.stderr) == (0, "")
+    site, inside, first, flags = done.stdout.split()
+    assert (site, inside, first) == (":here", "slurm/set_up.sh", f"{ROOT}/.venv/bin")
+    assert {"e", "u"} <= set(flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    # The second as on a node that lacks what the first node has.
+    [("false\n", "true"), ('[ -z "$FAIL" ]\n', 'FAIL=1 "${inside[@]}" true')],
+    ids=["in the job script", "before a rank"],
+)
+def test_a_set_up_that_fails_ends_the_job_with_one_line(text, command, tmp_path):
+    setup = tmp_path / "site.sh"
+    setup.write_text(text)
+    done = sourced(setup, command)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"CNNOPT_SETUP={setup}: its last command failed with status 1" in line
 
 
 @pytest.mark.parametrize("name", ["slurm/super.sbatch", "slurm/quantize.sbatch", "docs/slurm.md"])

@@ -26,6 +26,17 @@ def test_threads_are_for_the_cores_that_a_container_is_paid_for(limit, cores, tm
 
 
 @pytest.mark.parametrize(
+    ("driver", "visible", "may"),
+    [(True, None, True), (True, "1", True), (True, "", False), (True, "-1", False), (False, None, False)],
+)
+def test_a_gpu_needs_its_driver_and_may_be_hidden(driver, visible, may, tmp_path):
+    if driver:
+        (tmp_path / "nvidiactl").touch()
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert host.has_gpu(environ, tmp_path / "nvidiactl") is may
+
+
+@pytest.mark.parametrize(
     ("policy", "given", "starts", "tunables"),
     [
         ("always [madvise] never", None, 2, "glibc.malloc.hugetlb=1"),
