@@ -38,7 +38,8 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     from cnnopt.data import datasets
 
     datasets.check(config.dataset, config.data_dir)
-    config.check_durations(Timeline(datasets.DATASETS[config.dataset], config.batch_size, config.epochs))
+    published = Timeline(datasets.DATASETS[config.dataset], config.batch_size, config.epochs)
+    config.check_timeline(published, launch_info.size)
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
     settings = collectives.prepare(launch_info, deterministic=config.deterministic, verbose=config.verbose)
@@ -61,7 +62,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     )
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     # A copy of a data set may hold fewer images than the published one.
-    config.check_durations(timeline)
+    config.check_timeline(timeline, world.size)
     compute = precision.choose(config.precision, has_gpu=collectives.device() == "GPU")
     collectives.assert_same(f"--precision {config.precision}", compute.compute)
     model = build_model(config, images, timeline, compute, ranks=world.size)
@@ -72,7 +73,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
 
     # ---- Train ---------------------------------------------------------------------------------------------------
     rank = session.Rank(world, console, request, peers)
-    if session.train(rank, model, images, config, folder, masks=[callbacks.Prune()]):
+    if session.train(rank, model, images, config, folder, masks=[callbacks.Prune(console.print)]):
         return STOPPED
 
     # ---- What came out -------------------------------------------------------------------------------------------

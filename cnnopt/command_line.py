@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from cnnopt.errors import UserError
@@ -26,10 +27,31 @@ class Parser(argparse.ArgumentParser):
         """As in argparse; a flag that does not exist is answered with the nearest that does."""
         given, strange = self.parse_known_args(args, namespace)
         if strange:
-            near = difflib.get_close_matches(strange[0].split("=")[0], self._option_string_actions, 1, 0.8)
-            raise UserError(f"unrecognized argument {strange[0]}: {f'did you mean {near[0]}?' if near else self.stray}")
+            near = nearest(strange[0].split("=")[0], self._option_string_actions)
+            raise UserError(f"unrecognized argument {strange[0]}: {near or self.stray}")
         return given
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As in argparse; a choice that does not exist is answered with the nearest that does."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = nearest(str(value), action.choices or ())
+            raise argparse.ArgumentError(action, f"{error.message}: {near}" if near else error.message) from None
 
     def error(self, message: str) -> Any:
         """Raise what argparse would print in several lines."""
-        raise UserError(f"{message}; see --help")
+        raise UserError(message if message.endswith("?") else f"{message}; see --help")
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A question that names what was meant; empty where nothing is near.
+
+    What is spelt alike, or else all that have the words of ``given`` among theirs: --lr, --lr-drops and --base-lr.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(given, known, 1, 0.75)
+    if not near:
+        words = set(given.strip("-").split("-"))
+        near = [name for name in known if words <= set(name.strip("-").split("-"))]
+    return f"did you mean {' or '.join(near)}?" if near else ""

@@ -47,15 +47,12 @@ def read(path: Path) -> Run:
     """A run, finished or not. Raises UserError."""
     folder = RunFolder(path)
     identity = folder.identity("name folders that train_hvd.py made")
-    try:
-        metrics = folder.metrics() if folder.metrics_file.exists() else []
-    except OSError as error:
-        raise ComparisonError(f"{folder.metrics_file}: {error.strerror}; restore it from a copy") from None
+    metrics, finished = folder.metrics(), folder.result() is not None
     card_file = path / "report.json"
     card = atomic_files.read_json(card_file, "quantize the run again") if card_file.exists() else None
     if card is not None and (card.get("schema") != SCHEMA or not isinstance(card.get("files"), list)):
         raise ComparisonError(f"{card_file} is of another version of cnnopt: quantize the run again")
-    return Run(path.resolve().name, identity, metrics, folder.result_file.exists(), card)
+    return Run(path.resolve().name, identity, metrics, finished, card)
 
 
 def training_rows(runs: Sequence[Run]) -> list[list[str]]:
@@ -134,9 +131,12 @@ def _table(columns: Sequence[str], rows: list[list[str]]) -> list[str]:
 
 def png(runs: Sequence[Run]) -> bytes:
     """comparison.png: accuracy by epoch, and, where files were measured, accuracy against compressed size."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Not those of the user's matplotlibrc.
+    matplotlib.rcdefaults()
     measured = any(run.card for run in runs)
     figure = Figure(figsize=(13 if measured else 7, 5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -24,9 +24,21 @@ class ConfigError(UserError):
     """A setting that cannot be; the message is one line that names the flag and the remedy."""
 
 
-def _flag(default: Any, help: str, *, identity: bool = True) -> Any:
-    """A field with its help text. ``identity`` is False where a resumed run may differ from the first."""
-    return field(default=default, metadata={"help": help, "identity": identity})
+#: Steps beyond which a run is a slip of the keyboard: the rate of each step is computed before the first.
+MOST_STEPS = 10**7
+#: Deeper ones are refused. Keras 2 builds a network by functions that call each other once or more for each layer.
+MOST_LAYERS = 560
+#: Bytes of a file's name on the usual file systems.
+NAME_MAX = 255
+
+
+def _flag(default: Any, help: str, *, identity: bool = True, before: Any = dataclasses.MISSING) -> Any:
+    """A field with its help text. ``identity`` is False where a resumed run may differ from the first.
+
+    ``before``: what runs did that were stored when there was no such field yet, if not ``default``.
+    """
+    before = default if before is dataclasses.MISSING else before
+    return field(default=default, metadata={"help": help, "identity": identity, "before": before})
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,9 @@ class TrainConfig:
         identity=False,
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = _flag(
-        "float32", "type of what is sent; the other two halve the bytes, and float16 brings a loss scale along"
+        "float32",
+        "type of what is sent; the other two halve the bytes, and float16 brings a loss scale along",
+        before="float32",
     )
 
     seed: int = _flag(0, "of initial weights, data order and augmentation")
@@ -156,8 +170,21 @@ class TrainConfig:
             sizes = f"{below} or {below + ranks}" if below else f"{ranks}"
             raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
 
-    def check_durations(self, timeline: Timeline) -> None:
-        """Raise ConfigError where masks would change in no order or beyond the run, or warm-up is longer than it."""
+    def check_timeline(self, timeline: Timeline, ranks: int = 1) -> None:
+        """Raise ConfigError where a batch is more than the images, or something would come after the end of the run.
+
+        That is masks, also where they would change in no order, the warm-up, and drops of the learning rate.
+        """
+        if timeline.batch_size > timeline.num_images:
+            raise ConfigError(
+                f"--batch-size {self.batch_size}: {self.dataset} has {timeline.num_images:,} training images; use at "
+                f"most {timeline.num_images // ranks * ranks}"
+            )
+        if timeline.total_steps > MOST_STEPS:
+            raise ConfigError(
+                f"--epochs {self.epochs}: {timeline.total_steps:,} steps; a run has at most {MOST_STEPS:,}, which are "
+                f"{MOST_STEPS * timeline.batch_size // timeline.num_images} epochs"
+            )
         begin, end = (timeline.steps(parse_duration(d)) for d in (self.prune_begin, self.prune_end))
         if self.sparsity and not begin <= end <= timeline.total_steps:
             raise ConfigError(
@@ -169,15 +196,28 @@ class TrainConfig:
                 f"--warmup {self.warmup}: {steps} steps, but the run has {timeline.total_steps}; give a shorter one, "
                 "or a share of the run such as 5%"
             )
+        for when, _ in parse_drops(self.lr_drops):
+            if timeline.steps(when) >= timeline.total_steps:
+                raise ConfigError(
+                    f"--lr-drops {self.lr_drops}: {when} is not before the end of the run, of {self.epochs} epochs; "
+                    "give drops within it, or shares of it such as 50%:0.1,75%:0.01"
+                )
 
     def difference(self, identity: dict[str, Any]) -> str | None:
         """The fields in which a stored ``identity()`` differs, as text; None where all agree."""
+        stored, mine = completed(identity), self.identity()
         differing = [
-            f"--{name.replace('_', '-')} was {identity.get(name, 'not known')}, is {value}"
-            for name, value in self.identity().items()
-            if name not in identity or identity[name] != value
+            f"--{name.replace('_', '-')} was {stored[name]}, is {mine.get(name, 'not known to this version of cnnopt')}"
+            for name in [*mine, *(stored.keys() - mine.keys())]
+            if name not in mine or stored[name] != mine[name]
         ]
         return ", ".join(differing) or None
+
+
+def completed(identity: dict[str, Any]) -> dict[str, Any]:
+    """A stored ``TrainConfig.identity()``, with the settings that there were not yet when it was stored."""
+    fields = [f for f in dataclasses.fields(TrainConfig) if f.metadata["identity"]]
+    return {**{f.name: f.metadata["before"] for f in fields if f.name not in identity}, **identity}
 
 
 def _validate(config: TrainConfig) -> None:
@@ -192,6 +232,8 @@ def _validate(config: TrainConfig) -> None:
     if config.depth < 8 or (config.depth - 2) % 6:
         nearest = 6 * max(1, round((config.depth - 2) / 6)) + 2
         refuse("depth", f"the depth of a CIFAR ResNet is 6n+2; the nearest is {nearest}")
+    if config.depth > MOST_LAYERS:
+        refuse("depth", f"Keras cannot build a network of so many layers; use at most {MOST_LAYERS}")
     for name in ("sparsity", "initial_sparsity", "label_smoothing", "ema"):
         value = getattr(config, name)
         if not 0 <= value < 1:
@@ -236,6 +278,8 @@ def _validate(config: TrainConfig) -> None:
         raise ConfigError("--lr-drops and --lr-schedule step go together: give both or neither")
     if config.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", config.name):
         refuse("name", "use letters, digits, '.', '_', '+' and '-' only; --run-dir is the place for a path")
+    if config.name is not None and len(config.name) > NAME_MAX:
+        raise ConfigError(f"--name {config.name[:20]}...: {len(config.name)} characters; use at most {NAME_MAX}")
 
 
 _STUDY: dict[str, Any] = {
@@ -282,6 +326,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "study-super-60": {**_STUDY_SUPER, "sparsity": 0.6},
     "study-super-70": {**_STUDY_SUPER, "sparsity": 0.7},
 }
+#: The presets of the original study.
+STUDY = [name for name in PRESETS if name.startswith("study-")]
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
@@ -321,7 +367,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises UserError with a one-line message; prints the help text and raises SystemExit(0) for ``--help``.
     """
     given = vars(_parser().parse_args(argv))
-    preset = dict(PRESETS[given.pop("preset")]) if "preset" in given else {}
+    chosen = given.pop("preset", None)
+    preset = dict(PRESETS[chosen]) if chosen else {}
     # A dense preset sets both, and one of them given beside it means the other too.
     if given.get("sparsity") and preset.get("sparsity_schedule") == "none":
         del preset["sparsity_schedule"]
@@ -329,4 +376,8 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         del preset["sparsity"]
     if given.get("sparsity") and given.get("sparsity_schedule") == "none":
         raise ConfigError(f"--sparsity {given['sparsity']:g}: prunes, and --sparsity-schedule none does not: drop one")
-    return TrainConfig(**{**preset, **given})
+    config = TrainConfig(**{**preset, **given})
+    if chosen in STUDY and "name" not in given:
+        # They differ from other presets in what the default name does not tell.
+        return dataclasses.replace(config, name=f"study-{config.name}")
+    return config

@@ -107,6 +107,7 @@ def fine_tune(
     for clusters in remaining:
         config = settings_of(run, epochs, clusters)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)
+        config.check_timeline(timeline, world.size)
         model = _network(run, config, images, timeline, clusters, ranks=world.size)
         folder = RunFolder.of(config)
         if world.first:

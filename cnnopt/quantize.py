@@ -155,7 +155,8 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
         "bytes": len(archive),
         "weights_bytes": weights,
         "over_entropy_bound": len(archive) / size["entropy_bound"] - 1,
-        "over_weights_entropy": weights / ideal - 1,
+        # Kernels that are zero as a whole have none.
+        "over_weights_entropy": weights / ideal - 1 if ideal else None,
         "times_smaller": reference / len(archive),
     }
 

@@ -2,10 +2,12 @@
 # The command of the MPIJob's launcher: train_hvd.py on all workers, with the flags that it is given.
 #
 # The operator mounts /etc/mpi/hostfile, a line "<worker> slots=<ranks>" for each worker of the manifest, running or
-# not. So the number of ranks is written once, as replicas and slotsPerWorker, and a missing worker is an error.
+# not. So the number of ranks is written once, as replicas and slotsPerWorker, and a missing worker is an error. A line
+# that is not understood is one too: --expect-ranks is counted from here, and could not tell.
 #
 #   LAUNCH_PATIENCE   seconds to wait for workers that do not answer [600]
 #   LAUNCH_AT_LEAST   so many workers will do after that wait [all]
+#   LAUNCH_HOSTFILE   another host file
 #
 # On SIGTERM the ranks save and end, and so does this script; the next launcher goes on from the volume.
 set -euo pipefail
@@ -22,20 +24,43 @@ cleared() {
     [ "$status" -ne 255 ]
 }
 
-readonly patience=${LAUNCH_PATIENCE:-600}
-all=0 ranks=0 hosts=()
-while IFS=' =' read -r worker _ slots; do
-    all=$((all + 1))
-    until cleared "$worker"; do
+# A line of the host file as the operator writes it for Open MPI, or "<worker>:<ranks>" as for Intel MPI and MPICH.
+readonly form='^([A-Za-z0-9._-]+)([[:blank:]]+slots[[:blank:]]*=[[:blank:]]*|:)([0-9]+)$'
+refuse() {
+    echo "launch.sh: $hostfile, line $1: $2; write '<worker> slots=<ranks>', ranks at least 1, each worker once" >&2
+    exit 2
+}
+
+readonly patience=${LAUNCH_PATIENCE:-600} hostfile=${LAUNCH_HOSTFILE:-/etc/mpi/hostfile}
+workers=() slots=() number=0
+# The last line may lack its end.
+while read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    line=${line%$'\r'}
+    line=${line%%#*}
+    line=${line%"${line##*[![:blank:]]}"}
+    [ -n "$line" ] || continue
+    [[ $line =~ $form ]] || refuse "$number" "'$line' is not understood"
+    [[ " ${workers[*]} " != *" ${BASH_REMATCH[1]} "* ]] || refuse "$number" "${BASH_REMATCH[1]} is named twice"
+    # Without the base, 010 would be 8.
+    [ "$((10#${BASH_REMATCH[3]}))" -gt 0 ] || refuse "$number" "no rank on ${BASH_REMATCH[1]}"
+    workers+=("${BASH_REMATCH[1]}") slots+=("$((10#${BASH_REMATCH[3]}))")
+done <"$hostfile"
+all=${#workers[@]}
+[ "$all" -gt 0 ] || refuse "$number" "no worker is named"
+
+ranks=0 hosts=()
+for i in "${!workers[@]}"; do
+    until cleared "${workers[i]}"; do
         if [ "$SECONDS" -ge "$patience" ]; then
-            echo "launch.sh: $worker does not answer after $patience s (docs/kubernetes.md)" >&2
+            echo "launch.sh: ${workers[i]} does not answer after $patience s (docs/kubernetes.md)" >&2
             continue 2
         fi
         sleep 2
     done
-    hosts+=("$worker:$slots")
-    ranks=$((ranks + slots))
-done </etc/mpi/hostfile
+    hosts+=("${workers[i]}:${slots[i]}")
+    ranks=$((ranks + slots[i]))
+done
 if [ "${#hosts[@]}" -lt "${LAUNCH_AT_LEAST:-$all}" ]; then
     echo "launch.sh: ${#hosts[@]} of $all workers answer, ${LAUNCH_AT_LEAST:-all} must" >&2
     exit 1

@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ class Layout:
         return (*self.train, self.test, self.names)
 
     @property
+    def folders(self) -> tuple[str, ...]:
+        """Where the folder may be, below that of all data sets: as it is unpacked, and where Keras 3 unpacks it."""
+        return (self.folder, f"{self.folder}-target/{self.folder}")
+
+    @property
     def record(self) -> int:
         """Bytes of one image with its labels in a binary file."""
         return self.label_bytes + PIXELS
@@ -91,16 +97,17 @@ def find(name: str, directory: Path) -> tuple[Layout, Path] | None:
     """The first complete copy in `directory`, as its layout and folder or archive; None where there is none.
 
     Folders come before archives, because they read faster. Raises DataError where all that is there is a
-    folder that lacks some of its files.
+    folder that lacks some of its files, or where one may not be looked into.
     """
     incomplete = None
     for layout in LAYOUTS[name]:
-        for folder in (directory / layout.folder, directory):
-            present = [file for file in layout.files if os.path.isfile(folder / file)]
+        for folder in (*(directory / name for name in layout.folders), directory):
+            present = [file for file in layout.files if stat.S_ISREG(_mode(folder / file))]
             if len(present) == len(layout.files):
                 return layout, folder
             # In `directory` itself only a training file is a sure sign: other data has a `test` or `meta` too.
-            begun = os.path.isdir(folder) if folder != directory else any(file in layout.train for file in present)
+            is_folder = stat.S_ISDIR(_mode(folder))
+            begun = is_folder if folder != directory else any(file in layout.train for file in present)
             if begun and incomplete is None:
                 missing = next(file for file in layout.files if file not in present)
                 incomplete = (
@@ -108,7 +115,7 @@ def find(name: str, directory: Path) -> tuple[Layout, Path] | None:
                     "or point --data-dir at a complete copy"
                 )
     for layout in LAYOUTS[name]:
-        if os.path.exists(directory / layout.archive):
+        if _mode(directory / layout.archive):
             return layout, directory / layout.archive
     if incomplete:
         raise DataError(incomplete)
@@ -125,7 +132,7 @@ def check(layout: Layout, place: Path) -> None:
             raise DataError(f"{place}: not a gzip archive; {REMEDY}")
         # gzip ends with the length of what was compressed, and a tar is made of 512-byte blocks.
         if len(tail) < 4 or struct.unpack("<I", tail)[0] % 512:
-            raise DataError(f"{place}: the archive is cut short; {REMEDY}")
+            raise DataError(f"{place}: {_fault_at_end(place, max_archive_bytes(layout))}; {REMEDY}")
         return
     for name in layout.files:
         path = place / name
@@ -176,6 +183,31 @@ def _opened(path: Path) -> Any:
         return open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def _mode(path: Path) -> int:
+    """The type and the permissions of what is at ``path``; 0 where there is nothing. Raises DataError."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        remedy = "let this user read it, or point --data-dir at another copy"
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+
+
+def _fault_at_end(path: Path, most: int) -> str:
+    """What is wrong with an archive whose last bytes are not those of one."""
+    unpacking, unpacked = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), 0
+    with _opened(path) as file:
+        while unpacked <= most and (chunk := file.read(1 << 20)):
+            try:
+                unpacked += len(unpacking.decompress(chunk))
+            except zlib.error as error:
+                return f"damaged archive ({error})"
+            if unpacking.eof:
+                return f"{len(unpacking.unused_data) + len(file.read()):,} bytes after the end of the archive"
+    return "the archive is cut short"
 
 
 def _last_bytes(file: Any, count: int) -> bytes:

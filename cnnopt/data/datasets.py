@@ -7,9 +7,11 @@ of ranks, and not on where a run was stopped and resumed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,8 +116,20 @@ def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
         origin, named = "$CNNOPT_DATA_DIR", os.environ.get("CNNOPT_DATA_DIR") or None
     # Unlike Path.expanduser, this leaves the ~ of an unknown user alone.
     directory = Path(os.path.expanduser(named or "~/.keras/datasets"))
-    if named is not None and not os.path.isdir(directory):
-        fault = "is not a directory" if os.path.exists(directory) else "does not exist"
+    if named is None:
+        if str(directory).startswith("~"):
+            raise DataError(f"{directory}: this user has no home folder; set HOME, or name a folder by --data-dir")
+        return directory
+    try:
+        fault = None if stat.S_ISDIR(os.stat(directory).st_mode) else "is not a directory"
+    # ValueError: no name holds a NUL character.
+    except (FileNotFoundError, ValueError):
+        fault = "does not exist"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    if fault is None and not os.access(directory, os.X_OK):
+        fault = f"cannot be read ({os.strerror(errno.EACCES)})"
+    if fault:
         raise DataError(f"{origin} {directory}: {fault}; name the directory that holds the data set")
     return directory
 
@@ -299,7 +313,8 @@ def batches(
       and odd epochs show the other (Jordan 2024, arXiv:2404.00498, section 3.6);
     - "shift": a shift of up to 3 pixels (10%) each way with the edge replicated, and a random flip.
 
-    Raises ValueError where `batch_size` does not divide over the ranks, or `augment` is none of these.
+    Raises ValueError where `batch_size` does not divide over the ranks or is more than there are images, or `augment`
+    is none of these.
     """
     if augment not in AUGMENTATIONS:
         raise ValueError(f"--augment {augment}: choose one of {', '.join(AUGMENTATIONS)}")
@@ -309,6 +324,8 @@ def batches(
         raise ValueError(f"--batch-size {batch_size} cannot be split evenly over {size} ranks: use {choices}")
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{len(images)} images with {len(labels)} labels: need equally many, and at least one")
+    if batch_size > len(images):
+        raise ValueError(f"--batch-size {batch_size}: there are {len(images):,} training images; use at most so many")
     # A function of its own, so that the errors above come at the call and not at the first batch.
     return _stream(images, labels, batch_size, seed, augment, range(first_step, last_step), rank, size)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 TENSORFLOW = {
     # Keras 3, the default since TensorFlow 2.16, has neither tfmot nor Horovod's callbacks.
     "TF_USE_LEGACY_KERAS": "1",
+    # No folder: Keras finds no keras.json, by which the user may have changed the layout and the type of all tensors.
+    "KERAS_HOME": os.devnull,
     # TensorFlow switches oneDNN on by itself only where AVX512 is; on AVX2 it doubles the training speed
     # (docs/how-it-works.md, "Threads and kernels").
     "TF_ENABLE_ONEDNN_OPTS": "1",

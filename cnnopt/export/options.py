@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, nearest
 from cnnopt.errors import UserError
 
 #: What can be exported. Names end in the numbers that weights are stored as.
@@ -102,7 +102,8 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
         given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
         for name in given["variants"]:
             if name not in VARIANTS:
-                raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
+                near = nearest(name, VARIANTS)
+                raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}{near and f': {near}'}")
         for flag in ("clusters", "qat"):
             users = [name for name, flags in NEEDS.items() if flag in flags]
             named = [name for name in users if name in given["variants"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ def save(content: dict[str, Any], folder: Path) -> None:
     try:
         for old in place.glob("events.out.tfevents.*"):
             old.unlink()
-        writer = tf.summary.create_file_writer(str(place))
+        # As bytes: C++ takes text for UTF-8, whatever the locale says of the names of files.
+        writer = tf.summary.create_file_writer(os.fsencode(place))
         with writer.as_default(step):
             for entry in content["files"]:
                 for name, value in scalars(entry).items():
                     tf.summary.scalar(name, value)
             pixels = tf.io.decode_png((folder / "report.png").read_bytes(), channels=3)
             tf.summary.image("figure", pixels[tf.newaxis])
-            tf.summary.text("card", render.markdown(content))
+            tf.summary.text("card", render.markdown(content).encode(errors="backslashreplace"))
         writer.close()
     except (OSError, tf.errors.OpError) as error:
         raise WriteError(f"{place}: cannot be written ({error}); free some space there") from None

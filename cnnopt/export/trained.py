@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cnnopt.config import completed
 from cnnopt.errors import UserError
 from cnnopt.model.topology import layer_names, weight_shapes
 from cnnopt.run import atomic_files, checkpoint
@@ -76,8 +76,12 @@ class TrainedRun:
 def read(path: Path) -> TrainedRun:
     """The run in folder ``path``. Raises UserError, in well under a second, where it cannot be exported."""
     folder = RunFolder(path)
-    # Not Path.is_dir, which raises where the name is too long.
-    if not os.path.isdir(path):
+    try:
+        is_folder = path.is_dir()
+    # Too long a name, or a folder on the way that may not be entered.
+    except OSError as error:
+        raise TrainedError(f"{path}: {error.strerror}; name a run folder that this user may read") from None
+    if not is_folder:
         raise TrainedError(f"{path}: no such run folder; name one that train_hvd.py made")
     identity = folder.identity("name a folder that train_hvd.py made")
     if any(type(identity.get(name)) is not kind for name, kind in NEEDED.items()):
@@ -126,7 +130,7 @@ def _select(found: checkpoint.Checkpoint, identity: dict[str, Any]) -> tuple[dic
     def refuse(difference: str) -> TrainedError:
         return TrainedError(f"{found.path} is a checkpoint of another model ({difference}); restore this run's own")
 
-    stored = found.state.get("identity", identity)
+    stored = completed(found.state.get("identity", identity))
     for key in identity:
         if stored.get(key) != identity[key]:
             raise refuse(f"{key} {stored.get(key)}, but config.json says {identity[key]}")

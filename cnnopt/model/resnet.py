@@ -12,6 +12,11 @@ from tf_keras import layers
 
 from cnnopt.model import topology
 
+# A network is the same for every user, whatever the user's ~/.keras/keras.json says (``host.TENSORFLOW`` hides it).
+keras.backend.set_image_data_format("channels_last")
+keras.backend.set_floatx("float32")
+keras.backend.set_epsilon(1e-7)
+
 
 def pixel_statistics(images: np.ndarray, normalize: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, float32, of uint8 images [n, 32, 32, 3], to broadcast against one image.

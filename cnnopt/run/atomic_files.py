@@ -37,7 +37,8 @@ def replace(path: Path, content: str | bytes) -> None:
     try:
         try:
             with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                # The name of a folder may hold bytes that are no text in this locale.
+                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnnopt.config import ConfigError, TrainConfig
+from cnnopt.config import ConfigError, TrainConfig, completed
 from cnnopt.distributed.host import cores, cpu, versions
 from cnnopt.run import atomic_files
 
@@ -38,17 +38,27 @@ class RunFolder:
     def of(cls, config: TrainConfig) -> RunFolder:
         """The folder that ``config`` names; nothing is made."""
         assert config.name is not None
-        return cls(Path(config.run_dir).expanduser() / config.name)
+        try:
+            return cls(Path(config.run_dir).expanduser() / config.name)
+        except RuntimeError:
+            raise ConfigError(f"--run-dir {config.run_dir}: no such home folder; give a path without ~") from None
 
     def identity(self, remedy: str) -> dict[str, Any]:
-        """What config.json holds of ``TrainConfig.identity``. Raises files.ReadError, with ``remedy``."""
+        """What config.json holds of ``TrainConfig.identity``, completed. Raises ReadError, with ``remedy``."""
         identity = atomic_files.read_json(self.config_file, remedy).get("identity")
         if not isinstance(identity, dict):
             raise atomic_files.ReadError(f"{self.config_file} is damaged: {remedy}")
-        return identity
+        return completed(identity)
 
     def check(self, config: TrainConfig) -> None:
         """Raise UserError, within milliseconds, if this run cannot be written or continued here."""
+        try:
+            self._check(config)
+        except OSError as error:
+            # Of Path.exists too, where a folder on the way may not be entered (before Python 3.14).
+            raise ConfigError(f"--run-dir {self.path.parent}: {error.strerror}; choose another folder") from None
+
+    def _check(self, config: TrainConfig) -> None:
         if self.config_file.exists():
             difference = config.difference(self.identity("give another --name, or move it away"))
             if difference:
@@ -64,8 +74,13 @@ class RunFolder:
             raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
         # A checkpoint that a run began from may be gone by the time that it is queued again with the same flags.
         begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if config.resume not in ("auto", "never") and not begun and not Path(config.resume).is_dir():
-            raise ConfigError(f"--resume {config.resume}: no such checkpoint folder; give auto, never or a folder")
+        if config.resume not in ("auto", "never") and not begun:
+            try:
+                fault = None if Path(config.resume).is_dir() else "no such checkpoint folder"
+            except OSError as error:
+                fault = error.strerror
+            if fault:
+                raise ConfigError(f"--resume {config.resume}: {fault}; give auto, never or a folder")
 
     def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
         """Make the folder, keep other processes out of it until this one ends, and note what runs in it.
@@ -100,10 +115,13 @@ class RunFolder:
                     remedy = f"stop it, give another --name, or delete {self._held.lock_file} if there is none"
                     raise ConfigError(f"{trains}; {remedy}") from None
 
-    def rewind(self, step: int) -> None:
-        """Forget metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError."""
-        if self.metrics_file.exists():
-            kept = [line for line in self.metrics() if line["step"] <= step]
+    def rewind(self, step: int, recorded: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Forget metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError.
+
+        ``recorded``: the lines up to there as a checkpoint has them, which take the place of those of the file.
+        """
+        if recorded is not None or self.metrics_file.exists():
+            kept = [line for line in (self.metrics() if recorded is None else recorded) if line["step"] <= step]
             atomic_files.replace(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, metrics: Mapping[str, Any]) -> None:
@@ -114,18 +132,31 @@ class RunFolder:
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)
                 raise
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
-        lines = []
-        for text in self.metrics_file.read_text(errors="replace").splitlines():
+        """The lines of metrics.jsonl, none where there is no such file; what a crash has cut off is left out.
+
+        Raises ReadError.
+        """
+        lines: list[dict[str, Any]] = []
+        try:
+            texts = self.metrics_file.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return lines
+        except OSError as error:
+            raise atomic_files.ReadError(f"{self.metrics_file}: {error.strerror}; restore it from a copy") from None
+        for text in texts:
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not is_line(line):
+                break
+            lines.append(line)
         return lines
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -133,10 +164,40 @@ class RunFolder:
         atomic_files.replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """What ``finish`` wrote; None for a run that is not complete."""
+        """What ``finish`` wrote; None for a run that is not complete, or has lost lines of metrics.jsonl since.
+
+        Those are in its last checkpoint, and the same command brings them back. Raises ReadError where that is not
+        there while earlier ones are, or nothing tells what was lost. That there is no checkpoint is no fault by itself:
+        they are large, and are deleted.
+        """
         if not self.result_file.exists():
             return None
-        return atomic_files.read_json(self.result_file, "delete it, and the same command writes it anew")
+        result = atomic_files.read_json(self.result_file, remedy := "delete it, and the same command writes it anew")
+        if not is_line(result):
+            raise atomic_files.ReadError(f"{self.result_file} is damaged: {remedy}")
+        from cnnopt.run import checkpoint  # here, because NumPy takes a tenth of a second to import
+
+        last, damaged = checkpoint.newest(self.checkpoints)
+        if (last or damaged) and (last is None or last.step != result["step"]):
+            holds = f"the newest good one is of step {last.step}" if last else "none is good"
+            raise atomic_files.ReadError(
+                f"{self.result_file} is of step {result['step']}, but of the checkpoints {holds}: restore the last "
+                "one, or delete this file and the same command does again what is missing"
+            )
+        recorded = max((line["step"] for line in self.metrics()), default=0)
+        if recorded == result["step"]:
+            return result
+        if last is None:
+            raise atomic_files.ReadError(
+                f"{self.metrics_file} ends with step {recorded}, but {self.result_file.name} is of step "
+                f"{result['step']}, and there is no checkpoint: restore what is missing, or give another --name"
+            )
+        return None
+
+
+def is_line(content: Any) -> bool:
+    """Whether ``content``, read from a file, can be what is known of a step."""
+    return isinstance(content, dict) and type(content.get("step")) is int
 
 
 def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from cnnopt.training.step import SynchronousModel
 
 
 class Prune(Callback):
-    """Renews the masks when they are due, and compares them with the other ranks' before the next step."""
+    """Renews the masks when they are due, and compares them with the other ranks' before the next step.
+
+    ``say`` hears of each kernel that has just lost its last weight.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        super().__init__()
+        self.say = say
+        self.empty: set[str] = set()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Masks that are due before the first step."""
@@ -40,6 +49,13 @@ class Prune(Callback):
         if self.model.pruner.due(step):
             self.model.prune(step)
             self.model.agree()
+            now = [name for name, share in self.model.pruner.sparsities().items() if share == 1 and name != "total"]
+            if new := [name for name in now if name not in self.empty]:
+                self.say(
+                    f"warning: after step {step} all weights of {', '.join(new)} are zero, and nothing passes through; "
+                    "a lower --sparsity, or --sparsity-scope uniform, keeps some"
+                )
+            self.empty = set(now)
 
 
 class Evaluate(Callback):
@@ -156,9 +172,12 @@ class Save(Callback):
     """
 
     def __init__(
-        self, every: Duration, timeline: Timeline, config: TrainConfig, folder: Path, world: World, console: Console
-    ) -> None:
+        self, every: Duration, timeline: Timeline, config: TrainConfig, folder: Path, world: World, console: Console,
+        recorded: Sequence[dict],
+    ) -> None:  # fmt: skip
+        """``recorded``: the lines of metrics.jsonl so far, which go with the checkpoint."""
         super().__init__()
+        self.recorded = recorded
         self.every, self.timeline, self.config = every, timeline, config
         self.folder, self.world, self.console = folder, world, console
         self.saved_at = time.monotonic()
@@ -187,13 +206,8 @@ class Save(Callback):
         assert logs is not None
         step = int(self.model.run.global_step.numpy())
         last = step == self.timeline.total_steps
-        if self.due or last or (self.every.unit == "e" and self._epochs_are_over(step)):
+        if self.due or last or (self.every.unit == "e" and (epoch + 1) % round(self.every.value) == 0):
             self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
-
-    def _epochs_are_over(self, step: int) -> bool:
-        # A step may end several epochs of few images.
-        before, after = (self.timeline.epoch_of(s) // round(self.every.value) for s in (step - 1, step))
-        return after > before
 
     def _save(self, step: int, metric: float | None, *, vital: bool) -> None:
         """``vital``: nothing comes after it that could make up for it, so a failure is the run's. Raises SaveError."""
@@ -205,6 +219,8 @@ class Save(Callback):
             "identity": self.config.identity(),
             "precision": self.model.compute_dtype,
             "resume": self.config.resume,
+            # An append to a file may be lost where the power fails, and a checkpoint is not.
+            "metrics": list(self.recorded),
             "weights_digest": self.model.agree(),
             **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }

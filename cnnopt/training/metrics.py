@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import platform
 import time
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.hparams import api as hparams
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tf_keras.callbacks import Callback
 
 from cnnopt.config import TrainConfig
@@ -95,10 +98,13 @@ class Record(Callback):
         super().__init__()
         self.folder, self.timeline, self.console = folder, timeline, console
         self.waiting: list[dict[str, float]] = []
+        #: All lines of the run, with those that wait.
+        self.recorded = folder.metrics()
         for name in ("train", "validation", "pruning", "hparams"):
             _continue_at(folder.tensorboard / name, first_step)
         self.writers = {
-            name: tf.summary.create_file_writer(str(folder.tensorboard / name))
+            # As bytes: C++ takes text for UTF-8, whatever the locale says of the names of files.
+            name: tf.summary.create_file_writer(os.fsencode(folder.tensorboard / name))
             for name in ("train", "validation", "pruning", "hparams")
         }
         with self.writers["hparams"].as_default():
@@ -110,6 +116,7 @@ class Record(Callback):
         sparsities = self.model.pruner.sparsities()
         logs["sparsity"] = sparsities["total"]
         self.waiting.append({k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in logs.items()})
+        self.recorded.append(self.waiting[-1])
         try:
             self._write_lines()
             self._draw(logs, sparsities)
@@ -153,12 +160,23 @@ class Record(Callback):
             writer.flush()
 
 
+_starts = itertools.count()
+
+
 def _continue_at(folder: Path, step: int) -> None:
     """Tell TensorBoard to forget what an earlier process wrote after ``step``: that is done again."""
-    writer = EventFileWriter(str(folder), filename_suffix=".resume")
-    start = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-    writer.close()
+    now = time.time()
+    events = [
+        Event(wall_time=now, file_version="brain.Event:2"),
+        Event(wall_time=now, step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not by TensorBoard's EventFileWriter, which gives its path to C++ as text. Files are read in the order of their
+    # names: this one comes before that of the writer that is made next.
+    name = f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}.{next(_starts)}.resume"
+    with (folder / name).open("wb") as file:
+        for event in events:
+            RecordWriter(file).write(event.SerializeToString())
 
 
 class Show(Callback):

@@ -9,7 +9,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 from cnnopt.run import checkpoint
-from cnnopt.run.run_folder import RunFolder
+from cnnopt.run.run_folder import RunFolder, is_line
 from cnnopt.training.step import SynchronousModel
 
 
@@ -53,7 +53,15 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         # Absent where the save was at the end of an epoch.
         sums = found.state.get("epoch_sums", [0.0] * len(model.epoch_sums))
         fits = isinstance(sums, list) and list(map(type, sums)) == [float] * len(model.epoch_sums)
-        return None if fits else "of another model: epoch_sums"
+        if not fits:
+            return "of another model: epoch_sums"
+        # Absent in checkpoints of earlier versions, which leave it to metrics.jsonl alone.
+        lines = found.state.get("metrics")
+        if lines is None and "metric" in found.state and found.path.parent == folder.checkpoints:
+            lost = all(line["step"] != found.step for line in folder.metrics())
+            return f"{folder.metrics_file} has lost the line of step {found.step}" if lost else None
+        fits = lines is None or (isinstance(lines, list) and all(map(is_line, lines)))
+        return None if fits else "of another model: metrics"
 
     if config.resume == "never":
         folder.rewind(0)
@@ -94,6 +102,9 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         say(f"--precision {config.precision} was {before} up to here, and is {now} on this machine")
     for variable, value in zip(model.epoch_sums, found.state.get("epoch_sums", []), strict=False):
         variable.assign(value)
-    folder.rewind(found.step)
+    recorded: list[dict] | None = found.state.get("metrics")
+    if recorded and (lost := len(recorded) - sum(line["step"] <= found.step for line in folder.metrics())) > 0:
+        say(f"{folder.metrics_file} had lost lines, which the checkpoint has: {lost} of {len(recorded)} written again")
+    folder.rewind(found.step, recorded)
     say(f"resumed after step {found.step} from {found.path}")
     return found.step

@@ -58,11 +58,14 @@ def train(
         callbacks.Evaluate(images, world),
     ]
     show = metrics.Show(timeline, console)
+    recorded: list[dict] = []
     if world.first:
-        hooks += [metrics.Record(folder, config, timeline, first_step, console), show]
+        record = metrics.Record(folder, config, timeline, first_step, console)
+        hooks += [record, show]
+        recorded = record.recorded
     # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
     every = parse_duration(config.save_every, "esm")
-    hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console)]
+    hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console, recorded)]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}
     with loop.training_stream(config, images, world, **steps) as stream:
         try:

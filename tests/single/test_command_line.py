@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,10 @@ def refusal(arguments: list[str], shell: dict[str, str]) -> str:
         ("--data-dir /no/such/folder", "--data-dir /no/such/folder: does not exist"),
         ("--dataset synthetic --resume /no/such", "--resume /no/such: no such checkpoint folder"),
         ("--dataset digits --epochs 1 --warmup 2e", "--warmup 2e: 22 steps, but the run has 12; give a shorter one"),
+        ("--dataset digits --batch-size 100000", "--batch-size 100000: digits has 1,437 training images; use at most"),
+        ("--dataset digits --batch-size 2000", "--batch-size 2000: digits has 1,437 training images; use at most 1437"),
+        ("--dataset synthetic --depth 1202", "--depth 1202: Keras cannot build a network of so many layers; use at m"),
+        ("--preset study-baseline --epochs 30", "--lr-drops 80e:0.1,"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, expected, shell, tmp_path):
@@ -64,7 +69,9 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, expected, shell
 
 
 @pytest.mark.parametrize("arguments", ["--depth 43", "--dataset synthetic --expect-ranks 2",
-                                       "--dataset digits --epochs 1 --prune-end 15s", "--help"])  # fmt: skip
+                                       "--dataset digits --epochs 1 --prune-end 15s", "--depth 1202",
+                                       "--dataset digits --batch-size 100000", "--preset study-baseline --epochs 30",
+                                       "--name " + 300 * "n", "--help"])  # fmt: skip
 def test_tensorflow_is_not_loaded_to_say_so(arguments, shell):
     done = program(arguments.split(), shell, "-X", "importtime")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
@@ -177,6 +184,12 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def lasting(folder: Path) -> list[dict]:
+    """What of the metrics does not depend on the clock."""
+    timed = {"seconds", "images_per_second", "step_seconds", "exchange_share"}
+    return [{name: value for name, value in line.items() if name not in timed} for line in metrics(folder)]
+
+
 @pytest.mark.timeout(300)
 def test_a_run_ends_with_its_result_line_and_its_files(complete):
     folder, done = complete
@@ -284,6 +297,67 @@ def test_the_same_command_says_that_the_run_is_complete(complete, shell):
     assert done.stdout == f"{folder} is complete: {result_line}\n"
     assert "tensorflow" not in done.stderr
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.timeout(300)
+def test_what_a_user_has_set_for_keras_computes_nothing(complete, shell, tmp_path):
+    folder, _ = complete
+    (tmp_path / ".keras").mkdir()
+    # Keras 3 knows bfloat16 here, and Keras 2 fails to be imported with it.
+    mine = {"image_data_format": "channels_first", "floatx": "bfloat16", "epsilon": 0.1}
+    (tmp_path / ".keras/keras.json").write_text(json.dumps(mine))
+    done = program(arguments(tmp_path), {**shell, "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert lasting(tmp_path / "tiny") == lasting(folder)
+    assert json.loads((tmp_path / ".keras/keras.json").read_text()) == mine
+
+
+@pytest.fixture(scope="module")
+def latin_1(tmp_path_factory) -> dict[str, str]:
+    """Variables of a locale in which names of files are in ISO-8859-1."""
+    if shutil.which("localedef") is None or not Path("/usr/share/i18n/charmaps").exists():
+        pytest.skip("needs localedef and its charmaps, which make a locale")
+    folder = tmp_path_factory.mktemp("locale")
+    command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / "en_US.ISO-8859-1")]
+    subprocess.run(command, check=True, capture_output=True)
+    return {"LOCPATH": str(folder), "LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.mark.timeout(600)
+def test_files_are_in_the_folder_that_was_named_whatever_its_name_and_the_locale(latin_1, shell, tmp_path):
+    # In ISO-8859-1 this byte is a letter; in UTF-8 it is no text at all.
+    for variables, name in ((latin_1, b"r\xe9"), ({"LC_ALL": "C.UTF-8"}, b"s\xe9")):
+        runs = os.path.join(os.fsencode(tmp_path), name)
+        command = [sys.executable, PROGRAM, *RUN.split(), "--epochs", "1", "--prune-end", "16s", "--quantize"]
+        done = subprocess.run(
+            [*command, "--run-dir", runs], env={**shell, **variables}, cwd="/", capture_output=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        assert name in os.listdir(os.fsencode(tmp_path))
+        for part in (b"train", b"validation", b"pruning", b"hparams", b"quantize"):
+            events = os.listdir(os.path.join(runs, b"tiny/tb", part))
+            assert any(event.startswith(b"events.out.tfevents.") for event in events), part
+        assert {b"report.json", b"report.md", b"report.png", b"export"} <= set(os.listdir(os.path.join(runs, b"tiny")))
+    # Nothing beside them.
+    assert sorted(os.listdir(os.fsencode(tmp_path))) == [b"r\xe9", b"s\xe9"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("result", ["lost", "there"])
+def test_a_line_that_was_lost_is_there_again_after_the_same_command(complete, shell, tmp_path, result):
+    folder, _ = complete
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:-1]))
+    if result == "lost":
+        (copy / "result.json").unlink()
+    done = program(arguments(tmp_path), shell)
+    assert done.returncode == 0, done.stderr
+    assert f"{copy}/metrics.jsonl had lost lines, which the checkpoint has: 1 of 3 written again" in done.stdout
+    assert (copy / "metrics.jsonl").read_text() == "".join(lines)
+    before, after = (json.loads((path / "result.json").read_text()) for path in (folder, copy))
+    assert {**after, "line": ""} == {**before, "line": ""}
+    assert done.stdout.splitlines()[-2] == before["line"].replace(str(folder), str(copy))
 
 
 def test_another_configuration_is_refused_in_its_folder(complete, shell):

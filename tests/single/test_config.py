@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnnopt.config import PRESETS, ConfigError, TrainConfig, parse_args
+from cnnopt.config import MOST_LAYERS, MOST_STEPS, PRESETS, STUDY, ConfigError, TrainConfig, completed, parse_args
 from cnnopt.errors import UserError
 from cnnopt.schedules import Timeline, parse_drops, parse_duration
 
@@ -102,9 +102,6 @@ def test_pruning_that_is_asked_for_beside_a_preset_is_done(argv, pruned):
     assert (config.sparsity, config.sparsity_schedule) == pruned
 
 
-STUDY = [name for name in PRESETS if name.startswith("study-")]
-
-
 @pytest.mark.parametrize("preset", STUDY)
 def test_study_presets_are_the_original_study(preset):
     config = parse_args(["--preset", preset])
@@ -120,6 +117,15 @@ def test_study_presets_are_the_original_study(preset):
         assert (config.prune_begin, config.prune_end, config.prune_frequency) == ("0s", "100%", "100s")
         assert config.initial_sparsity == 0.5
         assert config.sparsity_scope == "uniform"
+
+
+def test_presets_share_no_default_folder():
+    """On one data set and seed; of what is not told by the name, the study's presets differ in more than one thing."""
+    names = {preset: parse_args(["--preset", preset, "--dataset", "cifar100"]).name for preset in PRESETS}
+    assert len(set(names.values())) == len(names), names
+    assert names["study-baseline"] == "study-cifar100-resnet20-dense-float32-seed0"
+    assert names["baseline"] == "cifar100-resnet20-dense-float32-seed0"
+    assert parse_args(["--preset", "study-baseline", "--name", "mine"]).name == "mine"
 
 
 def test_study_presets_differ_in_what_the_study_varied():
@@ -197,6 +203,13 @@ REFUSED = [
     ("--name=", "--name : ", "letters, digits"),
     ("--sparcity 0.6", "--sparcity", "did you mean --sparsity?"),
     ("--spars 0.6", "--spars", "did you mean --sparsity?"),  # an abbreviation would change with a new flag
+    ("--lr 0.1", "--lr", "did you mean --base-lr or --lr-schedule or --lr-drops?"),
+    ("--preset dmo", "--preset", "did you mean demo?"),
+    ("--preset study", "--preset", "did you mean study-"),
+    ("--dataset cifar-10", "--dataset", "did you mean cifar10?"),
+    ("--optimizer adamw", "--optimizer", "did you mean adam?"),
+    ("--name " + "n" * 300, "--name nnnnnnnnnnnnnnnnnnnn...: 300 characters", "use at most 255"),
+    ("--depth 1202", "--depth 1202: ", f"use at most {MOST_LAYERS}"),
     ("extra", "extra", "see --help"),
 ]  # fmt: skip
 
@@ -244,16 +257,53 @@ RUN = Timeline(num_images=256, batch_size=32, epochs=3)  # 8 steps an epoch
 def test_a_pruning_window_that_would_never_end_is_refused(begin, end, steps, schedule):
     config = TrainConfig(prune_begin=begin, prune_end=end, sparsity_schedule=schedule)
     with pytest.raises(ConfigError, match=rf"^--prune-begin {begin} --prune-end {end}: steps {steps};") as caught:
-        config.check_durations(RUN)
+        config.check_timeline(RUN)
     assert len(str(caught.value).splitlines()) == 1
-    TrainConfig(prune_begin=begin, prune_end=end, sparsity=0.0).check_durations(RUN)
+    TrainConfig(prune_begin=begin, prune_end=end, sparsity=0.0).check_timeline(RUN)
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [("25s", 25), ("4e", 32)])
 def test_a_warm_up_that_is_longer_than_the_run_is_refused(warmup, steps):
     with pytest.raises(ConfigError, match=rf"^--warmup {warmup}: {steps} steps, but the run has 24; "):
-        TrainConfig(warmup=warmup).check_durations(RUN)
-    TrainConfig(warmup="24s").check_durations(RUN)
+        TrainConfig(warmup=warmup).check_timeline(RUN)
+    TrainConfig(warmup="24s").check_timeline(RUN)
+
+
+@pytest.mark.parametrize(("drops", "late"), [("1e:0.1,3e:0.01", "3e"), ("24s:0.1", "24s"), ("100%:0.1", "100%")])
+def test_a_drop_that_never_comes_is_refused(drops, late):
+    config = TrainConfig(lr_schedule="step", lr_drops=drops, epochs=3)
+    with pytest.raises(ConfigError, match=rf"^--lr-drops {drops}: {late} is not before the end of the run, of 3 epo"):
+        config.check_timeline(RUN)
+    TrainConfig(lr_schedule="step", lr_drops="23s:0.1,50%:0.01").check_timeline(RUN)
+
+
+@pytest.mark.parametrize("preset", STUDY)
+def test_a_study_preset_of_fewer_epochs_does_not_begin_with_drops_that_never_come(preset):
+    whole, short = (parse_args(["--preset", preset, "--epochs", str(epochs)]) for epochs in (300, 30))
+    whole.check_timeline(Timeline(50_000, 128, 300))
+    with pytest.raises(ConfigError, match="80e is not before the end of the run, of 30 epochs; give drops within it"):
+        short.check_timeline(Timeline(50_000, 128, 30))
+
+
+@pytest.mark.parametrize(("batch", "ranks", "most"), [(257, 1, 256), (2000, 1, 256), (300, 3, 255)])
+def test_a_batch_of_more_images_than_there_are_is_refused(batch, ranks, most):
+    config = TrainConfig(dataset="synthetic", batch_size=batch, warmup="0s")
+    with pytest.raises(
+        ConfigError, match=rf"^--batch-size {batch}: synthetic has 256 training images; use at most {most}"
+    ):
+        config.check_timeline(Timeline(256, batch, 3), ranks)
+    fits = dataclasses.replace(config, batch_size=most, prune_begin="0s", prune_end="1s")
+    fits.check_ranks(ranks)
+    fits.check_timeline(Timeline(256, most, 3), ranks)
+
+
+def test_more_steps_than_anybody_waits_for_are_refused():
+    config = TrainConfig(epochs=10**8)
+    with pytest.raises(
+        ConfigError, match=rf"^--epochs 100000000: .* a run has at most {MOST_STEPS:,}, which are 25600 ep"
+    ):
+        config.check_timeline(Timeline(50_000, 128, 10**8))
+    TrainConfig(epochs=25600).check_timeline(Timeline(50_000, 128, 25600))
 
 
 TEXTS = st.one_of(
@@ -344,8 +394,31 @@ def test_every_other_field_is_part_of_it_and_is_named(name):
     stored = json.loads(json.dumps(config.identity()))
     flag = f"--{name.replace('_', '-')}"
     assert changed.difference(stored) == f"{flag} was {getattr(config, name)}, is {getattr(changed, name)}"
-    del stored[name]
-    assert config.difference(stored) == f"{flag} was not known, is {getattr(config, name)}"
+
+
+#: What the first version stored. A field that came later must mean what runs did before it, if it is not stored.
+FIRST = {
+    "augment", "base_lr", "batch_size", "dataset", "depth", "deterministic", "ema", "epochs", "initial_sparsity",
+    "label_smoothing", "lr_drops", "lr_schedule", "normalize", "optimizer", "precision", "prune_begin", "prune_end",
+    "prune_frequency", "seed", "sparsity", "sparsity_schedule", "sparsity_scope", "warmup", "weight_decay",
+}  # fmt: skip
+BEFORE = {"wire_dtype": "float32"}
+
+
+def test_a_run_that_was_stored_before_a_setting_was_there_goes_on():
+    config = TrainConfig()
+    assert config.identity().keys() - BEFORE.keys() == FIRST
+    stored = {name: value for name, value in config.identity().items() if name in FIRST}
+    assert completed(stored) == config.identity() == {**stored, **BEFORE}
+    assert config.difference(stored) is None
+    assert TrainConfig(**completed(stored)) == config
+    other = TrainConfig(wire_dtype="float16")
+    assert other.difference(stored) == "--wire-dtype was float32, is float16"
+
+
+def test_a_run_of_a_later_version_says_what_is_not_known_here():
+    stored = {**TrainConfig().identity(), "later": 3}
+    assert TrainConfig().difference(stored) == "--later was 3, is not known to this version of cnnopt"
 
 
 def test_all_differences_are_named_at_once():

@@ -412,3 +412,55 @@ def test_linters_have_nothing_to_say(tool, file):
         pytest.skip(f"{tool} is not installed")
     done = subprocess.run([tool, *(["-n"] if tool == "bash" else []), ROOT / file], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+# The host file ------------------------------------------------------------------------------------------------
+
+
+def launch(tmp_path: Path, hostfile: bytes) -> subprocess.CompletedProcess:
+    """k8s/launch.sh with an ssh that reaches everybody and a horovodrun that prints its arguments."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in (("ssh", "exit 0"), ("horovodrun", 'echo "$@"')):
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "hostfile").write_bytes(hostfile)
+    variables = {"PATH": f"{programs}:{os.environ['PATH']}", "LAUNCH_HOSTFILE": f"{tmp_path}/hostfile"}
+    command = [ROOT / "k8s/launch.sh", "--epochs", "3"]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("hostfile", "hosts", "ranks"), [
+    (b"a slots=2\nb slots=1\n", "a:2,b:1", 3),
+    (b"a slots=2\nb slots=1", "a:2,b:1", 3),
+    (b"a:2\nb:1\n", "a:2,b:1", 3),
+    (b"a slots=2\r\nb slots=1\r\n", "a:2,b:1", 3),
+    (b"a:2\r\nb:1\r\n", "a:2,b:1", 3),
+    (b"\n# workers\na slots=2   # two\n\n  b.c-0.svc  slots = 010\n\n", "a:2,b.c-0.svc:10", 12),
+])  # fmt: skip
+def test_a_host_file_is_read_in_each_form(tmp_path, hostfile, hosts, ranks):
+    done = launch(tmp_path, hostfile)
+    assert done.returncode == 0, done.stderr
+    first, command = done.stdout.splitlines()
+    workers = len(hosts.split(","))
+    assert first == f"launch.sh: {ranks} ranks on {workers} of {workers} workers"
+    assert f"--num-proc {ranks} --hosts {hosts} " in command
+    assert command.endswith(f"--expect-ranks {ranks} --epochs 3")
+
+
+@pytest.mark.parametrize(("hostfile", "said"), [
+    (b"a\n", "line 1: 'a' is not understood"),
+    (b"a slots=2\nb slots=\n", "line 2: 'b slots=' is not understood"),
+    (b"a slots=2\nb slots=x\n", "line 2: 'b slots=x' is not understood"),
+    (b"a slots=2 max_slots=4\n", "line 1: 'a slots=2 max_slots=4' is not understood"),
+    (b"a slots=0\n", "line 1: no rank on a"),
+    (b"a:4\na:4\n", "line 2: a is named twice"),
+    (b"a b slots=2\n", "line 1: 'a b slots=2' is not understood"),
+    (b"\n\n", "line 2: no worker is named"),
+    (b"", "line 0: no worker is named"),
+])  # fmt: skip
+def test_a_line_of_the_host_file_that_is_not_understood_stops_the_launch(tmp_path, hostfile, said):
+    done = launch(tmp_path, hostfile)
+    assert (done.returncode, done.stdout) == (2, "")
+    (message,) = done.stderr.splitlines()
+    assert message.startswith(f"launch.sh: {tmp_path}/hostfile, {said}; write '<worker> slots=<ranks>'")

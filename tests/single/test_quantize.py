@@ -14,7 +14,7 @@ from cnnopt.data import datasets
 from cnnopt.distributed import host
 from cnnopt.export import render, tflite_file
 from cnnopt.export.options import NEEDS, VARIANTS, OptionError, choose, parse_args
-from cnnopt.export.trained import read
+from cnnopt.export.trained import TrainedError, read
 from cnnopt.finetune import settings_of
 from cnnopt.quantize import main
 from cnnopt.run import checkpoint
@@ -344,6 +344,45 @@ def test_a_copy_with_fewer_images_than_are_asked_for(no_tensorflow, tmp_path, ca
     small_copy(BINARY_10).folder(tmp_path)
     line = refused(capsys, make_run(tmp_path / "r", dataset="cifar10"), "--data-dir", tmp_path, "--calibration", "32")
     assert "--calibration 32: cifar10 has 20 training images" in line
+
+
+def test_a_run_of_an_earlier_version_is_read_and_fine_tuned(tmp_path):
+    path = make_run(tmp_path / "t")
+    stored = json.loads((path / "config.json").read_text())
+    whole = dict(stored["identity"])
+    del stored["identity"]["wire_dtype"]
+    (path / "config.json").write_text(json.dumps(stored))
+    assert read(path).identity == whole  # config.json is of an earlier version, the checkpoint of this one
+    found = checkpoint.load(path / "checkpoints" / f"step-{STEP:08d}")
+    checkpoint.save(path / "checkpoints", STEP, found.arrays, {"identity": stored["identity"]})
+    assert read(path).identity == whole  # both are
+    (path / "config.json").write_text(json.dumps({"identity": whole}))
+    assert read(path).identity == whole  # the checkpoint alone is
+    assert settings_of(read(path), 1, 0).wire_dtype == "float32"
+
+
+def test_a_run_of_a_later_version_is_not_fine_tuned(tmp_path):
+    path = make_run(tmp_path / "t")
+    stored = json.loads((path / "config.json").read_text())
+    stored["identity"]["later"] = 3
+    (path / "config.json").write_text(json.dumps(stored))
+    found = checkpoint.load(path / "checkpoints" / f"step-{STEP:08d}")
+    checkpoint.save(path / "checkpoints", STEP, found.arrays, {"identity": stored["identity"]})
+    with pytest.raises(TrainedError, match=r"config\.json is of another version of cnnopt .*later"):
+        settings_of(read(path), 1, 0)
+
+
+def test_kernels_that_are_zero_as_a_whole_are_measured_and_packed(tmp_path):
+    path = make_run(tmp_path / "t", sparsity=0.999999)
+    assert read(path).sparsity == 1
+    variants = "dynamic,int8,clustered-int8"
+    done = quantize(path, "--variants", variants, "--clusters", 16, "--calibration", 32, "--pack")
+    assert done.returncode == 0, done.stderr
+    for entry in json.loads((path / "report.json").read_text())["files"]:
+        assert entry["weights"]["nonzero"] == 0
+        if entry["name"] != "float32":
+            assert entry["packed"]["over_weights_entropy"] is None
+            assert entry["packed"]["bytes"] < entry["size"]["raw"]
 
 
 def test_fine_tuning_sends_float32_whatever_the_run_sent(tmp_path):

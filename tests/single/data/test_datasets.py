@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 
 from cnnopt.data import datasets
 from cnnopt.data.datasets import DataError
-from tests.helpers.cifar_copies import BINARY_10, EVERY_LAYOUT, PYTHON_10, dataset_of, python2_pickle, small_copy
+from tests.helpers import ROOT
+from tests.helpers.cifar_copies import (
+    BINARY_10,
+    EVERY_LAYOUT,
+    PYTHON_10,
+    PYTHON_100,
+    dataset_of,
+    python2_pickle,
+    small_copy,
+)
+from tests.helpers.permissions import stopped_by_permissions
 
 # Read when the module is collected, before a fixture removes the variable.
 REAL_DATA_DIR = os.environ.get("CNNOPT_DATA_DIR", "")
@@ -99,6 +109,25 @@ def test_the_two_layouts_of_the_real_cifar_10_are_equal():
     np.testing.assert_array_equal(np.bincount(pickled.test_labels), [1000] * 10)
 
 
+@pytest.mark.parametrize("layout", [PYTHON_10, PYTHON_100], ids=["cifar10", "cifar100"])
+def test_the_folder_that_keras_3_unpacks_is_found(layout, tmp_path):
+    copy, default = small_copy(layout), tmp_path / "home/.keras/datasets"
+    copy.folder(default / f"{layout.folder}-target")
+    datasets.check(dataset_of(layout))
+    loaded = datasets.load(dataset_of(layout))
+    np.testing.assert_array_equal(loaded.train_images, copy.images(*layout.train))
+    assert len(datasets.load(dataset_of(layout), default).test_images) == 4
+
+
+def test_keras_3_still_names_its_folder_so():
+    import keras
+
+    assert (keras.__version__.split(".")[0]) == "3"
+    source = Path(keras.__file__).parent / "src/datasets"
+    for layout, module in ((PYTHON_10, "cifar10"), (PYTHON_100, "cifar100")):
+        assert f'"{layout.folder}-target"' in (source / f"{module}.py").read_text()
+
+
 def test_a_complete_archive_wins_over_an_incomplete_folder(tmp_path):
     copy = small_copy(PYTHON_10)
     (copy.folder(tmp_path) / "data_batch_3").unlink()
@@ -125,6 +154,47 @@ def test_a_data_dir_that_does_not_exist_is_refused_at_once(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"^--data-dir .*file: is not a directory"):
         datasets.check(name, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"),
+    [
+        ("data", "{flag} {data}: cannot be read (Permission denied)"),
+        (
+            "data/cifar-10-batches-bin",
+            "{data}/cifar-10-batches-bin/data_batch_1.bin: cannot be read (Permission denied)",
+        ),
+        (".", "{flag} {data}: cannot be read (Permission denied)"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--data-dir", "$CNNOPT_DATA_DIR"])
+def test_a_folder_that_may_not_be_entered_is_not_said_to_be_missing(flag, closed, said, tmp_path):
+    place = tmp_path / "place"
+    data = place / "data"
+    small_copy(BINARY_10).folder(data)
+    code = "import sys; from cnnopt.data import datasets; datasets.check('cifar10', *sys.argv[1:])"
+    given = [str(data)] if flag == "--data-dir" else []
+    variables = {} if given else {"CNNOPT_DATA_DIR": str(data)}
+    (place / closed).chmod(0)
+    try:
+        done = subprocess.run(
+            stopped_by_permissions([sys.executable, "-c", code, *given]),
+            env={**os.environ, **variables, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        (place / closed).chmod(0o700)
+    assert done.stderr.splitlines()[-1].startswith(
+        f"cnnopt.data.cifar_files.DataError: {said.format(flag=flag, data=data)}; "
+    )
+
+
+def test_a_user_without_a_home_is_told_so_and_gets_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where /etc/passwd does not know the user
+    with pytest.raises(DataError, match=r"^~/.keras/datasets: this user has no home folder; set HOME"):
+        datasets.check("cifar10")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_data_dir_is_refused_and_stays_empty(tmp_path):
@@ -221,7 +291,7 @@ def test_epochs_and_seeds_have_different_orders():
 
 
 @given(
-    num_images=st.integers(1, 30),
+    num_images=st.integers(20, 40),
     shard=st.integers(1, 5),
     size=st.sampled_from([1, 2, 4]),
     augment=st.sampled_from(datasets.AUGMENTATIONS),
@@ -275,7 +345,7 @@ def windows(image: np.ndarray, margin: int, mode: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("augment", "margin", "mode"), [("standard", 4, "reflect"), ("shift", 3, "edge")])
 def test_augmented_images_are_windows_of_the_padded_image(augment, margin, mode):
-    images = numbered_images(6)
+    images = numbered_images(8)
     found, labels = stream(images, augment=augment, last_step=30)
     offsets, flips = set(), 0
     allowed = {}
@@ -326,6 +396,12 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_at_the_call(batc
             numbered_images(2), np.arange(2), batch_size=batch_size, seed=0, augment="none",
             first_step=0, last_step=1, size=size,
         )  # fmt: skip
+
+
+def test_more_than_there_is_is_refused_at_the_call():
+    assert len(stream(numbered_images(8), batch_size=8)[0]) == 32
+    with pytest.raises(ValueError, match=r"^--batch-size 9: there are 8 training images; use at most so many$"):
+        stream(numbered_images(8), batch_size=9)
 
 
 def test_an_unknown_augmentation_names_the_choices():

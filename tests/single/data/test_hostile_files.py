@@ -127,6 +127,19 @@ def test_an_archive_cut_anywhere_is_refused(layout, tmp_path):
         datasets.check(dataset_of(layout), tmp_path)
 
 
+@pytest.mark.parametrize("after", [b"x", b"more than an archive", bytes(5) + b"abcd"])
+def test_bytes_after_the_end_of_an_archive_are_said_to_be_that(after, tmp_path):
+    path = small_copy(BINARY_10, images_per_file=2).archive(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + after)
+    with pytest.raises(DataError, match=f"{path.name}: {len(after)} bytes after the end of the archive; "):
+        datasets.check("cifar10", tmp_path)
+    # Padding, as of a copy by blocks, is harmless to gzip too.
+    path.write_bytes(whole + bytes(512))
+    datasets.check("cifar10", tmp_path)
+    assert len(datasets.load("cifar10", tmp_path).test_images) == 2
+
+
 @pytest.mark.parametrize("layout", EVERY_LAYOUT, ids=IDS)
 def test_an_oversize_file_is_refused_before_it_is_read(layout, tmp_path):
     folder = small_copy(layout, images_per_file=1).folder(tmp_path)

@@ -81,6 +81,47 @@ def test_other_bytes_at_the_same_place_are_decoded_anew(place, reader):
     assert len(list((place.parent / "tmp").glob("*/*/"))) == 1
 
 
+def test_other_bytes_of_one_size_and_time_are_decoded_anew(place, reader):
+    # What `cp -p` and `rsync --times` leave.
+    shared([place], reader)
+    times = place.stat()
+    place.write_bytes(b"IMAGES")
+    os.utime(place, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert place.stat().st_mtime_ns == times.st_mtime_ns
+    shared([place], reader)
+    assert reader.count == 2
+
+
+def test_one_of_several_files_counts_and_so_does_their_order(place, reader):
+    other = place.with_name("other")
+    other.write_bytes(b"more")
+    shared([place, other], reader)
+    shared([place, other], reader)
+    assert reader.count == 1
+    place.write_bytes(b"more")
+    other.write_bytes(b"images")
+    shared([place, other], reader)
+    assert reader.count == 2
+
+
+def test_the_same_bytes_under_another_time_are_not_decoded_again(place, reader):
+    shared([place], reader)
+    os.utime(place, (1, 1))
+    shared([place], reader)
+    assert reader.count == 1
+
+
+def test_images_of_a_file_that_is_replaced_while_it_is_read_are_not_shared(place, reader):
+    def replaced():
+        place.write_bytes(b"IMAGES")
+        return reader()
+
+    shared([place], replaced)
+    place.write_bytes(b"images")
+    assert same(shared([place], reader))
+    assert reader.count == 2
+
+
 def test_what_a_killed_process_left_is_cleared_away(place, reader):
     shared([place], reader)
     (folder,) = (place.parent / "tmp").glob("*/*/")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from cnnopt.run.atomic_files import ReadError
 from cnnopt.run.run_folder import RunFolder, environment, summarize
 from cnnopt.schedules import Duration, Timeline
 from cnnopt.training import callbacks, metrics, resume
-from tests.helpers import small_runs
+from tests.helpers import ROOT, small_runs
+from tests.helpers.permissions import stopped_by_permissions
 
 # Results -------------------------------------------------------------------------------------------------------
 
@@ -93,11 +95,23 @@ def test_a_last_line_that_was_cut_off_is_left_out(folder, cut):
     assert folder.metrics_file.read_text() == text
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"[1]\n", b'{"epoch": 2}\n', b'"step"\n', b"\xff\n"])
+def test_what_is_no_line_ends_the_metrics(folder, damage):
+    folder.append(line(1, 0.5))
+    with folder.metrics_file.open("ab") as file:
+        file.write(damage)
+    folder.append(line(2, 0.5))
+    assert folder.metrics() == [line(1, 0.5)]
+    folder.rewind(10)
+    assert folder.metrics_file.read_text() == json.dumps(line(1, 0.5)) + "\n"
+
+
 def test_a_result_says_that_the_run_is_complete(folder):
     assert folder.result() is None
-    folder.finish({"line": "done", "accuracy": 0.5})
-    assert folder.result() == {"line": "done", "accuracy": 0.5}
-    assert [path.name for path in folder.path.iterdir()] == ["result.json"]
+    folder.append(line(1, 0.5))
+    folder.finish(summarize(folder.metrics(), {"total": 0.6}))
+    assert folder.result()["accuracy"] == 0.5
+    assert {path.name for path in folder.path.iterdir()} == {"metrics.jsonl", "result.json"}
 
 
 # May this run be here? -----------------------------------------------------------------------------------------
@@ -166,6 +180,57 @@ def test_a_checkpoint_to_resume_from_must_exist(tmp_path):
     assert "no such checkpoint folder; give auto, never or a folder" in refusal(config)
 
 
+@pytest.mark.parametrize(("closed", "said"), [
+    (".", "--run-dir {runs}: Permission denied; choose another folder"),
+    ("runs", "--run-dir {runs}: Permission denied; choose another folder"),
+    ("runs/x", "--run-dir {runs}: Permission denied; choose another folder"),
+    ("runs/x/checkpoints", "--run-dir {runs}: Permission denied; choose another folder"),
+])  # fmt: skip
+def test_a_folder_that_may_not_be_entered_is_one_line(closed, said, tmp_path):
+    place = tmp_path / "place"
+    runs = place / "runs"
+    opened(place)
+    (runs / "x/checkpoints").mkdir()
+    flags = ["--dataset", "synthetic", "--name", "x", "--run-dir", str(runs), "--resume", "never"]
+    code = f"""
+import sys; from cnnopt.config import parse_args; from cnnopt.run.run_folder import RunFolder
+import dataclasses, json
+config = parse_args({flags!r})
+config = dataclasses.replace(config, **json.loads(sys.argv[1]))
+RunFolder.of(config).check(config)
+"""
+    identity = json.dumps(small_runs.settings().identity())
+    (place / closed).chmod(0)
+    try:
+        done = subprocess.run(
+            stopped_by_permissions([sys.executable, "-c", code, identity]), cwd=ROOT, capture_output=True, text=True
+        )
+    finally:
+        (place / closed).chmod(0o700)
+    # Python 3.14 does not tell such a folder from one that is not there, and then finds that it cannot write there.
+    assert re.match(
+        rf"cnnopt.config.ConfigError: {said.format(runs=runs)}|.*cannot write in", done.stderr.splitlines()[-1]
+    ), done.stderr
+
+
+@pytest.mark.parametrize("run_dir", ["{tmp}/" + "d" * 300, "~no-such-user/runs"])
+def test_a_run_folder_that_no_name_leads_to_is_refused_at_once(run_dir, tmp_path):
+    config = small_runs.settings(run_dir=run_dir.format(tmp=tmp_path), name="x")
+    assert refusal(config).startswith(f"--run-dir {config.run_dir}: ")
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_its_folder(tmp_path):
+    folder = opened(tmp_path)
+    content = json.loads(folder.config_file.read_text())
+    del content["identity"]["wire_dtype"]
+    folder.config_file.write_text(json.dumps(content))
+    assert folder.identity("") == small_runs.settings().identity()
+    opened(tmp_path)
+    assert json.loads(folder.config_file.read_text())["identity"]["wire_dtype"] == "float32"
+    with pytest.raises(ConfigError, match="--wire-dtype was float32, is float16"):
+        opened(tmp_path, wire_dtype="float16")
+
+
 def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp_path, monkeypatch, capsys):
     config = small_runs.settings(run_dir=str(tmp_path), name="x")
     folder = RunFolder.of(config)
@@ -206,9 +271,10 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
         def on_train_batch_end(self, batch, logs=None):
             self.model.stop_training = batch + 1 == stop_after
 
-    save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console)
+    record = metrics.Record(folder, config, timeline, first_step, console)
+    save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console, record.recorded)
     hooks = [Stop(), callbacks.Prune(), metrics.Measure(timeline), callbacks.Evaluate(small_runs.IMAGES, World()),
-             metrics.Record(folder, config, timeline, first_step, console), save]  # fmt: skip
+             record, save]  # fmt: skip
     small_runs.fit(model, config, hooks)
     return folder, small_runs.state(model), said
 
@@ -248,9 +314,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, float32_policy):
 def test_a_damaged_result_is_one_line(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.result() is None
-    folder.finish({"accuracy": 0.5})
-    assert folder.result() == {"accuracy": 0.5}
-    for damage in ("{", "[1]", ""):
+    for damage in ("{", "[1]", "", '{"accuracy": 0.5}', '{"step": "8"}'):
         folder.result_file.write_text(damage)
         with pytest.raises(ReadError, match=r"result\.json is damaged: delete it"):
             folder.result()

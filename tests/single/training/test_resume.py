@@ -1,6 +1,7 @@
 """Saved state and resumed runs: small runs in one process."""
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -15,8 +16,8 @@ from tf_keras.callbacks import Callback
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import World
-from cnnopt.run import checkpoint
-from cnnopt.run.atomic_files import WriteError
+from cnnopt.run import checkpoint, run_folder
+from cnnopt.run.atomic_files import ReadError, WriteError
 from cnnopt.run.run_folder import RunFolder
 from cnnopt.schedules import parse_duration
 from cnnopt.training import callbacks, metrics, resume, session
@@ -48,6 +49,7 @@ def run(
     stop = callbacks.StopWhenTold(request)
     every = parse_duration(save_every, "esm")
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    record = metrics.Record(folder, config, timeline, first_step, console)
     small_runs.fit(
         model,
         config,
@@ -55,11 +57,11 @@ def run(
             *hooks,
             *([Tell(request, stop_in)] if stop_in is not None else []),
             stop,
-            callbacks.Prune(),
+            callbacks.Prune(print),
             metrics.Measure(timeline),
             callbacks.Evaluate(small_runs.IMAGES, world),
-            metrics.Record(folder, config, timeline, first_step, console),
-            callbacks.Save(every, timeline, config, folder.checkpoints, world, console),
+            record,
+            callbacks.Save(every, timeline, config, folder.checkpoints, world, console, record.recorded),
         ],
     )
     return folder, stop
@@ -108,14 +110,6 @@ def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(t
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert line["accuracy"] == pytest.approx(other["accuracy"], rel=1e-6)
         assert (line["val_loss"], line["val_accuracy"]) == (other["val_loss"], other["val_accuracy"])
-
-
-def test_epochs_that_end_in_one_step_are_one_line_and_the_end_is_saved(tmp_path):
-    # A batch of 512 is two epochs of 256 images: the first step ends epochs 1 and 2, the second epoch 3.
-    folder, _ = run(tmp_path, save_every="1e", batch_size=512, warmup="0s", prune_begin="0s", prune_end="1s")
-    assert [line["step"] for line in folder.metrics()] == [1, 2]
-    assert folder.metrics()[-1]["epoch"] == 3
-    assert steps(folder) == [1, 2]
 
 
 class Break(Callback):
@@ -325,9 +319,150 @@ def test_where_no_checkpoint_can_be_used_the_run_is_not_begun_anew(tmp_path, cap
     assert folder.metrics() == lines
 
 
-def test_epochs_between_saves_are_counted_where_a_step_ends_several(tmp_path):
-    # 256 images: a step of 512 ends two epochs.
-    folder, _ = run(tmp_path, save_every="4e", batch_size=512, epochs=12, warmup="0s", sparsity=0.0, keep=9)
+def test_epochs_between_saves_are_counted(tmp_path):
+    # 256 images: a step of 256 is an epoch.
+    folder, _ = run(tmp_path, save_every="4e", batch_size=256, epochs=12, warmup="0s", sparsity=0.0, keep=9)
     assert [path.name for path in checkpoint.list_steps(folder.checkpoints)] == [
-        "step-00000002", "step-00000004", "step-00000006"
+        "step-00000004", "step-00000008", "step-00000012"
     ]  # fmt: skip
+
+
+# One truth in checkpoint, metrics and result -------------------------------------------------------------------
+
+
+def finished(path: Path, **changes: object) -> RunFolder:
+    """A run of three epochs with its result, as train_hvd.py leaves it."""
+    folder, _ = run(path, save_every="1e", **changes)
+    folder.finish(run_folder.summarize(folder.metrics(), {"total": 0.6}))
+    assert folder.result() is not None
+    return folder
+
+
+@pytest.mark.parametrize("lost", ["last", "all", "file", "middle", "in part"])
+def test_lines_that_are_lost_are_written_again_as_they_were(tmp_path, capsys, lost):
+    folder = finished(tmp_path)
+    whole, result = folder.metrics_file.read_bytes(), folder.result()
+    lines = whole.splitlines(keepends=True)
+    left = {"last": b"".join(lines[:2]), "all": b"", "middle": lines[0] + lines[2], "in part": whole[:-9]}
+    if lost == "file":
+        folder.metrics_file.unlink()
+    else:
+        folder.metrics_file.write_bytes(left[lost])
+    if lost != "middle":
+        assert folder.result() is None
+    folder.result_file.unlink()
+    capsys.readouterr()
+    run(tmp_path, save_every="1e")
+    lost_lines = {"last": 1, "all": 3, "file": 3, "middle": 1, "in part": 1}[lost]
+    said = f"{folder.metrics_file} had lost lines, which the checkpoint has: {lost_lines} of 3 written again"
+    assert said in capsys.readouterr().out
+    assert folder.metrics_file.read_bytes() == whole
+    assert run_folder.summarize(folder.metrics(), {"total": 0.6}) == result
+
+
+def test_a_line_that_is_lost_before_the_end_is_no_hole_in_the_curve(tmp_path):
+    folder, _ = run(tmp_path, save_every="1e", stop_in=18)
+    folder.rewind(8)
+    run(tmp_path, save_every="1e")
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_run_that_begins_at_a_checkpoint_of_another_folder_has_its_curve_too(tmp_path):
+    first, _ = run(tmp_path, save_every="1e", stop_in=9)
+    second, _ = run(tmp_path, name="second", resume=str(first.checkpoints / "step-00000008"))
+    assert [line["step"] for line in second.metrics()] == [8, 16, 24]
+
+
+def without_lines(folder: RunFolder, step: int) -> Path:
+    """Save a checkpoint again as earlier versions did."""
+    found = checkpoint.load(folder.checkpoints / f"step-{step:08d}")
+    state = {name: value for name, value in found.state.items() if name != "metrics"}
+    return checkpoint.save(folder.checkpoints, step, found.arrays, state, keep=9)
+
+
+def test_a_checkpoint_that_does_not_hold_the_lost_line_is_passed_over(tmp_path, capsys):
+    folder, _ = run(tmp_path, save_every="1e", keep=9)
+    loss = folder.metrics()[-1]["val_loss"]
+    last, *_ = (without_lines(folder, step) for step in (24, 16, 8))
+    # With its lines an earlier run goes on as before.
+    run(tmp_path, save_every="1e", keep=9)
+    assert f"resumed after step 24 from {last}" in capsys.readouterr().out
+    without_lines(folder, 24)
+    folder.rewind(16)
+    run(tmp_path, save_every="1e", keep=9)
+    said = capsys.readouterr().out
+    assert f"skipped {last}: {folder.metrics_file} has lost the line of step 24" in said
+    assert "resumed after step 16" in said
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+    assert folder.metrics()[-1]["val_loss"] == loss
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({8, 16}, "step 24, but of the checkpoints the newest good one is of step 16: restore the last one, or delete"),
+        ({24}, None),
+        (set(), None),
+    ],
+)
+def test_a_result_without_its_checkpoint_is_said_to_be_that(tmp_path, left, said):
+    folder = finished(tmp_path, keep=9)
+    for step in {8, 16, 24} - left:
+        shutil.rmtree(folder.checkpoints / f"step-{step:08d}")
+    if said is None:
+        assert folder.result() is not None
+        return
+    with pytest.raises(ReadError, match=f"{folder.result_file} is of {said}"):
+        folder.result()
+    folder.result_file.unlink()
+    run(tmp_path, save_every="1e", keep=9)
+    assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
+
+
+def test_a_result_whose_checkpoints_are_all_damaged_is_said_to_be_that(tmp_path):
+    folder = finished(tmp_path)
+    for path in checkpoint.list_steps(folder.checkpoints):
+        (path / "arrays.npz").write_bytes(b"")
+    with pytest.raises(ReadError, match="of the checkpoints none is good"):
+        folder.result()
+
+
+def test_lines_that_no_checkpoint_has_are_missed(tmp_path):
+    folder = finished(tmp_path)
+    shutil.rmtree(folder.checkpoints)
+    folder.rewind(16)
+    with pytest.raises(ReadError, match=f"{folder.metrics_file} ends with step 16, but result.json is of step 24, and"):
+        folder.result()
+
+
+@pytest.mark.parametrize("lines", [[{"epoch": 1}], [3], ["x"], {"a": 1}, [{"step": "8"}]])
+def test_lines_of_a_checkpoint_that_are_none_are_passed_over(tmp_path, capsys, lines):
+    folder, _ = run(tmp_path, save_every="1e", keep=9, stop_in=17)
+    found = checkpoint.load(folder.checkpoints / "step-00000016")
+    checkpoint.save(folder.checkpoints, 16, found.arrays, {**found.state, "metrics": lines}, keep=9)
+    shutil.rmtree(folder.checkpoints / "step-00000018")
+    run(tmp_path, save_every="1e", keep=9)
+    assert "of another model: metrics" in (said := capsys.readouterr().out)
+    assert "resumed after step 8" in said
+
+
+# Warnings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_loses_its_last_weight_is_named_once_and_at_once(tmp_path, capsys):
+    folder, _ = run(tmp_path, sparsity=0.999, epochs=3)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warnings
+    named = [name for line in warnings for name in re.findall(r"stage\d_block1_conv\d|stem|classifier", line)]
+    assert len(set(named)) == len(named)
+    arrays = checkpoint.load(folder.checkpoints / "step-00000024").arrays
+    empty = {name.split("/")[2] for name, value in arrays.items()
+             if name.startswith("weights/") and name.endswith("kernel:0") and not value.any()}  # fmt: skip
+    assert empty
+    assert empty <= set(named)
+    assert re.search(r"after step (\d+) all weights of ", warnings[0])
+
+
+def test_a_run_that_keeps_some_of_each_kernel_is_told_nothing(tmp_path, capsys):
+    run(tmp_path, sparsity=0.6)
+    assert "warning" not in capsys.readouterr().out
