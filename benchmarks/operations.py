@@ -19,10 +19,9 @@ from pathlib import Path
 
 from side_by_side import arguments, report, table
 
-from cnnopt.distributed import collectives, host
+from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 
-host.with_huge_pages()
 os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 collectives.prepare(World(), deterministic=False, verbose=False)
 collectives.start(verbose=False)

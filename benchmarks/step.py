@@ -18,10 +18,9 @@ from pathlib import Path
 
 from side_by_side import arguments, median_and_spread, report, table
 
-from cnnopt.distributed import collectives, host
+from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 
-host.with_huge_pages()
 collectives.prepare(World(), deterministic=False, verbose=False)
 WORLD = collectives.start(verbose=False)
 

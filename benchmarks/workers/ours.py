@@ -24,7 +24,6 @@ from cnnopt.data import datasets
 from cnnopt.distributed import collectives, cpu_tuning, host
 from cnnopt.distributed.world import launched
 
-host.with_huge_pages()
 depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 collectives.prepare(launched()[0], deterministic=False, verbose=False)
 world = collectives.start(verbose=False)

@@ -60,8 +60,7 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         # Horovod reads another word as 0 and says nothing.
         if not settings[name].isdecimal():
             raise LaunchError(f"{name}={settings[name]}: must be a whole number; without it {default} is taken")
-    # Set before this program began (host.with_huge_pages).
-    return settings | {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+    return settings
 
 
 def start(*, verbose: bool) -> World:

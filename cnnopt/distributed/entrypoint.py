@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from cnnopt.distributed import collectives, host
+from cnnopt.distributed import collectives
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import launched
@@ -40,8 +40,7 @@ def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Be the program ``main``: run it with the memory that suits it, and end with its status."""
-    host.with_huge_pages()
+    """Be the program ``main``: run it, and end with its status."""
     leave(main())
 
 

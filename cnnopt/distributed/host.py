@@ -8,7 +8,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,13 +23,9 @@ TENSORFLOW = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
-#: The variable by which malloc asks for huge pages.
-ASKS_FOR_HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 CPUINFO = Path("/proc/cpuinfo")
 #: The cores that this process was started with, whichever of them it has bound itself to since.
 ALLOWED = frozenset(os.sched_getaffinity(0))
-#: Which programs the kernel gives memory in pages of 2 MB: all, those that ask, or none.
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -83,19 +78,6 @@ def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in defaults}
-
-
-def with_huge_pages(policy: Path = HUGE_PAGES) -> None:
-    """Start this program anew, once, so that its malloc asks for huge pages, where the kernel waits to be asked.
-
-    Every step streams through its activations, which takes longer by 4 KB at a time (docs/benchmarks.md, "Peers").
-    glibc reads the wish when a process starts, from GLIBC_TUNABLES; one that the user has set is left alone.
-    """
-    with contextlib.suppress(OSError):
-        name, value = ASKS_FOR_HUGE_PAGES
-        if name not in os.environ and "[madvise]" in policy.read_text():
-            os.environ[name] = value
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
@@ -38,13 +37,11 @@ class LatencyError(RunError):
 def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2.0) -> list[list[dict[str, Any]]]:
     """For each file a list with one dict for each number of threads; see ``one`` for its keys. Raises LatencyError.
 
-    A new process imports the interpreter once and forks for each file. Its memory is in pages of the usual size, also
-    where training, which asks for larger ones (environment.with_huge_pages), has started this program.
+    A new process imports the interpreter once and forks for each file.
     """
     command = [sys.executable, "-m", "cnnopt.export.latency", "--threads", ",".join(map(str, threads))]
     command += ["--seconds", str(seconds), *map(str, files)]
-    variables = {name: value for name, value in os.environ.items() if (name, value) != host.ASKS_FOR_HUGE_PAGES}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise LatencyError(f"latency could not be measured: {last}")
