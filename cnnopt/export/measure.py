@@ -95,6 +95,12 @@ def ledger(stages: Mapping[str, Mapping[str, np.ndarray]], masks: Mapping[str, n
     }
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax of logits [n, classes], in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
 def accuracy(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     """Top-1 accuracy, mean cross-entropy, confusion matrix [true][predicted], agreement with ``reference``.
 
