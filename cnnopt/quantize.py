@@ -5,7 +5,7 @@
     python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
-Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png, and to TensorBoard
+Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md, .png and .html, and to TensorBoard
 (docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
 """
 
@@ -16,13 +16,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cnnopt.command_line import Parser
 from cnnopt.distributed.world import launched
 from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
 from cnnopt.run import atomic_files
+
+if TYPE_CHECKING:
+    from cnnopt.data.datasets import Dataset
 
 
 def writable(folder: Path, remedy: str) -> Path:
@@ -49,8 +52,8 @@ def fine_tune(options: Options) -> NoReturn:
     os.execv(sys.executable, [*command, "--then", *options.argv, "--tuned"])
 
 
-def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Export and measure the variants of a run; returns the content of report.json."""
+def quantize(options: Options, say: Callable[[str], None] = print) -> tuple[dict[str, Any], Dataset]:
+    """Export and measure the variants of a run; returns the content of report.json and the images."""
     # ---- Refuse at once what cannot work; TensorFlow is not loaded yet ----------------------------------------
     from cnnopt.data import datasets
     from cnnopt.distributed import host
@@ -147,7 +150,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> dict[str, 
         for entry, export in zip(content["files"], exports, strict=True):
             if export.name in PACKED:
                 entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
-    return content
+    return content, images
 
 
 def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> dict[str, Any]:
@@ -228,10 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.qat:
                 fine_tune(options)
             return 0
-        content = quantize(options)
-        from cnnopt.export import render, tensorboard
+        content, images = quantize(options)
+        from cnnopt.export import page, render, tensorboard
 
         render.save(content, options.run)
+        page.save(content, options.run, images)
         tensorboard.save(content, options.run)
         render.show(content)
     except KeyboardInterrupt:
