@@ -31,6 +31,8 @@ RUNNABLE = ("int8", "clustered-int8", "int8-qat", "clustered-int8-qat")
 SAMPLES = 10
 #: A page with a larger network would be too large to send; it says so instead.
 MAX_NETWORK = 1_600_000
+#: Colours of page.html, which runs take in turn.
+COLORS = 8
 #: Up to this many classes a confusion matrix has room for its numbers.
 MATRIX_CLASSES = 20
 HERE = Path(__file__).parent
@@ -115,13 +117,13 @@ def comparison_page(runs: Sequence[Any]) -> str:
     """The page of several runs, each a ``cnnopt.compare.Run``."""
     cards = [(run.name, run.card) for run in runs if run.card]
     lines = "".join(
-        f'<li><i class="key c{number}"></i>{escape(run.name)}: '
+        f'<li><i class="key c{number % COLORS}"></i>{escape(run.name)}: '
         f"{escape(headline(run.card)) if run.card else 'not quantized'}</li>"
         for number, run in enumerate(runs)
     )
     sections = [_section("Runs", f"<ul>{lines}</ul>", "wide")]
     if cards:
-        colors = {run.name: number for number, run in enumerate(runs)}
+        colors = {run.name: number % COLORS for number, run in enumerate(runs)}
         sections += [
             _section("Accuracy and size", _accuracy(cards, colors)),
             _section(
@@ -299,7 +301,7 @@ def _training(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
         kinds += [("training accuracy", "accuracy", True), ("zeros", "sparsity", False)] if len(runs) == 1 else []
         for place, (kind, key, dashed) in enumerate(kinds):
             points = [(line["epoch"], 100 * line[key]) for line in metrics]
-            lines.append(charts.Line(name or kind, points, number + place if len(runs) == 1 else number, dashed))
+            lines.append(charts.Line(name or kind, points, place if len(runs) == 1 else number % COLORS, dashed))
     keys = "".join(f'<li><i class="key c{line.color}"></i>{escape(line.name)}</li>' for line in lines)
     label = "%" if len(runs) == 1 else "test accuracy, %"
     return f"{charts.curves(lines, 'epoch', label)}<ul class=legend>{keys}</ul>"
