@@ -232,10 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fine_tune(options)
             return 0
         content, images = quantize(options)
-        from cnnopt.export import page, render, tensorboard
+        from cnnopt.export import model_card, page, render, tensorboard
 
         render.save(content, options.run)
         page.save(content, options.run, images)
+        model_card.save(content, options.run)
         tensorboard.save(content, options.run)
         render.show(content)
     except KeyboardInterrupt:

@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import scipy.stats
+import yaml
 from PIL import Image
 
 from cnnopt.config import parse_args
@@ -180,6 +182,33 @@ def test_names_cannot_become_part_of_the_page(run, content):
     assert "</script><b>" not in html
     assert "&lt;/script&gt;&lt;b&gt;" in html
     assert html.count("</script>") == 3
+
+
+# ------------------------------------------------------------------------------------------- the model card
+
+
+def test_the_header_of_the_model_card_is_what_hubs_read(run, content):
+    card = (run / "export/README.md").read_text()
+    _, header, text = card.split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["pipeline_tag"] == "image-classification"
+    (model,) = metadata["model-index"]
+    measured = {result["metrics"][0]["name"]: result["metrics"][0]["value"] for result in model["results"]}
+    assert measured == {entry["name"]: entry["test"]["accuracy"] for entry in content["files"]}
+    for entry in content["files"]:
+        assert f"| `{entry['name']}.tflite` | {entry['size']['raw']:,} |" in text
+        assert (run / "export" / f"{entry['name']}.tflite").exists()
+
+
+def test_the_code_of_the_model_card_runs(run, tmp_path):
+    pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is optional")
+    card = (run / "export/README.md").read_text()
+    code = "\n".join(line[4:] for line in card.splitlines() if line.startswith("    "))
+    data = datasets.load("digits")
+    Image.fromarray(data.test_images[0]).save(tmp_path / "image.png")
+    shutil.copytree(run / "export", tmp_path, dirs_exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == [str(data.test_labels[0])], done.stderr
 
 
 # ------------------------------------------------------------------------------------------- charts
