@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_a_test_image_beside_it_answers_when_clicked(run, content, driver):
     samples[7].click()
     expected, step = evaluated(run, content, pixels)
     assert np.abs(np.array(logits(driver)) - expected[0]).max() <= 1.01 * step
-    assert driver.find_element("css selector", "#answer .bar span").text == str(expected[0].argmax())
+    assert driver.find_element("css selector", "#answer .bar span").text == data.class_names[expected[0].argmax()]
 
 
 def test_what_is_no_picture_is_said(driver):
@@ -130,7 +131,7 @@ def test_the_page_holds_what_the_report_does(run, content):
         assert f">{100 * entry['test']['accuracy']:.2f}<" in html
         assert f">{entry['latency'][0]['median_ms']:.2f} ms<" in html
     for note in content["notes"]:
-        assert note in html
+        assert escape(note) in html
     mistakes = best["test"]["mistakes"]
     assert html.count("<figcaption>") == len(mistakes) == min(20, best["test"]["images"] - best["test"]["correct"])
     shares = [wrong["probability"] for wrong in mistakes]
@@ -200,15 +201,16 @@ def test_the_header_of_the_model_card_is_what_hubs_read(run, content):
         assert (run / "export" / f"{entry['name']}.tflite").exists()
 
 
-def test_the_code_of_the_model_card_runs(run, tmp_path):
+def test_the_code_of_the_model_card_runs(run, content, tmp_path):
     pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is optional")
     card = (run / "export/README.md").read_text()
     code = "\n".join(line[4:] for line in card.splitlines() if line.startswith("    "))
-    data = datasets.load("digits")
-    Image.fromarray(data.test_images[0]).save(tmp_path / "image.png")
+    pixels = datasets.load("digits").test_images[:1]
+    Image.fromarray(pixels[0]).save(tmp_path / "image.png")
     shutil.copytree(run / "export", tmp_path, dirs_exist_ok=True)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == [str(data.test_labels[0])], done.stderr
+    expected, _ = evaluated(run, content, pixels)
+    assert done.stdout.strip() == content["run"]["classes"][expected[0].argmax()], done.stderr
 
 
 # ------------------------------------------------------------------------------------------- charts
