@@ -1,7 +1,7 @@
 """Several runs side by side: python -m cnnopt.compare runs/A runs/B ... [--output DIR]
 
 Prints a table of what each run was asked, what came out, and what ``cnnopt.quantize`` measured of its files. With
-``--output`` also DIR/comparison.md and .png (accuracy by epoch; accuracy against compressed size). Reads the run
+``--output`` also DIR/comparison.md, .png and .html (accuracy by epoch; accuracy against compressed size). Reads the run
 folders alone. Exit status: 0 done, 1 failed, 2 wrong input.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from cnnopt.command_line import Parser
 from cnnopt.errors import CnnoptError, UserError
+from cnnopt.export import page
 from cnnopt.export.render import SCHEMA
 from cnnopt.run import atomic_files
 from cnnopt.run.run_folder import RunFolder, minutes
@@ -89,20 +90,13 @@ def file_rows(runs: Sequence[Run]) -> list[list[str]]:
             f"{100 * entry['test']['accuracy']:.2f}",
             f"{entry['size']['gzip'] / 1024:.1f}",
             f"{entry['packed']['bytes'] / 1024:.1f}" if entry["packed"] else "",
-            f"{_smallest(entry)[1]:.2f}x",
+            f"{page.smallest(entry)[1]:.2f}x",
             f"{entry['latency'][0]['median_ms']:.2f}",
         ]
         for run in runs
         for entry in (run.card["files"] if run.card else [])
         if entry["name"] in COMPARED
     ]
-
-
-def _smallest(entry: dict[str, Any]) -> tuple[int, float]:
-    """Bytes of a file packed, or through gzip where it is not, and how many times smaller than its reference."""
-    if packed := entry["packed"]:
-        return packed["bytes"], packed["times_smaller"]
-    return entry["size"]["gzip"], entry["times_smaller"]["gzip"]
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -146,7 +140,7 @@ def png(runs: Sequence[Run]) -> bytes:
         curves.plot(epochs, [100 * line["val_accuracy"] for line in run.metrics], color=f"C{number}", label=run.name)
         if run.card:
             entries = [entry for entry in run.card["files"] if entry["name"] in COMPARED]
-            points = [(_smallest(entry)[0] / 1024, 100 * entry["test"]["accuracy"]) for entry in entries]
+            points = [(page.smallest(entry)[0] / 1024, 100 * entry["test"]["accuracy"]) for entry in entries]
             others[0].plot(*zip(*points, strict=True), "o", color=f"C{number}", label=run.name)
             for entry, point in zip(entries, points, strict=True):
                 others[0].annotate(entry["name"], point, fontsize="x-small", xytext=(4, 3), textcoords="offset points")
@@ -183,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m cnnopt.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one to compare with first")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md and comparison.png go")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md, .png and .html go")
     try:
         given = parser.parse_args(argv)
         runs = [read(path) for path in given.runs]
@@ -195,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ComparisonError(f"--output {given.output}: {error.strerror}; name another folder") from None
             atomic_files.replace(given.output / "comparison.md", markdown(runs))
             atomic_files.replace(given.output / "comparison.png", png(runs))
+            atomic_files.replace(given.output / "comparison.html", page.comparison_page(runs))
     except CnnoptError as error:
         print(f"cnnopt.compare: {error}", file=sys.stderr)
         return error.exit_status

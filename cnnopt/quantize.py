@@ -6,7 +6,7 @@
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
 ``--qat`` runs ``cnnopt.finetune`` first, as a child process of each rank, unless what it would make is there already.
-Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md and .png, and to TensorBoard
+Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md, .png and .html, and to TensorBoard
 (docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
 """
 
@@ -27,6 +27,7 @@ from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_ar
 from cnnopt.run import atomic_files
 
 if TYPE_CHECKING:
+    from cnnopt.data.datasets import Dataset
     from cnnopt.export.trained import TrainedRun
 
 
@@ -90,8 +91,8 @@ def fine_tune(options: Options, plan: Plan | None) -> int:
     return child.run(command)
 
 
-def quantize(plan: Plan) -> dict[str, Any]:
-    """Export and measure the variants of a run; returns the content of report.json."""
+def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
+    """Export and measure the variants of a run; returns the content of report.json, and the images."""
     # ---- Load: after the ranks have fine-tuned, as others would not wait for a download -----------------------------
     from cnnopt.data import datasets
     from cnnopt.distributed import host
@@ -135,7 +136,7 @@ def quantize(plan: Plan) -> dict[str, Any]:
         for entry, export in zip(content["files"], exports, strict=True):
             if entry["name"] in PACKED:
                 entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
-    return content
+    return content, images
 
 
 def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> dict[str, Any]:
@@ -218,10 +219,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
         if plan is None:
             return 0
-        content = quantize(plan)
-        from cnnopt.export import render, tensorboard
+        content, images = quantize(plan)
+        from cnnopt.export import model_card, page, render, tensorboard
 
         render.save(content, options.run)
+        page.save(content, options.run, images)
+        model_card.save(content, options.run)
         tensorboard.save(content, options.run)
         render.show(content)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Run a .tflite file with TensorFlow Lite's interpreter. Import after ``environment.prepare``."""
+"""Run a .tflite file with TensorFlow Lite's interpreter: TensorFlow's, after ``environment.prepare``, or LiteRT's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from cnnopt.distributed.host import quiet_stderr
 from cnnopt.export.tflite_file import TfliteError
@@ -25,20 +24,31 @@ class Session:
     fallback: str | None
 
 
-def start(data: bytes, path: Path, *, threads: int, batch: int = 1) -> Session:
+def _library(runtime: str) -> tuple[Any, Any]:
+    """Interpreter and OpResolverType of TensorFlow (``tf``) or LiteRT (``litert``), which are the same code."""
+    if runtime == "litert":
+        from ai_edge_litert import interpreter
+
+        return interpreter.Interpreter, interpreter.OpResolverType
+    import tensorflow as tf
+
+    return tf.lite.Interpreter, tf.lite.experimental.OpResolverType
+
+
+def start(data: bytes, path: Path, *, threads: int, batch: int = 1, runtime: str = "tf") -> Session:
     """An interpreter with its tensors allocated for ``batch`` images. Raises TfliteError naming ``path`` where the
     file is damaged.
 
     XNNPACK refuses some graphs (sparse int8 weights under float activations); they run on TFLite's own kernels.
     """
-    resolver = tf.lite.experimental.OpResolverType
+    interpreter_of, resolver = _library(runtime)
     reasons = []
     for kind in (resolver.AUTO, resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
         try:
             with quiet_stderr(), warnings.catch_warnings():
                 # It announces that tf.lite.Interpreter moves to another package in TensorFlow 2.20.
                 warnings.simplefilter("ignore")
-                interpreter = tf.lite.Interpreter(
+                interpreter = interpreter_of(
                     model_content=data, num_threads=threads, experimental_op_resolver_type=kind
                 )
                 source = interpreter.get_input_details()[0]
@@ -78,6 +88,7 @@ def logits(
     *,
     threads: int,
     batch: int = 50,
+    runtime: str = "tf",
     advance: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """Logits float32 [n, classes] of images uint8 [n, 32, 32, 3].
@@ -91,7 +102,8 @@ def logits(
     results: dict[int, np.ndarray] = {}
     errors: list[BaseException] = []
     # quiet_stderr works on the process, so interpreters are made one after the other.
-    sessions = [start(data, path, threads=1, batch=batch) for _ in range(min(threads, -(-len(images) // batch)))]
+    count = min(threads, -(-len(images) // batch))
+    sessions = [start(data, path, threads=1, batch=batch, runtime=runtime) for _ in range(count)]
 
     def work(session: Session) -> None:
         interpreter = session.interpreter

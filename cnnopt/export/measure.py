@@ -95,8 +95,24 @@ def ledger(stages: Mapping[str, Mapping[str, np.ndarray]], masks: Mapping[str, n
     }
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax of logits [n, classes], in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 20) -> list[dict[str, Any]]:
+    """The images that were given a wrong class with the highest probability: their index, both classes, and that."""
+    predicted, shares = logits.argmax(axis=1), probabilities(logits).max(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    return [
+        {"image": int(i), "label": int(labels[i]), "predicted": int(predicted[i]), "probability": float(shares[i])}
+        for i in wrong[np.argsort(-shares[wrong], kind="stable")[:count]]
+    ]
+
+
 def accuracy(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Top-1 accuracy, mean cross-entropy, confusion matrix [true][predicted], agreement with ``reference``.
+    """Top-1 accuracy, cross-entropy, confusion matrix [true][predicted], mistakes, agreement with ``reference``.
 
     ``logits`` and ``reference`` float32 [n, classes], ``labels`` int64 [n]; ``reference`` are the logits of the
     float32 network in TensorFlow, and ``agreement`` is the share of images on which both name the same class.
@@ -113,6 +129,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> d
         "loss": float(losses.mean()),
         "agreement": float(np.mean(predicted == reference.argmax(axis=1))),
         "confusion": confusion.tolist(),
+        "mistakes": mistakes(logits, labels),
     }
 
 

@@ -111,4 +111,4 @@ def show(content: dict[str, Any]) -> None:
     console.print(table)
     for note in content["notes"]:
         console.print(note)
-    console.print(f"{content['run']['path']}/report.json, report.md, report.png")
+    console.print(f"{content['run']['path']}/report.json, report.md, report.png, report.html")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,17 @@ import numpy as np
 from cnnopt.errors import UserError
 
 IDENTIFIER = b"TFL3"
+#: The operators that network.js knows, and where the schema keeps the options of each.
+OPERATORS = {
+    "CONV_2D": "Conv2DOptions",
+    "FULLY_CONNECTED": "FullyConnectedOptions",
+    "AVERAGE_POOL_2D": "Pool2DOptions",
+    "ADD": "AddOptions",
+    "SUB": "SubOptions",
+    "MUL": "MulOptions",
+    "MEAN": None,
+    "PAD": None,
+}
 
 
 class TfliteError(UserError):
@@ -72,8 +85,26 @@ def kernels(data: bytes, path: Path) -> list[Kernel]:
     A filter that is unpacked or widened at run time (DENSIFY, DEQUANTIZE) is traced back to what is stored.
     Raises TfliteError naming ``path`` where the file is damaged.
     """
-    try:
+    with _damage(path):
         return _kernels(data)
+
+
+def network(data: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
+    """An int8 file as ``network.js`` runs it: what JSON can hold of it, and the bytes of its constants.
+
+    The former has ``input`` and ``output`` (numbers of tensors), ``tensors`` (each ``shape``, ``type``, ``scale``,
+    ``zero`` and, of a constant, ``at``: offset and length) and ``operators`` in the order of computation (each
+    ``name``, ``inputs``, ``output``, ``relu``, and of a window ``stride`` and ``same``). Raises TfliteError naming
+    ``path`` where the file is damaged, or has an operator or a type that ``network.js`` does not know.
+    """
+    with _damage(path):
+        return _network(data)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
     # Bytes that someone else chose can draw almost any exception from the generated flatbuffer code.
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -107,6 +138,51 @@ def _kernels(data: bytes) -> list[Kernel]:
             index = made_from[index]
         result.append(_kernel(operator, graph.Tensors(index), model, data, schema))
     return result
+
+
+def _network(data: bytes) -> tuple[dict[str, Any], bytes]:
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    names = {getattr(schema.BuiltinOperator, name): name for name in OPERATORS}
+    types = {schema.TensorType.INT8: "int8", schema.TensorType.INT32: "int32"}
+    activations = {schema.ActivationFunctionType.NONE: False, schema.ActivationFunctionType.RELU: True}
+    model = schema.Model.GetRootAs(data)
+    graph = model.Subgraphs(0)
+    constants = bytearray()
+    tensors, operators = [], []
+    for i in range(graph.TensorsLength()):
+        tensor, quantization = graph.Tensors(i), graph.Tensors(i).Quantization()
+        scaled = quantization is not None and quantization.ScaleLength()
+        entry: dict[str, Any] = {
+            "shape": tensor.ShapeAsNumpy().tolist() if tensor.ShapeLength() else [],
+            "type": types[tensor.Type()],
+            "scale": quantization.ScaleAsNumpy().tolist() if scaled else [],
+            "zero": int(quantization.ZeroPoint(0)) if scaled and quantization.ZeroPointLength() else 0,
+        }
+        if model.Buffers(tensor.Buffer()).DataLength():
+            if tensor.Sparsity() is not None:
+                raise ValueError(f"{tensor.Name()} is sparse-encoded")
+            content = model.Buffers(tensor.Buffer()).DataAsNumpy().tobytes()
+            entry["at"] = [len(constants), len(content)]
+            constants += content
+        tensors.append(entry)
+    for i in range(graph.OperatorsLength()):
+        operator = graph.Operators(i)
+        code = model.OperatorCodes(operator.OpcodeIndex())
+        name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        entry = {"name": name, "inputs": operator.InputsAsNumpy().tolist(), "output": int(operator.Outputs(0))}
+        if kind := OPERATORS[name]:
+            options = getattr(schema, kind)()
+            options.Init(operator.BuiltinOptions().Bytes, operator.BuiltinOptions().Pos)
+            entry["relu"] = activations[options.FusedActivationFunction()]
+            if name in ("CONV_2D", "AVERAGE_POOL_2D"):
+                entry["stride"] = [options.StrideH(), options.StrideW()]
+                entry["same"] = options.Padding() == schema.Padding.SAME
+            if name == "AVERAGE_POOL_2D" and (options.FilterHeight(), options.FilterWidth()) != (1, 1):
+                raise ValueError("a window of more than one pixel is averaged")
+        operators.append(entry)
+    known = {"input": int(graph.Inputs(0)), "output": int(graph.Outputs(0)), "tensors": tensors, "operators": operators}
+    return known, bytes(constants)
 
 
 def _kernel(operator: str, tensor: Any, model: Any, data: bytes, schema: Any) -> Kernel:

@@ -15,7 +15,8 @@ RESULTS = ROOT / "docs" / "results"
 
 def entry(name, *, gzip, packed=None):
     return {
-        "name": name, "test": {"accuracy": 0.8039}, "size": {"gzip": gzip}, "latency": [{"median_ms": 1.345}],
+        "name": name, "test": {"accuracy": 0.8039, "correct": 8039, "images": 10_000}, "size": {"gzip": gzip},
+        "latency": [{"median_ms": 1.345, "p99_ms": 2}],
         "times_smaller": {"gzip": 1_000_000 / gzip},
         "packed": packed and {"bytes": packed, "times_smaller": 1_000_000 / packed},
     }  # fmt: skip
@@ -31,7 +32,7 @@ def runs(tmp_path):
         entry("int8", gzip=200_000, packed=160_000),
         entry("int8-qat", gzip=250_000),
     ]
-    card = {"schema": SCHEMA, "files": files}
+    card = {"schema": SCHEMA, "files": files, "reference": {"file": "float16"}}
     (tmp_path / "resnet20-np2-4epochs/report.json").write_text(json.dumps(card))
     return [tmp_path / "resnet20-np2-4epochs", tmp_path / "unfinished"]
 
@@ -51,6 +52,10 @@ def test_a_comparison_holds_what_the_runs_have_recorded(runs, tmp_path, capsys):
     assert not any("float16" in row for row in rows)
     assert (tmp_path / "out/comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "80.46" in capsys.readouterr().out
+    html = (tmp_path / "out/comparison.html").read_text()
+    assert "resnet20-np2-4epochs: int8: 6.2x smaller, 0.0 points lost, 1.0x faster" in html
+    assert "unfinished: not quantized" in html
+    assert all(f"<title>resnet20-np2-4epochs: {name}: " in html for name in ("float16", "int8", "int8-qat"))
 
 
 def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_models_and_export_do_not_need_horovod(module):
     assert "cnnopt.distributed.collectives" not in reached(module)
 
 
-@pytest.mark.parametrize("module", ["cnnopt", "cnnopt.quantize", "cnnopt.compare", *PURE])
+@pytest.mark.parametrize("module", ["cnnopt", "cnnopt.quantize", "cnnopt.compare", "cnnopt.predict", *PURE])
 def test_importing_it_loads_nothing_slow(module):
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
