@@ -217,7 +217,8 @@ def _densify(stored: np.ndarray, shape: np.ndarray, sparsity: Any, schema: Any) 
     order = sparsity.TraversalOrderAsNumpy()
     blocks = sparsity.BlockMapAsNumpy() if sparsity.BlockMapLength() else np.zeros(0, int)
     # One row for each path through the levels so far; `position` is its place within the level.
-    paths, position = np.zeros((1, 0), np.int64), np.zeros(1, np.int64)
+    paths: np.ndarray = np.zeros((1, 0), np.int64)
+    position: np.ndarray = np.zeros(1, np.int64)
     sizes = []
     for level in range(sparsity.DimMetadataLength()):
         meta = sparsity.DimMetadata(level)

@@ -112,3 +112,12 @@ def test_the_image_compiles_with_the_cuda_of_its_lock():
     (compiler,) = re.findall(r"nvidia/cuda:(\d+\.\d+)", (ROOT / "docker/Dockerfile").read_text())
     locked = dict(re.findall(r"^(nvidia-\S+)==(\S+)", (ROOT / "docker/requirements-gpu.txt").read_text(), re.MULTILINE))
     assert locked["nvidia-cuda-nvcc-cu12"].startswith(f"{compiler}.")
+
+
+def test_docs_compile_horovod_as_make_env_does():
+    text = (ROOT / "docs/install.md").read_text()
+    for name, value in PROJECT["tool"]["uv"]["extra-build-variables"]["horovod"].items():
+        # With pip alone, and in an environment of one's own.
+        assert text.count(f"{name}={value}") >= 2, name
+    (version,) = re.findall(r"pip install .* (horovod==\S+)", text)
+    assert version in RUNTIME
