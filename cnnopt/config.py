@@ -26,7 +26,9 @@ class ConfigError(UserError):
 
 #: Steps beyond which a run is a slip of the keyboard: the rate of each step is computed before the first.
 MOST_STEPS = 10**7
-#: Deeper ones are refused. Keras 2 builds a network by functions that call each other once or more for each layer.
+#: Deeper ones are refused. Keras 2 builds a network by functions that call each other for each layer: 560 layers are
+#: built in half a minute on two cores, and 1,202, the deepest of He et al. 2016, end in a RecursionError. Where Python
+#: allows more calls, these had not taken their first step after five minutes, in 6 GB.
 MOST_LAYERS = 560
 #: Bytes of a file's name on the usual file systems.
 NAME_MAX = 255

@@ -328,11 +328,21 @@ def test_files_are_in_the_folder_that_was_named_whatever_its_name_and_the_locale
     # In ISO-8859-1 this byte is a letter; in UTF-8 it is no text at all.
     for variables, name in ((latin_1, b"r\xe9"), ({"LC_ALL": "C.UTF-8"}, b"s\xe9")):
         runs = os.path.join(os.fsencode(tmp_path), name)
-        command = [sys.executable, PROGRAM, *RUN.split(), "--epochs", "1", "--prune-end", "16s", "--quantize"]
-        done = subprocess.run(
-            [*command, "--run-dir", runs], env={**shell, **variables}, cwd="/", capture_output=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        train = [PROGRAM, *RUN.split(), "--epochs", "1", "--prune-end", "16s", "--run-dir", runs]
+        quantize = [
+            "-m",
+            "cnnopt.quantize",
+            os.path.join(runs, b"tiny"),
+            "--variants",
+            "float16",
+            "--calibration",
+            "32",
+        ]
+        for command in (train, quantize):
+            done = subprocess.run(
+                [sys.executable, *command], env={**shell, **variables}, cwd=ROOT, capture_output=True, timeout=280
+            )
+            assert done.returncode == 0, done.stderr.decode(errors="replace")
         assert name in os.listdir(os.fsencode(tmp_path))
         for part in (b"train", b"validation", b"pruning", b"hparams", b"quantize"):
             events = os.listdir(os.path.join(runs, b"tiny/tb", part))

@@ -375,8 +375,8 @@ def test_a_run_of_a_later_version_is_not_fine_tuned(tmp_path):
 def test_kernels_that_are_zero_as_a_whole_are_measured_and_packed(tmp_path):
     path = make_run(tmp_path / "t", sparsity=0.999999)
     assert read(path).sparsity == 1
-    variants = "dynamic,int8,clustered-int8"
-    done = quantize(path, "--variants", variants, "--clusters", 16, "--calibration", 32, "--pack")
+    # Clustered, they would be to the byte the int8 file.
+    done = quantize(path, "--variants", "dynamic,int8", "--calibration", 32, "--pack")
     assert done.returncode == 0, done.stderr
     for entry in json.loads((path / "report.json").read_text())["files"]:
         assert entry["weights"]["nonzero"] == 0
