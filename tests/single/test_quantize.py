@@ -393,7 +393,7 @@ def test_fine_tuning_sends_float32_whatever_the_run_sent(tmp_path):
 def test_no_run_and_no_arguments(no_tensorflow, tmp_path, capsys):
     assert "no such run folder" in refused(capsys, tmp_path / "none")
     assert "config.json" in refused(capsys, tmp_path)
-    assert "no such run folder" in refused(capsys, "x" * 300)
+    assert "File name too long; name a run folder" in refused(capsys, "x" * 300)
     assert "run" in refused(capsys)
 
 
