@@ -48,12 +48,16 @@ def driver(run, tmp_path_factory):
         yield driver
 
 
-def logits(driver):
-    """Those of the last picture that the page was given."""
+def wait(driver, script):
+    """What ``script`` returns, once it returns something."""
     from selenium.webdriver.support.wait import WebDriverWait
 
-    stored = 'return document.getElementById("answer").dataset.logits'
-    return json.loads(WebDriverWait(driver, 20).until(lambda driver: driver.execute_script(stored)))
+    return WebDriverWait(driver, 20).until(lambda driver: driver.execute_script(script))
+
+
+def logits(driver):
+    """Those of the last picture that the page was given."""
+    return json.loads(wait(driver, 'return document.getElementById("answer").dataset.logits'))
 
 
 def evaluated(run, content, images):
@@ -99,8 +103,8 @@ def test_a_test_image_beside_it_answers_when_clicked(run, content, driver):
 
 def test_what_is_no_picture_is_said(driver):
     drop(driver, "notes.txt", "text/plain", b"no picture")
-    driver.execute_async_script("setTimeout(arguments[0], 300)")
-    assert "notes.txt: not a picture that this browser reads" in driver.find_element("id", "answer").text
+    said = wait(driver, 'return document.getElementById("answer").textContent.match(/^notes.txt: .*/)')
+    assert said[0].startswith("notes.txt: not a picture that this browser reads")
 
 
 def test_it_asks_for_nothing_and_fits_a_telephone_in_light_and_dark(driver):

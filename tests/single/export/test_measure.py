@@ -90,6 +90,9 @@ def test_accuracy_loss_confusion_and_agreement():
     assert found["loss"] == pytest.approx(-np.mean(np.log([0.5, 0.8, 0.2, 0.6])), rel=1e-6)
     assert found["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     assert found["agreement"] == 0.5
+    (wrong,) = found["mistakes"]
+    assert (wrong["image"], wrong["label"], wrong["predicted"]) == (2, 1, 0)
+    assert wrong["probability"] == pytest.approx(0.6)
 
 
 def test_the_loss_of_large_logits_is_finite():
