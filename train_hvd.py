@@ -8,17 +8,26 @@
     SLURM        sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 slurm/super.sbatch
 
 The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoints/, result.json. The same command
-goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved.
+goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved, 130
+stopped by Ctrl-C and saved.
 """
 
-import os
+import signal
 import sys
-from typing import NoReturn
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Python leaves this folder out where PYTHONSAFEPATH is set.
+sys.path.insert(0, str(Path(__file__).parent.resolve()))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    # Ctrl-C would be a traceback of what is being imported.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.distributed import collectives, entrypoint
 from cnnopt.distributed.peer_status import PeerStatus
-from cnnopt.distributed.signals import STOPPED, StopRequest
+from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import launched
 from cnnopt.run.run_folder import RunFolder
 from cnnopt.schedules import Timeline
@@ -31,30 +40,33 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     config.check_ranks(launch_info.size)
     folder = RunFolder.of(config)
     folder.check(config)
-    if (done := folder.result()) is not None:
-        if launch_info.first:
-            print(f"{folder.path} is complete: {done['line']}", flush=True)
-        return quantize(config, folder) if config.quantize and launch_info.first else 0
+    done = folder.result()
+    if done is not None and launch_info.size == 1:
+        return finish(config, folder, done)
     from cnnopt.data import datasets
 
-    datasets.check(config.dataset, config.data_dir)
-    published = Timeline(datasets.DATASETS[config.dataset], config.batch_size, config.epochs)
-    config.check_timeline(published, launch_info.size)
+    if done is None:
+        datasets.check(config.dataset, config.data_dir)
+        published = Timeline(datasets.DATASETS[config.dataset], config.batch_size, config.epochs)
+        config.check_timeline(published, launch_info.size)
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
     settings = collectives.prepare(launch_info, deterministic=config.deterministic, verbose=config.verbose)
     world = collectives.start(verbose=config.verbose)
     config.check_ranks(world.size)
     collectives.exchange_addresses(peers)
-    from rich.console import Console
-
+    # Horovod: all ranks take the first one's word, as not all may see the same disk.
+    done = collectives.broadcast_object(done)
+    if done is not None:
+        collectives.shutdown()
+        return finish(config, folder, done) if world.first else 0
     from cnnopt.model import precision
     from cnnopt.run import run_folder
     from cnnopt.training import callbacks, resume, session
-    from cnnopt.training.console import final_line, start_table, tensorboard_command
+    from cnnopt.training.console import final_line, make_console, start_table, tensorboard_command
     from cnnopt.training.step import build_model
 
-    console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
+    console = make_console(quiet=not world.first)
 
     # ---- Data, model, and where the run goes on ------------------------------------------------------------------
     images = datasets.load(
@@ -74,7 +86,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     # ---- Train ---------------------------------------------------------------------------------------------------
     rank = session.Rank(world, console, request, peers)
     if session.train(rank, model, images, config, folder, masks=[callbacks.Prune(console.print)]):
-        return STOPPED
+        return request.status
 
     # ---- What came out -------------------------------------------------------------------------------------------
     model.pruner.verify_final()
@@ -88,16 +100,16 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     return quantize(config, folder) if config.quantize and world.first else 0
 
 
-def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
-    """Export and measure a complete run, in a program that knows neither Horovod nor this run's precision.
+def finish(config: TrainConfig, folder: RunFolder, result: Mapping[str, Any]) -> int:
+    """A run that was complete before: say so, and quantize it where asked."""
+    print(f"{folder.path} is complete: {result['line']}", flush=True)
+    return quantize(config, folder) if config.quantize else 0
 
-    It takes this process' place, so that a signal which ends the one ends the other.
-    """
+
+def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
+    """Export and measure a complete run, in a program that knows neither Horovod nor this run's precision."""
     data_dir = ["--data-dir", config.data_dir] if config.data_dir else []
-    command = [sys.executable, "-m", "cnnopt.quantize", str(folder.path.resolve()), *data_dir]
-    sys.stdout.flush()
-    search = [os.path.dirname(os.path.abspath(__file__)), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))})
+    entrypoint.become("cnnopt.quantize", str(folder.path.resolve()), *data_dir)
 
 
 def main() -> int:

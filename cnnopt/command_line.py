@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from cnnopt.errors import UserError
+
+
+def python_m(module: str) -> list[str]:
+    """``python -m module``, where only this program knows in which folder cnnopt is.
+
+    PYTHONPATH can name no folder with a colon, and with PYTHONSAFEPATH Python looks in no other of ours.
+    """
+    code = f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parents[1].resolve())!r}); "
+    return [sys.executable, "-c", f"{code}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
 
 
 class Parser(argparse.ArgumentParser):

@@ -160,7 +160,8 @@ def show(runs: Sequence[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
+    # $FORCE_COLOR would have a log hold a terminal's control codes.
+    console = Console(force_terminal=sys.stdout.isatty(), highlight=False, markup=False)
     for columns, rows in ((COLUMNS, training_rows(runs)), (FILE_COLUMNS, file_rows(runs))):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in columns:

@@ -22,6 +22,7 @@ from pathlib import Path
 from cnnopt.command_line import Parser
 from cnnopt.config import ConfigError, TrainConfig, parse_args
 from cnnopt.errors import CnnoptError, RunError
+from cnnopt.output import outlive_readers
 from cnnopt.run import checkpoint
 from cnnopt.run.run_folder import RunFolder
 
@@ -29,6 +30,8 @@ from cnnopt.run.run_folder import RunFolder
 FRUITLESS = 3
 #: Seconds between two looks at the hosts.
 INTERVAL = 1.0
+#: Seconds in which a launcher that was told to end has to: it gives its ranks 5.
+GRACE = 60.0
 TRAIN = Path(__file__).parents[1] / "train_hvd.py"
 
 
@@ -86,29 +89,37 @@ def find_horovodrun() -> str:
 
 def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]) -> int:
     """Start the run as often as it takes; returns the exit status."""
-    horovodrun, hosts, fruitless, waiting = find_horovodrun(), discover(options.host_discovery_script), 0, False
+    horovodrun, hosts, fruitless = find_horovodrun(), discover(options.host_discovery_script), 0
+    waiting_since: float | None = None
     while True:
         ranks = ranks_on(hosts, config.batch_size, options.max_np)
         if ranks < options.min_np:
-            if not waiting:
-                slots = f"{sum(hosts.values())} slots, of which {ranks} divide --batch-size {config.batch_size}"
+            slots = f"{sum(hosts.values())} slots, of which {ranks} divide --batch-size {config.batch_size}"
+            if waiting_since is None:
+                waiting_since = time.monotonic()
                 print(f"cnnopt.elastic: waiting for --min-np {options.min_np}: {slots}", flush=True)
-            waiting = True
+            elif time.monotonic() - waiting_since > options.elastic_timeout:
+                raise RunError(
+                    f"--min-np {options.min_np}: {slots}, after {options.elastic_timeout:g} s; give a longer "
+                    "--elastic-timeout, and the same command goes on"
+                )
             time.sleep(INTERVAL)
             hosts = look_again(options.host_discovery_script, hosts)
             continue
-        waiting = False
+        waiting_since = None
         before = newest(config)
         places = places_of(hosts, ranks)
         listed = ",".join(f"{host}:{slots}" for host, slots in places.items())
         print(f"cnnopt.elastic: {ranks} ranks on {listed}, after step {max(before, 0)}", flush=True)
-        command = [horovodrun, "--gloo", "-np", str(ranks), "-H", listed, sys.executable, str(TRAIN), *flags]
+        # Without the cache, as hosts come and go. It is in HOME, which may be read-only.
+        launcher = [horovodrun, "--gloo", "--disable-cache", "-np", str(ranks), "-H", listed]
+        command = [*launcher, sys.executable, str(TRAIN), *flags]
         # In a session of its own: a terminal's Ctrl-C comes to this process alone, which hands it on.
         with subprocess.Popen(command, start_new_session=True) as job:
             try:
                 moved = watch(job, options, places, config.batch_size)
             except BaseException:
-                job.terminate()
+                end(job)
                 raise
         # horovodrun, told to end its ranks, may answer 0 (docs/reliability.md, "Exit status").
         if job.returncode == 0 and not moved and RunFolder.of(config).result() is not None:
@@ -135,23 +146,34 @@ def watch(job: subprocess.Popen, options: argparse.Namespace, places: dict[str, 
         time.sleep(INTERVAL)
         hosts = look_again(options.host_discovery_script, hosts)
         if changed(hosts, places, batch_size, options.max_np) and job.poll() is None:
-            # horovodrun hands it on to the ranks, and gives them 5 s.
-            job.terminate()
-            job.wait()
+            end(job)
             return True
     return False
+
+
+def end(job: subprocess.Popen) -> None:
+    """Have a launcher end its ranks, which save; kill it with its session where it does not."""
+    job.terminate()
+    try:
+        job.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
     parser = Parser(
         prog="python -m cnnopt.elastic",
-        usage="%(prog)s [--min-np N] --max-np N --host-discovery-script PROGRAM FLAGS OF train_hvd.py",
+        usage="%(prog)s [--min-np N] --max-np N [--elastic-timeout S] --host-discovery-script PROGRAM "
+        "FLAGS OF train_hvd.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--min-np", type=int, default=1, metavar="N", help="wait until this many ranks fit [1]")
     parser.add_argument("--max-np", type=int, required=True, metavar="N", help="most ranks")
+    parser.add_argument(
+        "--elastic-timeout", type=float, default=600, metavar="S", help="wait no longer than this for --min-np [600]"
+    )
     parser.add_argument("--host-discovery-script", required=True, metavar="PROGRAM", help="prints lines host:slots")
     try:
         options, flags = parser.parse_known_args(argv)
@@ -171,4 +193,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -22,7 +22,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
 from cnnopt.distributed import collectives, entrypoint
 from cnnopt.distributed.peer_status import PeerStatus
-from cnnopt.distributed.signals import STOPPED, StopRequest
+from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import launched
 from cnnopt.errors import UserError
 from cnnopt.export import trained
@@ -92,13 +92,12 @@ def fine_tune(
     if not remaining:
         return 0
 
-    from rich.console import Console
-
     from cnnopt.run import run_folder
     from cnnopt.schedules import Timeline
     from cnnopt.training import resume, session
+    from cnnopt.training.console import make_console
 
-    console = Console(quiet=not world.first, highlight=False, markup=False, soft_wrap=True)
+    console = make_console(quiet=not world.first)
     rank = session.Rank(world, console, request, peers)
     identity = run.identity
     if identity["batch_size"] % world.size:
@@ -117,7 +116,7 @@ def fine_tune(
 
         # ---- Train, without a hook that would renew the masks ----------------------------------------------------
         if session.train(rank, model, images, config, folder):
-            return STOPPED
+            return request.status
         model.pruner.verify_final()
         if world.first:
             folder.finish(run_folder.summarize(folder.metrics(), model.pruner.sparsities()))

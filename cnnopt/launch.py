@@ -4,7 +4,7 @@
     on one machine     python -m cnnopt.launch -np 2 -- python train_hvd.py --depth 44
 
 In a SLURM job the ranks are srun's: train_hvd.py takes rank and size from SLURM_*. Exit status: that of srun, or of
-the first rank that failed. Standard library only.
+the first rank that failed; 130 after Ctrl-C, at which the ranks save, and at the second end. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from types import FrameType
 
 from cnnopt.command_line import Parser
 from cnnopt.distributed.rendezvous import Rendezvous, address_of, check_own_name
+from cnnopt.distributed.signals import INTERRUPTED, STOPPED
 from cnnopt.errors import CnnoptError, UserError
+from cnnopt.output import outlive_readers
 
 #: Seconds that the ranks have to end by themselves when one has failed; as many again after SIGTERM.
 GRACE = 10.0
@@ -39,17 +41,23 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
     Returns 0, or the status of the first that failed: 128 plus the signal's number, as in a shell, if a signal did it.
     """
     children: dict[str, subprocess.Popen] = {}
+    pressed = 0
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed += number == signal.SIGINT
+        # A terminal sends Ctrl-C to the children too, which take both for one. srun hands SIGUSR1 to its tasks, and
+        # ends them at SIGTERM; a rank that was told before ends at SIGINT.
+        again = number == signal.SIGINT and pressed > 1
         for child in children.values():
-            if child.poll() is None:
-                # Which srun hands to its tasks, while at SIGTERM it ends them.
-                child.send_signal(signal.SIGUSR1)
+            for each in (signal.SIGINT, signal.SIGTERM) if again else (signal.SIGUSR1,):
+                if child.poll() is None:
+                    child.send_signal(each)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    # A terminal sends it to the children too.
-    signal.signal(signal.SIGINT, lambda number, frame: None)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        # A shell has its background commands ignore Ctrl-C.
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     for name, (command, environment) in commands.items():
         children[name] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     failed_at, status = None, 0
@@ -68,7 +76,8 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
             elif late > GRACE:
                 child.terminate()
         time.sleep(0.1)
-    return status
+    # A rank that has stopped says 75, and one that could not hear it yet was killed by it.
+    return INTERRUPTED if pressed and (status == STOPPED or status > 128) else status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +103,7 @@ def launch(options: argparse.Namespace) -> int:
     if not 0 <= options.port < 65536:
         raise UserError(f"--port {options.port}: must be below 65536")
     address = "127.0.0.1" if options.np and not options.interface else address_of(options.interface)
-    if options.np is None and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+    if options.np is None and os.environ.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1"):
         check_own_name(address)
     with Rendezvous(address, options.port) as server:
         shared = {"HOROVOD_GLOO_TIMEOUT_SECONDS": GLOO_TIMEOUT, **os.environ, **server.variables()}
@@ -116,4 +125,5 @@ def launch(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, python_m
 from cnnopt.distributed import child
-from cnnopt.distributed.world import launched
+from cnnopt.distributed.world import is_first, launched
 from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
+from cnnopt.output import outlive_readers
 from cnnopt.run import atomic_files
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def fine_tune(options: Options, plan: Plan | None) -> int:
         return 0
     data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
     clusters = ["--clusters", *map(str, options.fine_tunings().values())]
-    command = [sys.executable, "-m", "cnnopt.finetune", str(options.run), str(options.qat), *clusters, *data_dir]
+    command = [*python_m("cnnopt.finetune"), str(options.run), str(options.qat), *clusters, *data_dir]
     return child.run(command)
 
 
@@ -146,7 +147,6 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
     archive = pack.pack(content, path)
     target = path.with_name(path.name + pack.SUFFIX)
     atomic_files.replace(target, archive)
-    assert pack.unpack(archive, target)[1] == content
     coded = pack.stream_sizes(archive)
     weights = sum(coded[name] for name in ("mask.xz", "palette.xz", "values.xz"))
     # A dynamic-range file has kernels in float32 too, which its archive holds among all else.
@@ -207,7 +207,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; every expected failure is one line and an exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    first = launched()[0].first
+    first = is_first()
     try:
         if argv and argv[0] in ("pack", "unpack"):
             if first:
@@ -218,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.qat and (status := fine_tune(options, plan)):
             return status
         if plan is None:
+            print("cnnopt.quantize: rank 0 of this job writes the report")
             return 0
         content, images = quantize(plan)
         from cnnopt.export import model_card, page, render, tensorboard
@@ -237,4 +238,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -9,8 +9,12 @@
 #   CNNOPT_MOUNTS     folders that the container sees besides this one, such as /shared/cifar,/scratch/runs
 #   MAX_RESTARTS      how often a job that was stopped or broken is queued again  [20]
 
+say() {  # a line, also where the disk of the log is full, which would end the script
+    echo "$*" 2>/dev/null || true
+}
+
 refuse() {  # one line, and the status of wrong input
-    echo "$SLURM_JOB_NAME: $*" >&2
+    say "$SLURM_JOB_NAME: $*" >&2
     exit 2
 }
 
@@ -75,7 +79,7 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
         refuse "$SLURM_NTASKS_PER_NODE ranks for $GPUS GPUs on each node: give sbatch --ntasks-per-node=$GPUS"
     fi
     local child="" status=0 told=0 stop=USR1
-    trap 'told=1; echo "told to stop: saving"; hand_on' USR1 TERM
+    trap 'told=1; say "told to stop: saving"; hand_on' USR1 TERM
     # The signal may come to its commands too.
     describe || true
     local program=("${inside[@]}" python train_hvd.py "$@" --expect-ranks "$SLURM_NTASKS")
@@ -91,11 +95,11 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
             hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}') || ((told))
             # It imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
             export TF_USE_LEGACY_KERAS=1
-            command=(horovodrun --gloo -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
+            command=(horovodrun --gloo --disable-cache -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
             stop=TERM ;;
         *) refuse "LAUNCHER=$LAUNCHER: choose srun, horovodrun or pmix" ;;
     esac
-    echo "command   ${command[*]}"
+    say "command   ${command[*]}"
 
     if ((told)); then requeue_or_exit 75; fi
     "${command[@]}" &
@@ -117,18 +121,18 @@ hand_on() {  # the stop, to what train has started by now
 
 requeue_or_exit() {  # 75: stopped and saved; 129 to 254: a rank was killed. Anything else would only fail again.
     # So would 143, SIGTERM: srun sends it to a rank that is still starting once another has failed, and reports the
-    # higher status of the two.
+    # higher status of the two. 130 is a person's Ctrl-C.
     local status=$1 job=$SLURM_JOB_ID
     # The number of an array's last task is that of the whole array.
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-    ((status == 75 || (status > 128 && status < 255 && status != 143))) || exit "$status"
+    ((status == 75 || (status > 128 && status < 255 && status != 130 && status != 143))) || exit "$status"
     # Not if the user has cancelled it, or SLURM itself is about to queue it again.
     [[ $(squeue --noheader --jobs "$job" --format %T) == RUNNING ]] || exit "$status"
     if ((RESTARTS >= MAX_RESTARTS)); then
-        echo "$SLURM_JOB_NAME: status $status, and not queued again: MAX_RESTARTS=$MAX_RESTARTS is reached" >&2
+        say "$SLURM_JOB_NAME: status $status, and not queued again: MAX_RESTARTS=$MAX_RESTARTS is reached" >&2
         exit "$status"
     fi
-    echo "status $status: back into the queue, restart $((RESTARTS + 1)) of at most $MAX_RESTARTS"
+    say "status $status: back into the queue, restart $((RESTARTS + 1)) of at most $MAX_RESTARTS"
     scontrol requeue "$job" || exit "$status"
     # SLURM ends this script.
     trap - USR1 TERM

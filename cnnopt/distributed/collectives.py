@@ -16,15 +16,11 @@ import numpy as np
 from cnnopt.distributed import cpu_tuning, host, rendezvous, slurm
 from cnnopt.distributed.gpus import too_new
 from cnnopt.distributed.peer_status import PeerStatus
-from cnnopt.distributed.world import World, launched, threads_per_rank
-from cnnopt.errors import RunError, UserError
+from cnnopt.distributed.world import LaunchError, World, launched, threads_per_rank
+from cnnopt.errors import RunError
 
 if TYPE_CHECKING:
     import tensorflow as tf
-
-
-class LaunchError(UserError):
-    """The ranks that started are not the ranks that were asked for; the message is one line."""
 
 
 def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
@@ -87,9 +83,12 @@ def start(*, verbose: bool) -> World:
     tf.config.threading.set_inter_op_parallelism_threads(int(os.environ["TF_NUM_INTEROP_THREADS"]))
     before = cpu_tuning.threads()
     # Horovod: initialise before anything that needs the rank.
-    hvd.init()
+    world = launch_info
+    # Gloo would abort without the name, which one process needs for nothing.
+    if launch_info.size > 1 or rendezvous.own_name_is_here():
+        hvd.init()
+        world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     horovods = cpu_tuning.threads() - before
-    world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if world.size != launch_info.size:
         raise LaunchError(
             f"{launcher or 'no launcher'} started {launch_info.size} processes but Horovod joined {world.size}: "
@@ -107,11 +106,13 @@ def _pin(world: World) -> None:
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if not gpus and given != "0" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    given, visible = os.environ.get("SLURM_GPUS_ON_NODE", "0"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Empty and -1 are how a user hides them all.
+    if not gpus and given != "0" and visible not in ("", "-1"):
+        of_these = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
         raise LaunchError(
-            f"SLURM gave {given} GPU on each node, but TensorFlow finds none: look for the driver with nvidia-smi and "
-            "for a TensorFlow with CUDA (docs/slurm.md), or train on CPUs with --gpus-per-node=0"
+            f"SLURM gave {given} GPU on each node, but TensorFlow finds none{of_these}: look for the driver with "
+            "nvidia-smi and for a TensorFlow with CUDA (docs/slurm.md), or train on CPUs with --gpus-per-node=0"
         )
     if gpus:
         # Horovod: pin one GPU to each rank of a host.
@@ -136,6 +137,13 @@ def device() -> str:
     return "GPU" if tf.config.get_visible_devices("GPU") else "CPU"
 
 
+def _size() -> int:
+    import horovod.tensorflow as hvd
+
+    # Not where one process has no name on the network.
+    return hvd.size() if hvd.is_initialized() else 1
+
+
 def callbacks() -> list[Any]:
     """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged.
 
@@ -144,7 +152,7 @@ def callbacks() -> list[Any]:
     import horovod.tensorflow.keras as hvd
     import tensorflow as tf
 
-    if hvd.size() == 1:
+    if _size() == 1:
         return []
     broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
     # It traces a broadcast of each variable, and TensorFlow would rewrite Horovod's functions first.
@@ -162,7 +170,7 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     import horovod.tensorflow as hvd
     import tensorflow as tf
 
-    ranks = hvd.size()
+    ranks = _size()
     if ranks == 1:
         return flat
     if flat.dtype != tf.bfloat16:
@@ -178,9 +186,7 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
 
 def exchange_addresses(peers: PeerStatus) -> None:
     """Let the ranks know where each other answers."""
-    import horovod.tensorflow as hvd
-
-    if hvd.size() > 1:
+    if _size() > 1:
         peers.places = gather_objects(peers.open())
 
 
@@ -202,14 +208,14 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value``, on all ranks."""
     import horovod.tensorflow as hvd
 
-    return value if hvd.size() == 1 else hvd.broadcast_object(value, root_rank=0)
+    return value if _size() == 1 else hvd.broadcast_object(value, root_rank=0)
 
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's ``value``, by rank, on all ranks."""
     import horovod.tensorflow as hvd
 
-    return [value] if hvd.size() == 1 else hvd.allgather_object(value)
+    return [value] if _size() == 1 else hvd.allgather_object(value)
 
 
 def assert_same(flag: str, value: str, *, remedy: str = "name one") -> None:
@@ -249,5 +255,6 @@ def shutdown() -> None:
     """Leave the exchange, and take all cores that this process was given; the other ranks must do the same."""
     import horovod.tensorflow as hvd
 
-    hvd.shutdown()
+    if hvd.is_initialized():
+        hvd.shutdown()
     cpu_tuning.unbind()

@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from cnnopt.command_line import python_m
 from cnnopt.distributed import collectives
 from cnnopt.distributed.peer_status import PeerStatus
-from cnnopt.distributed.signals import StopRequest
-from cnnopt.distributed.world import launched
+from cnnopt.distributed.signals import INTERRUPTED, StopRequest
+from cnnopt.distributed.world import LaunchError, World, launched
 from cnnopt.errors import CnnoptError, RunError
+from cnnopt.output import outlive_readers
 
 
 def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
@@ -22,26 +24,38 @@ def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
     request, peers = StopRequest(), PeerStatus(name)
     request.listen()
     try:
+        world, _ = launched()
+    except LaunchError:
+        # The program says it, where it is not asked for help or given a wrong flag.
+        world = World()
+    try:
         return body(request, peers)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     # Each speaks before the error is let go of, and all that its frames hold with it, which takes seconds.
     except CnnoptError as error:
-        _speak(peers, str(error), error.exit_status, of_one_rank=error.of_one_rank)
+        _speak(peers, world, str(error), error.exit_status, of_one_rank=error.of_one_rank)
         return error.exit_status
     except Exception as error:
         why = ""
-        if not collectives.is_exchange_failure(error):
+        if world.size == 1 or not collectives.is_exchange_failure(error):
             traceback.print_exc()
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if launched()[0].size > 1:
-            _speak(peers, why, RunError.exit_status, of_one_rank=bool(why))
+        if world.size > 1:
+            _speak(peers, world, why, RunError.exit_status, of_one_rank=bool(why))
         return RunError.exit_status
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Be the program ``main``: run it, and end with its status."""
+    """Be the program ``main``: run it, whoever reads what it prints, and end with its status."""
+    outlive_readers()
     leave(main())
+
+
+def become(module: str, *arguments: str) -> NoReturn:
+    """Go on as ``python -m module``, in this process, so that a signal which ends the one ends the other."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [*python_m(module), *arguments])
 
 
 def leave(status: int) -> NoReturn:
@@ -55,10 +69,9 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _speak(peers: PeerStatus, why: str, status: int, *, of_one_rank: bool) -> None:
+def _speak(peers: PeerStatus, world: World, why: str, status: int, *, of_one_rank: bool) -> None:
     # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    world = launched()[0]
     if peers.places:
         peers.speak(world.rank, why)
     else:

@@ -8,7 +8,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -94,14 +93,16 @@ def uncollected() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Hold back what C++ code writes to standard error, which no log level silences; shown if an error ends it."""
-    with tempfile.TemporaryFile() as held:
+    # In memory: not every host has a folder for temporary files.
+    with open(os.memfd_create("stderr"), "w+b") as held:
         stderr = os.dup(2)
         os.dup2(held.fileno(), 2)
         try:
             yield
         except BaseException:
             held.seek(0)
-            os.write(stderr, held.read())
+            with contextlib.suppress(OSError):
+                os.write(stderr, held.read())
             raise
         finally:
             os.dup2(stderr, 2)

@@ -46,10 +46,14 @@ class PeerStatus:
 
     def _answer(self) -> None:
         while True:
-            connection, _ = self._server.accept()
+            try:
+                connection, _ = self._server.accept()
+            except OSError:  # it has gone again, or this process may open no more files
+                time.sleep(0.1)
+                continue
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(TIMEOUT)
-                if said := connection.makefile(encoding="utf-8", errors="replace").readline(LONGEST).strip():
+                if said := connection.makefile("rb").readline(LONGEST + 1).decode(errors="replace").strip():
                     self.heard.add(said)
                 connection.sendall(self.state.encode())
 
@@ -57,8 +61,8 @@ class PeerStatus:
         """Tell rank ``rank`` something, and return its state; empty if it has ended, None if it does not answer."""
         try:
             with socket.create_connection(self.places[rank].address, TIMEOUT) as connection:
-                connection.sendall(f"{say}\n".encode())
-                return connection.makefile(encoding="utf-8").read()
+                connection.sendall(f"{sendable(say)}\n".encode())
+                return connection.makefile("rb").read(LONGEST).decode(errors="replace")
         except ConnectionError:
             return ""
         except OSError:
@@ -90,6 +94,7 @@ class PeerStatus:
         ``why`` is this rank's own error, and empty where the exchange has failed because of another. Then the first
         rank that has seen it names the ranks that are gone or hang, unless one of them has told its own error.
         """
+        why = sendable(why)
         self.state = why or "failed"
         others = [other for other in range(len(self.places)) if other != rank]
         end = time.monotonic() + patience
@@ -123,9 +128,16 @@ class PeerStatus:
         return f"rank {rank} (host {self.places[rank].host}, pid {self.places[rank].pid})"
 
 
+def sendable(text: str) -> str:
+    """``text`` as the other ranks get it: of any error, one line of UTF-8, cut off where it is longer than LONGEST."""
+    line = " ".join(text.split()).encode(errors="backslashreplace")
+    return line[:LONGEST].decode(errors="ignore")
+
+
 def _address(rendezvous: str | None) -> str:
     """The address of this host on its way to where the ranks found each other; nothing is sent."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    # UnicodeError: a name that no resolver takes.
+    with contextlib.suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((rendezvous or platform.node(), 9))
         return str(probe.getsockname()[0])
     return "127.0.0.1"

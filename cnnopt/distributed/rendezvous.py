@@ -7,7 +7,9 @@ reach a run"). Standard library only: it also runs where neither Horovod nor Ten
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import http.client
 import os
 import socket
 import struct
@@ -114,7 +116,7 @@ def address_of(interface: str | None) -> str:
         name = socket.gethostname()
         try:
             return socket.gethostbyname(name)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise UserError(f"this host's name {name} has no IPv4 address ({error}); add it to /etc/hosts") from None
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -126,32 +128,39 @@ def address_of(interface: str | None) -> str:
 
 
 def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> None:
-    """Raise RendezvousError if this rank cannot reach the rendezvous, or the others could not reach this rank.
+    """Raise UserError if this rank cannot reach the rendezvous, or the others could not reach this rank.
 
-    Horovod itself would try for minutes, or say "Connection refused". ``patience`` is in seconds.
+    Horovod itself would try for minutes, say "Connection refused", or end in C++. ``patience`` is in seconds.
     """
-    if _ADDRESS not in environ or environ.get("HOROVOD_SIZE", "1") == environ.get("HOROVOD_LOCAL_SIZE", "1"):
+    size = environ.get("HOROVOD_SIZE", "1")
+    if size == "1" or not {_ADDRESS, "HOROVOD_RANK"} & environ.keys():
         return
-    rank, name, address = environ.get("HOROVOD_RANK", "0"), socket.gethostname(), environ[_ADDRESS]
-    url = f"http://{address}:{environ[_PORT]}/cnnopt/{rank}"
+    left = "start with horovodrun or cnnopt.launch, or unset HOROVOD_*, if another job has left them"
+    if not environ.get(_ADDRESS):
+        raise RendezvousError(f"HOROVOD_SIZE={size}, but {_ADDRESS} is not set: {left}")
+    name, address = socket.gethostname(), environ[_ADDRESS]
+    if not own_name_is_here():
+        raise UserError(f"this host's name {name} has no address here, and Horovod needs one; add it to /etc/hosts")
+    one_host = size == environ.get("HOROVOD_LOCAL_SIZE")
+    place = f"{address}:{environ.get(_PORT)}"
     end = time.monotonic() + patience
     while True:
-        try:
-            # No proxy: the address is one of this cluster.
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
-        except urllib.error.HTTPError:
-            break  # It answers, that this key is not there.
-        except OSError as error:
-            if time.monotonic() > end:
-                remedy = (
-                    "that is the loopback of the first host: let /etc/hosts there give its name the network address"
-                    if address.startswith("127.")
-                    else "is there a firewall between the hosts? --interface chooses another network, --port a port"
-                )
-                raise RendezvousError(
-                    f"rank {rank} on {name} cannot reach the rendezvous {address}:{environ[_PORT]} ({error}); {remedy}"
-                ) from None
-            time.sleep(1)
+        fault = _fault(environ)
+        if fault is None:
+            break
+        if one_host and (isinstance(fault, ConnectionRefusedError) or time.monotonic() > end):
+            raise RendezvousError(f"HOROVOD_SIZE={size}, but no launcher answers at {place} ({fault}): {left}")
+        if time.monotonic() > end:
+            remedy = (
+                "that is the loopback of the first host: let /etc/hosts there give its name the network address"
+                if address.startswith("127.")
+                else "is there a firewall between the hosts? --interface chooses another network, --port a port"
+            )
+            rank = environ.get("HOROVOD_RANK", "0")
+            raise RendezvousError(f"rank {rank} on {name} cannot reach the rendezvous {place} ({fault}); {remedy}")
+        time.sleep(1)
+    if one_host:
+        return
     check_nccl_interface(environ)
     if not _is_here(address):
         check_own_name(address)
@@ -188,10 +197,42 @@ def check_own_name(address: str) -> None:
         )
 
 
-def _is_here(address: str) -> bool:
-    with socket.socket() as probe:
+def answers(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher that these variables are of is still there."""
+    return _fault(environ) is None
+
+
+def _fault(environ: Mapping[str, str]) -> OSError | None:
+    """Why the rendezvous does not answer; None where it does."""
+    url = f"http://{environ.get(_ADDRESS)}:{environ.get(_PORT)}/cnnopt/{environ.get('HOROVOD_RANK', '0')}"
+    try:
+        # No proxy: the address is one of this cluster.
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return None  # It answers, that this key is not there.
+    except urllib.error.URLError as error:
+        return error.reason if isinstance(error.reason, OSError) else OSError(error.reason)
+    except OSError as error:
+        return error
+    # No address, or another program has the port by now.
+    except (http.client.HTTPException, ValueError) as error:
+        return OSError(f"{type(error).__name__}: {error}")
+    return None
+
+
+def own_name_is_here() -> bool:
+    """Whether the name of this host leads to an address on which Gloo can listen; it aborts where there is none."""
+    with contextlib.suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        # Of IPv6 also the scope.
+        return any(_is_here(str(address[0]), *address[2:], family=family) for family, _, _, _, address in found)
+    return False
+
+
+def _is_here(address: str, *scope: Any, family: int = socket.AF_INET) -> bool:
+    with socket.socket(family) as probe:
         try:
-            probe.bind((address, 0))
+            probe.bind((address, 0, *scope))
         except OSError:
             return False
     return True

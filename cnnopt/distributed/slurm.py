@@ -32,12 +32,24 @@ def binds_tasks(environ: Mapping[str, str]) -> bool:
 def horovod_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Rank, size and host of this task of srun; empty where this process is none.
 
-    srun alone sets SLURM_STEP_NUM_TASKS: a batch script has a SLURM_PROCID too, but is one process.
+    srun alone sets SLURM_STEP_NUM_TASKS: a batch script has a SLURM_PROCID too, but is one process. Raises ValueError
+    where some of the variables are missing, or do not fit together.
     """
     if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return {}
+    for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_LOCALID"):
+        if not environ.get(name, "").isdecimal():
+            raise ValueError(f"{name}={environ[name]}: no number" if name in environ else f"{name} is not set")
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURMD_NODENAME"):
+        if not environ.get(name):
+            raise ValueError(f"{name} is not set")
     counts = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
     node, local_rank = int(environ["SLURM_NODEID"]), int(environ["SLURM_LOCALID"])
+    if node >= len(counts) or local_rank >= counts[node] or str(sum(counts)) != environ["SLURM_STEP_NUM_TASKS"]:
+        raise ValueError(
+            f"SLURM_STEP_TASKS_PER_NODE={environ['SLURM_STEP_TASKS_PER_NODE']} does not fit SLURM_NODEID={node}, "
+            f"SLURM_LOCALID={local_rank} and SLURM_STEP_NUM_TASKS={environ['SLURM_STEP_NUM_TASKS']}"
+        )
     # Horovod's "cross" ranks are those with the same local rank on all nodes that have one.
     peers = [peer for peer, count in enumerate(counts) if count > local_rank]
     return {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cnnopt.distributed import host, slurm
+from cnnopt.distributed import host, rendezvous, slurm
+from cnnopt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class World:
         return self.rank == 0
 
 
+class LaunchError(UserError):
+    """The ranks that started are not the ranks that were asked for; the message is one line."""
+
+
 # What each launcher tells its processes: rank, size, local rank, local size.
 _LAUNCHERS = {
     "horovodrun": ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
@@ -36,24 +42,57 @@ _LAUNCHERS = {
 }
 # Of MPICH and Intel MPI. srun sets the first two too, where it speaks their protocol.
 _MPIEXEC = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+_REMEDY = "start with horovodrun, cnnopt.launch, srun or mpirun, or unset the variables, if another job has left them"
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None]:
-    """What the launcher says of this process, and the launcher's name; one process and None without a launcher."""
+    """What the launcher says of this process, and the launcher's name; one process and None without a launcher.
+
+    Raises LaunchError where its variables are no whole: each process would take itself for another rank than it is,
+    or for the only one.
+    """
     for launcher, names in _LAUNCHERS.items():
         if world := _world(environ, names):
             return world, launcher
-    if world := _world(slurm.horovod_variables(environ), _LAUNCHERS["horovodrun"]):
+    try:
+        of_srun = slurm.horovod_variables(environ)
+    except ValueError as error:
+        raise LaunchError(f"{error}: {_REMEDY}") from None
+    if world := _world(of_srun, _LAUNCHERS["horovodrun"]):
         return world, "srun"
     if world := _world(environ, _MPIEXEC):
         return world, "mpiexec"
+    if "RANK" in environ and environ.get("WORLD_SIZE", "1") != "1":
+        raise LaunchError(
+            f"RANK={environ['RANK']}, WORLD_SIZE={environ['WORLD_SIZE']}: Horovod does not read those of torchrun; "
+            f"{_REMEDY}"
+        )
     return World(), None
 
 
+def is_first(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is to do what one of a job does for all; so is one whose launcher is not there."""
+    try:
+        world, launcher = launched(environ)
+    except LaunchError:
+        return True
+    return world.first or (launcher == "horovodrun" and not rendezvous.answers(environ))
+
+
 def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
-    if names[0] not in environ or names[1] not in environ:
+    """The place that these variables give; None where they give none. Raises LaunchError where they are no whole."""
+    if names[0] not in environ and names[1] not in environ:
         return None
-    return World(*(int(environ.get(name, "01"[i % 2])) for i, name in enumerate(names)))
+    given = {name: environ.get(name) for name in names}
+    if given[names[1]] == "1":
+        # One process needs no more to know its place.
+        given = {name: value or "01"[i % 2] for i, (name, value) in enumerate(given.items())}
+    numbers = [int(value) if value and value.isdecimal() else -1 for value in given.values()]
+    rank, size, local_rank, local_size = numbers
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        said = ", ".join(f"{name} is not set" if value is None else f"{name}={value}" for name, value in given.items())
+        raise LaunchError(f"{said}: {_REMEDY}")
+    return World(rank, size, local_rank, local_size)
 
 
 def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> int:
@@ -61,9 +100,11 @@ def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> i
     if environ.get("TF_NUM_INTRAOP_THREADS", "").isdigit():
         return max(1, int(environ["TF_NUM_INTRAOP_THREADS"]))
     cores, asked = host.cores(), environ.get("SLURM_CPUS_PER_TASK", "")
-    is_task = slurm.horovod_variables(environ).get("HOROVOD_LOCAL_SIZE") == str(world.local_size)
     # mpirun starts a rank for each task of the job, and binds it by itself.
-    is_task = is_task or "OMPI_COMM_WORLD_RANK" in environ
+    is_task = "OMPI_COMM_WORLD_RANK" in environ
+    # Where another launcher has started this rank, those of srun may be incomplete.
+    with contextlib.suppress(ValueError):
+        is_task = is_task or slurm.horovod_variables(environ).get("HOROVOD_LOCAL_SIZE") == str(world.local_size)
     if not (is_task and (asked.isdigit() or slurm.binds_tasks(environ))):
         # It shares them with the other ranks of its host, or of a task of SLURM in which another launcher started it.
         cores = max(1, cores // world.local_size)

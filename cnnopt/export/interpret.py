@@ -122,7 +122,8 @@ def logits(
                 results[first] = dequantized(interpreter.get_tensor(sink["index"])[: len(part)], sink)
                 with lock:
                     advance(len(part))
-        except (RuntimeError, ValueError) as error:
+        # Of any kind: a thread that ends without its batches would leave a hole that nobody counts.
+        except BaseException as error:
             errors.append(error)
 
     workers = [threading.Thread(target=work, args=(session,), daemon=True) for session in sessions]
@@ -130,6 +131,8 @@ def logits(
         worker.start()
     for worker in workers:
         worker.join()
+    if errors and not isinstance(errors[0], (RuntimeError, ValueError)):
+        raise errors[0]
     if errors:
         raise TfliteError(f"{path} cannot be run ({' '.join(str(errors[0]).split())[:160]}); export it again")
     return np.concatenate([results[first] for first in sorted(results)])

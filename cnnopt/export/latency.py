@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, python_m
 from cnnopt.distributed import host
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.export import tflite_file
@@ -39,7 +39,7 @@ def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2
 
     A new process imports the interpreter once and forks for each file.
     """
-    command = [sys.executable, "-m", "cnnopt.export.latency", "--threads", ",".join(map(str, threads))]
+    command = [*python_m("cnnopt.export.latency"), "--threads", ",".join(map(str, threads))]
     command += ["--seconds", str(seconds), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnopt.errors import UserError
+from cnnopt.errors import RunError, UserError
 from cnnopt.export import tflite_file
 
 FORMAT = "cnnopt-packed-1"
@@ -43,7 +43,7 @@ class PackError(UserError):
 def pack(data: bytes, path: Path) -> bytes:
     """The archive of a .tflite file's bytes; ``path`` is its name in messages and in the archive.
 
-    Raises tflite_file.TfliteError where the file is damaged.
+    Raises tflite_file.TfliteError where the file is damaged, RunError where the archive would not give it back.
     """
     found = {
         (kernel.offset, kernel.nbytes)
@@ -70,12 +70,20 @@ def pack(data: bytes, path: Path) -> bytes:
         "kernels": ranges,
     }
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as entries:
         contents = [json.dumps(manifest).encode(), *(_compress(stream.tobytes()) for stream in streams)]
         for name, content in zip(("manifest.json", *_STREAMS), contents, strict=True):
             # A fixed date, so that one file has one archive.
-            archive.writestr(zipfile.ZipInfo(name), content)
-    return buffer.getvalue()
+            entries.writestr(zipfile.ZipInfo(name), content)
+    archive = buffer.getvalue()
+    # Not an assertion, which python -O leaves out.
+    try:
+        lossless = _unpack(archive) == (path.name, data)
+    except ValueError:
+        lossless = False
+    if not lossless:
+        raise RunError(f"{path}: its archive would not give it back; keep the file as it is, and report this")
+    return archive
 
 
 def unpack(archive: bytes, path: Path) -> tuple[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def show(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    # $FORCE_COLOR would have a log hold a terminal's control codes.
+    console = Console(force_terminal=sys.stdout.isatty(), highlight=False, markup=False, soft_wrap=True)
     # What fits into 80 columns; report.md has all of it.
     columns = ("raw", "gzip", "bound", "packed", "less", "top-1", "agree", "ms")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -138,7 +138,7 @@ class EndIfStalled(Callback):
 
 
 class StopWhenTold(Callback):
-    """SIGTERM or SIGUSR1 on any rank stops all ranks after one and the same step; a later second one exits at once."""
+    """A signal to any rank stops all ranks after one and the same step; a later second one exits at once."""
 
     def __init__(self, request: StopRequest) -> None:
         super().__init__()

@@ -19,6 +19,12 @@ from cnnopt.schedules import Timeline
 from cnnopt.training.step import SynchronousModel
 
 
+def make_console(*, quiet: bool) -> Console:
+    """Where a run prints. Only a terminal is one: $FORCE_COLOR would have a log hold a terminal's control codes."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(quiet=quiet, force_terminal=terminal, highlight=False, markup=False, soft_wrap=True)
+
+
 def start_table(
     console: Console,
     config: TrainConfig,

@@ -61,11 +61,14 @@ def train(
     recorded: list[dict] = []
     if world.first:
         record = metrics.Record(folder, config, timeline, first_step, console)
-        hooks += [record, show]
+        hooks += [record]
         recorded = record.recorded
-    # Last, because a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
+    # After it: a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console, recorded)]
+    if world.first:
+        # What is printed waits until all is kept.
+        hooks += [show]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}
     with loop.training_stream(config, images, world, **steps) as stream:
         try:

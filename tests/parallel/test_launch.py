@@ -10,15 +10,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cnnopt.config import parse_args
 from cnnopt.run import checkpoint
+from cnnopt.run.run_folder import RunFolder
 from tests.helpers.jobs import assert_pruned
 
 pytestmark = pytest.mark.timeout(900)
 TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--precision", "bfloat16"]
 
 
-def train(start, run_dir: Path, *flags: str, ranks: int = 2):
-    return start(ranks, "train_hvd.py", *TINY, "--run-dir", str(run_dir), "--name", "run", *flags)
+OWN = (sys.executable, "-m", "cnnopt.launch", "-np", "{ranks}", "--")
+
+
+def train(start, run_dir: Path, *flags: str, ranks: int = 2, **launcher: tuple[str, ...]):
+    return start(ranks, "train_hvd.py", *TINY, "--run-dir", str(run_dir), "--name", "run", *flags, **launcher)
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -72,7 +77,7 @@ def test_the_same_command_goes_on_at_another_rank_count_and_draws_one_curve(stop
     assert_pruned(final.arrays, 0.6)
 
 
-def test_ctrl_c_ends_all_ranks(start, tmp_path):
+def test_ctrl_c_saves_and_ends_all_ranks(start, tmp_path):
     job = train(start, tmp_path, "--epochs", "100")
     job.wait_for("epoch   1/100")
     ranks = job.ranks()
@@ -83,7 +88,33 @@ def test_ctrl_c_ends_all_ranks(start, tmp_path):
     job.wait(60)
     assert ended(ranks, within=30)
     assert not (tmp_path / "run/result.json").exists()
+    assert checkpoint.list_steps(tmp_path / "run/checkpoints")
     assert "Traceback" not in "".join(line for line in job.output().splitlines(True) if "<stderr>" in line)
+
+
+def test_ctrl_c_to_our_own_launcher_saves_and_is_130(start, tmp_path):
+    job = train(start, tmp_path, "--epochs", "100", launcher=OWN)
+    job.wait_for("epoch   1/100")
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.wait(120) == 130, job.output()
+    assert job.output().count("stopped as told and saved; the same command goes on") == 1
+    assert "Traceback" not in job.output()
+    assert checkpoint.list_steps(tmp_path / "run/checkpoints")
+
+
+def test_all_ranks_take_the_word_of_the_first_whether_a_run_is_complete(start, tmp_path):
+    # As where hosts share no disk: each rank has a folder of its own.
+    config = parse_args([*TINY, "--run-dir", str(tmp_path / "0"), "--name", "run"])
+    complete = RunFolder.of(config)
+    complete.path.mkdir(parents=True)
+    complete.config_file.write_text(json.dumps({"identity": config.identity()}))
+    complete.finish({"line": "as it was"})
+    code = "import os, runpy, sys; sys.argv[1:1] = ['--run-dir', sys.argv.pop(1) + '/' + os.environ['HOROVOD_RANK']]; "
+    code += "sys.path.insert(0, '.'); sys.argv[0] = 'train_hvd.py'; runpy.run_path('train_hvd.py', run_name='__main__')"
+    job = start(2, "-c", code, str(tmp_path), *TINY, "--name", "run", launcher=OWN)
+    assert job.wait(200) == 0, job.output()
+    assert job.output() == f"{complete.path} is complete: as it was\n"
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):
@@ -133,8 +164,7 @@ def test_a_signal_before_the_first_step_ends_all_ranks_at_once(start, tmp_path):
 
 
 def test_our_own_launcher_hands_a_signal_on_and_the_status_back(start, tmp_path):
-    own = (sys.executable, "-m", "cnnopt.launch", "-np", "{ranks}", "--")
-    job = start(2, "train_hvd.py", *TINY, "--run-dir", str(tmp_path), "--epochs", "100", launcher=own)
+    job = train(start, tmp_path, "--epochs", "100", launcher=OWN)
     job.wait_for("epoch   1/100")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75, job.output()

@@ -15,9 +15,13 @@ import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from cnnopt.distributed.world import World, launched
+from cnnopt.config import parse_args
+from cnnopt.distributed.rendezvous import Rendezvous
+from cnnopt.distributed.world import World, is_first, launched
+from cnnopt.launch import rank_variables
 from cnnopt.model.pruning import num_pruned
 from cnnopt.run import checkpoint
+from cnnopt.run.run_folder import RunFolder
 from tests.helpers import ROOT
 from tests.helpers.cifar_copies import BINARY_10, small_copy
 
@@ -139,7 +143,11 @@ def test_a_flag_with_a_line_break_is_still_one_line(shell):
         ({}, (World(), None)),
         ({"HOROVOD_RANK": "3", "HOROVOD_SIZE": "8", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
          (World(3, 8, 1, 2), "horovodrun")),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, (World(1, 4, 0, 1), "mpirun")),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+          "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (World(1, 4, 1, 2), "mpirun")),
+        ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "1"}, (World(), "horovodrun")),
+        ({"SLURM_PROCID": "3"}, (World(), None)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (World(), None)),
         ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2,1",
           "SLURM_NODEID": "1", "SLURMD_NODENAME": "n2"}, (World(2, 3, 0, 1), "srun")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (World(), None)),  # a batch script: no srun
@@ -149,6 +157,50 @@ def test_a_flag_with_a_line_break_is_still_one_line(shell):
 )  # fmt: skip
 def test_what_the_launchers_say(variables, expected):
     assert launched(variables) == expected
+
+
+ODD = [
+    ({"HOROVOD_RANK": "", "HOROVOD_SIZE": ""}, "HOROVOD_RANK=, HOROVOD_SIZE="),
+    ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}, "HOROVOD_RANK=0, HOROVOD_SIZE=2, HOROVOD_LOCAL_RANK is not set"),
+    ({"HOROVOD_SIZE": "2"}, "HOROVOD_RANK is not set"),
+    ({"HOROVOD_RANK": "2", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"},
+     "HOROVOD_RANK=2, HOROVOD_SIZE=2"),
+    ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "2"},
+     "HOROVOD_SIZE=2, but HOROVOD_GLOO_RENDEZVOUS_ADDR is not set"),
+    ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2",
+      "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "9"},
+     "HOROVOD_SIZE=2, but no launcher answers at 127.0.0.1:9 ([Errno 111] Connection refused)"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_NODEID is not set"),
+    ({"PMI_RANK": "x", "PMI_SIZE": "2"}, "PMI_RANK=x, PMI_SIZE=2"),
+    ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_LOCAL_RANK is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2: Horovod does not read those of torchrun"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "message"), ODD, ids=[", ".join(each) for each, _ in ODD])
+def test_launcher_variables_that_are_no_whole_are_refused_by_what_trains(variables, message, shell, tmp_path):
+    said = refusal(["--dataset", "synthetic", "--run-dir", str(tmp_path / "runs")], {**shell, **variables})
+    assert message in said
+    assert "start with horovodrun" in said
+    assert not (tmp_path / "runs").exists()
+    # What asks for no ranks answers as ever.
+    assert program(["--help"], {**shell, **variables}).returncode == 0
+
+
+@pytest.mark.parametrize(("variables", "message"), ODD, ids=[", ".join(each) for each, _ in ODD])
+def test_they_keep_nothing_from_what_computes_alone(variables, message):
+    assert is_first(variables)
+
+
+def test_where_the_launcher_is_there_its_first_rank_is_first():
+    with Rendezvous("127.0.0.1") as server:
+        for rank in (0, 1):
+            assert is_first({**rank_variables(rank, 2), **server.variables()}) == (rank == 0)
+        server.shutdown()
+
+
+def test_a_folder_that_python_is_not_to_look_in_is_found(shell):
+    assert "--depth 43: " in refusal(["--depth", "43"], {**shell, "PYTHONSAFEPATH": "1"})
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------
@@ -397,6 +449,87 @@ def test_what_one_host_alone_finds_wrong_is_said_by_a_rank_of_it(shell, tmp_path
         said[rank] = done.stderr
     assert said[2].startswith(f"train_hvd.py: rank 2 (host b): --data-dir {tmp_path / 'none'}: does not exist")
     assert said[3] == ""
+
+
+@pytest.mark.parametrize("nobody", ["a full disk", "a reader that has gone"])
+def test_a_run_goes_on_when_nobody_can_read_it(nobody, shell, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.open("/dev/full", os.O_WRONLY) if nobody == "a full disk" else writer
+    command = [sys.executable, str(PROGRAM), *arguments(tmp_path, "--epochs", "1", "--prune-end", "8s")]
+    try:
+        status = subprocess.run(command, env=shell, stdout=stream, stderr=stream, cwd="/", timeout=200).returncode
+    finally:
+        for number in {stream, writer}:
+            os.close(number)
+    assert status == 0
+    assert json.loads((tmp_path / "tiny/result.json").read_text())["epoch"] == 1
+    assert len(metrics(tmp_path / "tiny")) == len(checkpoint.list_steps(tmp_path / "tiny/checkpoints")) == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a host another name")
+def test_a_host_whose_name_has_no_address_trains_alone_and_refuses_ranks(shell, tmp_path):
+    nameless = ["unshare", "--uts", "sh", "-c", 'hostname nosuch; exec "$@"', "sh"]
+    train = [sys.executable, str(PROGRAM), *arguments(tmp_path, "--epochs", "1", "--prune-end", "8s")]
+    ranks = [sys.executable, "-m", "cnnopt.launch", "-np", "2", "--", *train]
+    done = subprocess.run([*nameless, *ranks], env=shell, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if not line.startswith("cnnopt.launch: ")] == [
+        "train_hvd.py: this host's name nosuch has no address here, and Horovod needs one; add it to /etc/hosts"
+    ]
+    done = subprocess.run([*nameless, *train], env=shell, capture_output=True, text=True, cwd="/", timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_complete_run_below_a_folder_with_a_colon_is_quantized(shell, tmp_path):
+    copy = tmp_path / "a:b"
+    copy.mkdir()
+    shutil.copy(PROGRAM, copy)
+    (copy / "cnnopt").symlink_to(ROOT / "cnnopt")
+    flags = ["--dataset", "synthetic", "--run-dir", str(tmp_path / "runs"), "--name", "done", "--quantize"]
+    config = parse_args(flags)
+    folder = RunFolder.of(config)
+    folder.path.mkdir(parents=True)
+    folder.config_file.write_text(json.dumps({"identity": config.identity()}))
+    folder.finish({"line": "as it was"})
+    done = subprocess.run(
+        [sys.executable, str(copy / PROGRAM.name), *flags], env=shell, capture_output=True, text=True, cwd="/"
+    )
+    assert done.stdout == f"{folder.path} is complete: as it was\n"
+    # It was found, and misses what this run never had.
+    assert done.stderr.startswith("cnnopt.quantize: ")
+    assert str(folder.checkpoints) in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_ctrl_c_while_it_starts_ends_it_at_once_without_a_traceback(shell):
+    process = start(["--dataset", "synthetic", "--epochs", "9"], shell, "-X", "importtime")
+    lines = []
+    while not lines or "cnnopt" not in lines[-1]:
+        lines.append(process.stderr.readline())
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    # As a shell reports it, 130: the signal's own end, or ours.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.timeout(300)
+def test_the_first_ctrl_c_saves_and_says_how_to_go_on(shell, tmp_path):
+    process = start(arguments(tmp_path, "--epochs", "400"), shell)
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "tiny/metrics.jsonl").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert (process.returncode, stderr) == (130, "")
+    assert stdout.splitlines()[-1].startswith("stopped as told and saved; the same command goes on")
+    assert checkpoint.list_steps(tmp_path / "tiny/checkpoints")
 
 
 @pytest.mark.timeout(300)

@@ -135,6 +135,27 @@ def test_a_launcher_that_answers_0_too_early_is_started_again(tmp_path):
     assert "3 starts in a row ended without a new checkpoint" in done.stderr
 
 
+def test_hosts_that_do_not_come_are_not_waited_for_without_an_end(tmp_path):
+    launcher, hosts = script(tmp_path, "exit 0", "launcher.sh"), script(tmp_path, "echo a:1")
+    flags = ["--min-np", "2", "--max-np", "2", "--host-discovery-script", hosts, "--run-dir", str(tmp_path)]
+    command = [sys.executable, "-c", HELD, launcher, *flags, "--elastic-timeout", "0.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "cnnopt.elastic: --min-np 2: 1 slots, of which 1 divide --batch-size 128, after 0.5 s; give a longer "
+        "--elastic-timeout, and the same command goes on\n"
+    )
+
+
+def test_a_launcher_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(elastic, "GRACE", 0.5)
+    stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]
+    with subprocess.Popen(stubborn, start_new_session=True, stdout=subprocess.PIPE) as job:
+        assert job.stdout.readline() == b"ready\n"
+        elastic.end(job)
+        assert job.wait(30) == -signal.SIGKILL
+
+
 def test_without_horovodrun_one_line_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))

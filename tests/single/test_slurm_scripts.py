@@ -49,6 +49,40 @@ def test_a_signal_before_the_ranks_start_puts_the_job_back_into_the_queue(launch
     assert asked == ["--version", *(["hostname"] if launcher == "horovodrun" else [])]
 
 
+@pytest.mark.parametrize(
+    ("status", "queued"), [(75, True), (137, True), (130, False), (143, False), (1, False), (2, False)]
+)
+def test_what_a_run_ended_with_decides_whether_it_is_queued_again(status, queued, tmp_path):
+    commands = {"squeue": "echo RUNNING", "scontrol": 'echo "requeued $2"; kill -KILL "$SCRIPT"'}
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = f"set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; requeue_or_exit {status}"
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "PATH": path}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert ("requeued 7" in done.stdout) == queued, done
+    assert done.returncode == (-9 if queued else status)
+
+
+def test_a_full_disk_keeps_no_job_from_the_queue(tmp_path):
+    queued = tmp_path / "queued"
+    commands = {"squeue": "echo RUNNING", "scontrol": f'touch {queued}; kill -KILL "$SCRIPT"'}
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = "set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; requeue_or_exit 75"
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "PATH": path}
+    with open("/dev/full", "w") as full:
+        subprocess.run(
+            ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, stdout=full, stderr=full, timeout=60
+        )
+    assert queued.exists()
+
+
 @pytest.mark.parametrize("name", ["CNNOPT_INTERFACE", "CNNOPT_PORT"])
 def test_a_network_is_not_ignored_by_other_launchers(name):
     variables = {"SLURM_JOB_NAME": "test", "LAUNCHER": "pmix", name: "ib0"}

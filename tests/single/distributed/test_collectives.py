@@ -36,6 +36,16 @@ def test_a_gpu_that_slurm_gave_and_tensorflow_does_not_find_is_one_line(monkeypa
         collectives._pin(World())
 
 
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpus_that_the_user_has_hidden_are_not_missed(hidden, monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    collectives._pin(World())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(collectives.LaunchError, match="TensorFlow finds none with CUDA_VISIBLE_DEVICES=7: look for"):
+        collectives._pin(World())
+
+
 BATCH = {"SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "16"}
 TASK = {
     "SLURM_PROCID": "5",
@@ -64,12 +74,14 @@ ALONE = {**TASK, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0", "SL
         (TASK, 16, 4),
         (ALONE, 16, 4),
         ({**BATCH, "OMPI_COMM_WORLD_RANK": "5", "SLURM_CPUS_PER_TASK": "8"}, 8, 8),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 16, 4),
     ],
     ids=[
         "the host's cores shared", "never none", "as the user says", "one task of SLURM with four ranks",
         "no more than SLURM gives a task", "srun, unbound", "srun, bound", "srun, bound, not asked for",
         "srun, all in one mask",
         "srun, unbound, not asked for", "srun, not asked for", "four ranks in one task of srun", "mpirun, bound",
+        "srun, in part",
     ],
 )  # fmt: skip
 def test_the_threads_of_a_rank_are_its_part_of_the_cores(environ, cores, threads, monkeypatch):

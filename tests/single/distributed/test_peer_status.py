@@ -1,8 +1,10 @@
 """The rank that is named after a failed exchange. Ranks are objects here, and processes if one is killed."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cnnopt.distributed.peer_status import PeerStatus, Place
+from cnnopt.distributed.peer_status import PeerStatus, Place, sendable
 from tests.helpers import ROOT
 
 
@@ -86,6 +88,31 @@ def test_an_error_of_one_rank_is_said_by_it_alone():
     assert second.startswith("rank 1 (host ")
     assert second.endswith("): cannot read")
     assert last_words(ranks(3), "cannot save", "", "") == ["cannot save", None, None]
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["x" * 100_000, "cannot read \udcff.bin", "a\nb\n" * 5000, "\u00e9" * 9_999],
+    ids=["long", "bytes", "lines", "cut"],
+)
+def test_an_error_of_any_kind_reaches_the_others_and_makes_no_rank_dead(why):
+    presences = ranks(3)
+    first, second, third = last_words(presences, "", why, "")
+    assert (first, third) == (None, None)
+    assert second.startswith("rank 1 (host ")
+    assert second.endswith(sendable(why))
+    assert len(sendable(why).encode()) <= 10_000
+    # All of them still answer.
+    assert [presences[0].ask(rank) for rank in range(3)] == ["failed", sendable(why), "failed"]
+    assert last_words(ranks(2), why, why) == [sendable(why), None]
+
+
+@pytest.mark.parametrize("said", [b"\xff\xfe\n", b"x" * 100_000, b""], ids=["no UTF-8", "without an end", "nothing"])
+def test_a_rank_answers_on_whatever_it_was_told(said):
+    first, second = ranks(2)
+    with socket.create_connection(second.places[1].address) as stranger, contextlib.suppress(OSError):
+        stranger.sendall(said)
+    assert first.ask(1) == "running"
 
 
 def test_an_error_of_all_ranks_is_said_by_the_first():

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -57,6 +58,25 @@ def test_every_task_gets_the_place_that_horovod_itself_would_assign(counts):
         assert slurm.horovod_variables(said) == {
             f"HOROVOD_{name.upper()}": str(value) for name, value in vars(slot).items()
         }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_NODEID": None}, "SLURM_NODEID is not set"),
+        ({"SLURM_LOCALID": ""}, "SLURM_LOCALID=: no number"),
+        ({"SLURMD_NODENAME": None}, "SLURMD_NODENAME is not set"),
+        ({"SLURM_NODEID": "2"}, "does not fit SLURM_NODEID=2, SLURM_LOCALID=0 and SLURM_STEP_NUM_TASKS=3"),
+        ({"SLURM_LOCALID": "1"}, "does not fit SLURM_NODEID=1, SLURM_LOCALID=1"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "does not fit .* SLURM_STEP_NUM_TASKS=4"),
+    ],
+)
+def test_what_srun_has_said_in_part_is_refused(changes, message):
+    whole = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1",
+             "SLURM_NODEID": "1", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "b"}  # fmt: skip
+    assert slurm.horovod_variables(whole)["HOROVOD_LOCAL_SIZE"] == "1"
+    with pytest.raises(ValueError, match=message):
+        slurm.horovod_variables({k: v for k, v in {**whole, **changes}.items() if v is not None})
 
 
 def test_a_batch_script_is_no_task():
@@ -125,7 +145,36 @@ def test_a_rank_that_reaches_nothing_says_so_and_what_to_do():
         server.shutdown()
     with pytest.raises(RendezvousError, match=r"rank 1 on .* cannot reach .*let /etc/hosts there give its name"):
         rendezvous.check(two_hosts("127.0.0.1", server.server_port), patience=0)
-    rendezvous.check({**two_hosts("127.0.0.1", server.server_port), "HOROVOD_LOCAL_SIZE": "2"}, patience=0)
+
+
+def of_one_host(address: str, port: object) -> dict[str, str]:
+    return {**two_hosts(address, 0), "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port), "HOROVOD_LOCAL_SIZE": "2"}
+
+
+def test_what_another_job_has_left_is_refused_at_once():
+    with Rendezvous("127.0.0.1") as server:
+        there = of_one_host("127.0.0.1", server.server_port)
+        rendezvous.check(there)
+        assert rendezvous.answers(there)
+        server.shutdown()
+    left = [(there, "Connection refused"), (of_one_host("127.0.0.1", "x"), "InvalidURL")]
+    for variables, why in left:
+        with pytest.raises(RendezvousError, match=rf"^HOROVOD_SIZE=2, but no launcher answers at 127.* \(.*{why}"):
+            rendezvous.check(variables, patience=0)
+        assert not rendezvous.answers(variables)
+    with pytest.raises(RendezvousError, match="HOROVOD_SIZE=2, but HOROVOD_GLOO_RENDEZVOUS_ADDR is not set"):
+        rendezvous.check({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"})
+    # mpirun's ranks know of no rendezvous.
+    rendezvous.check({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize("name", ["nosuch.invalid", "a" * 64 + ".b"])
+def test_a_host_whose_name_has_no_address_is_one_line(name, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    with Rendezvous("127.0.0.1") as server:
+        with pytest.raises(UserError, match=rf"this host's name {name} has no address here.*add it to /etc/hosts"):
+            rendezvous.check(of_one_host("127.0.0.1", server.server_port))
+        server.shutdown()
 
 
 def test_a_host_whose_own_name_is_the_loopback_is_named(monkeypatch):
@@ -148,6 +197,7 @@ def launch(*arguments: str, **variables: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        start_new_session=True,
     )
 
 
@@ -188,6 +238,41 @@ def test_a_signal_reaches_the_ranks_and_their_status_comes_back():
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
+
+
+#: What training does: it saves when told, unless it is told again.
+SAVES = (
+    "from cnnopt.distributed.signals import StopRequest; request = StopRequest(); request.training = True; "
+    "request.listen(); os.write(1, b'ready' + bytes([10])); "
+    "[time.sleep(0.05) for _ in iter(lambda: request.told, True)]; time.sleep({seconds}); sys.exit(request.status)"
+)
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["a terminal's", "of a script to the launcher"])
+def test_the_first_ctrl_c_stops_all_ranks_with_130(to_all):
+    process = launch("-np", "2", *rank(SAVES.format(seconds=2)))
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    began = time.monotonic()
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    # They had the time to save.
+    assert time.monotonic() - began > 2
+    assert stderr.count("\n") == 1
+    assert f"ended with status {130 if to_all else 75}" in stderr
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["a terminal's", "of a script to the launcher"])
+def test_the_second_ctrl_c_ends_all_ranks_at_once(to_all):
+    process = launch("-np", "2", *rank(SAVES.format(seconds=300)))
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    for _ in range(2):
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        time.sleep(2)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,11 @@ libc.pthread_mutex_lock(mutex)
 
 
 @contextlib.contextmanager
-def stuck(*, training: bool, saved: bool = False, **variables: str) -> Iterator[subprocess.Popen]:
+def stuck(
+    *, training: bool, saved: bool = False, before: Sequence[str] = (), **variables: str
+) -> Iterator[subprocess.Popen]:
     with subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(training=training, saved=saved)],
+        [*before, sys.executable, "-c", STUCK.format(training=training, saved=saved)],
         cwd=ROOT,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
@@ -50,11 +52,31 @@ def stuck(*, training: bool, saved: bool = False, **variables: str) -> Iterator[
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_before_training_a_signal_ends_the_process_with_75(number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_before_training_a_signal_ends_the_process(number, status):
     with stuck(training=False) as process:
         process.send_signal(number)
-        assert process.wait(30) == 75
+        assert process.wait(30) == status
+
+
+def test_the_second_ctrl_c_ends_it_at_once():
+    with stuck(training=True) as process:
+        process.send_signal(signal.SIGINT)
+        # As a launcher passes on what the terminal has sent to all.
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+def test_ctrl_c_is_not_heard_where_a_shell_has_it_ignored():
+    ignored = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    with stuck(training=False, before=ignored) as process:
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 75)])

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnopt.distributed import host
+from cnnopt.errors import RunError
+from cnnopt.export import pack as pack_module
 from cnnopt.export.clustering import assign, cluster, codebook
 from cnnopt.export.explain import notes
 from cnnopt.export.measure import accuracy, entropy, ledger, ratios, sizes
@@ -347,6 +349,29 @@ def test_a_damaged_tflite_file_is_refused_or_read_but_never_crashes(small_file, 
             lines.append(str(error))
     assert len(lines) > 30
     assert not any("\n" in line for line in lines)
+
+
+def test_an_archive_that_would_not_give_the_file_back_is_never_written(small_file, monkeypatch):
+    data, *_ = small_file
+    compress = pack_module._compress
+    # A coder that loses a bit.
+    monkeypatch.setattr(pack_module, "_compress", lambda stream: compress(stream[:-1] + bytes([stream[-1] ^ 1])))
+    with pytest.raises(RunError, match=r"small\.tflite: its archive would not give it back"):
+        pack(data, Path("small.tflite"))
+
+
+def test_a_worker_that_ends_leaves_no_hole(small_file, tmp_path):
+    from cnnopt.export import interpret
+
+    data, *_ = small_file
+    images = np.zeros((8, 8, 8, 16), np.uint8)
+
+    def advance(count: int) -> None:
+        raise OSError("nobody reads the progress")
+
+    with pytest.raises(OSError, match="nobody reads"):
+        interpret.logits(data, tmp_path, images, threads=2, batch=1, advance=advance)
+    assert len(interpret.logits(data, tmp_path, images, threads=2, batch=1)) == 8
 
 
 def test_the_interpreter_refuses_a_file_cut_short(small_file, tmp_path):

@@ -98,6 +98,22 @@ def test_a_run_decays_each_kernel_once_and_nothing_else(float32_policy):
     assert model.optimizer.shrinkage == pytest.approx(3.0)
 
 
+def test_the_digest_is_of_every_shape_that_is_orthogonalized(monkeypatch, float32_policy):
+    kernels = [v for v in small_runs.build(small_runs.settings(depth=20)).trainable_variables if muon.orthogonalizes(v)]
+    shapes = {(int(np.prod(kernel.shape[:-1])), int(kernel.shape[-1])) for kernel in kernels}
+    assert len(shapes) == 6
+    here, orthogonalized = muon.digest(), muon.orthogonalized
+    for shape in shapes:
+
+        def elsewhere(matrices: tf.Tensor, odd: tuple[int, int] = shape) -> tf.Tensor:
+            """As on a processor that rounds matrices of this shape otherwise."""
+            rounding = 1e-6 if tuple(matrices.shape[1:]) == odd else 0.0
+            return orthogonalized(matrices) * (1 + rounding)
+
+        monkeypatch.setattr(muon, "orthogonalized", elsewhere)
+        assert muon.digest() != here, shape
+
+
 def test_ranks_that_would_step_otherwise_are_refused(monkeypatch, float32_policy):
     here = muon.digest()
     assert here == muon.digest()

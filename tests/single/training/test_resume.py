@@ -4,13 +4,13 @@ import json
 import re
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tf_keras.callbacks import Callback
 
 from cnnopt.distributed.peer_status import PeerStatus
@@ -20,7 +20,7 @@ from cnnopt.run import checkpoint, run_folder
 from cnnopt.run.atomic_files import ReadError, WriteError
 from cnnopt.run.run_folder import RunFolder
 from cnnopt.schedules import parse_duration
-from cnnopt.training import callbacks, metrics, resume, session
+from cnnopt.training import callbacks, console, metrics, resume, session
 from tests.helpers import small_runs
 
 
@@ -48,8 +48,8 @@ def run(
     request = StopRequest()
     stop = callbacks.StopWhenTold(request)
     every = parse_duration(save_every, "esm")
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    record = metrics.Record(folder, config, timeline, first_step, console)
+    say = console.make_console(quiet=False)
+    record = metrics.Record(folder, config, timeline, first_step, say)
     small_runs.fit(
         model,
         config,
@@ -61,7 +61,7 @@ def run(
             metrics.Measure(timeline),
             callbacks.Evaluate(small_runs.IMAGES, world),
             record,
-            callbacks.Save(every, timeline, config, folder.checkpoints, world, console, record.recorded),
+            callbacks.Save(every, timeline, config, folder.checkpoints, world, say, record.recorded),
         ],
     )
     return folder, stop
@@ -134,6 +134,46 @@ def test_a_save_that_fails_costs_the_run_only_where_no_other_follows(tmp_path, c
     path.unlink()
     with pytest.raises(checkpoint.SaveError, match="step-00000005"):
         run(tmp_path, save_every="1e", hooks=[Break(path, 3)], stop_in=4)
+
+
+class Kept:
+    """A standard output that notes what is kept on the disk when an epoch's line comes."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.found = folder, []
+
+    def write(self, text: str) -> int:
+        if text.startswith("epoch "):
+            lines = len(self.folder.metrics()) if self.folder.metrics_file.exists() else 0
+            self.found.append((lines, len(checkpoint.list_steps(self.folder.checkpoints))))
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_what_is_printed_waits_until_all_is_kept(tmp_path, monkeypatch):
+    config = small_runs.settings(save_every="1e", run_dir=str(tmp_path), name="run")
+    folder, model = RunFolder.of(config), small_runs.build(config)
+    folder.open(config, {})
+    monkeypatch.setattr("sys.stdout", Kept(folder))
+    rank = session.Rank(World(), console.make_console(quiet=False), StopRequest(), PeerStatus("test"))
+    session.train(rank, model, small_runs.IMAGES, config, folder, masks=[callbacks.Prune(print)])
+    found = sys.stdout.found
+    monkeypatch.undo()
+    assert found == [(1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_log_holds_no_codes_of_a_terminal(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "1")
+    said = console.make_console(quiet=False)
+    assert not said.is_terminal
+    said.print("[bold]a line", style="red")
+    assert capsys.readouterr().out == "[bold]a line\n"
 
 
 def test_strict_save_ends_the_run_at_the_first_save_that_fails(tmp_path):
@@ -278,7 +318,7 @@ def test_the_speed_of_an_epoch_is_that_of_its_training(tmp_path, monkeypatch):
     config = small_runs.settings(run_dir=str(tmp_path), name="run", deterministic=True)
     folder = RunFolder.of(config)
     folder.open(config, {})
-    rank = session.Rank(World(), Console(quiet=True), StopRequest(), PeerStatus("test"))
+    rank = session.Rank(World(), console.make_console(quiet=True), StopRequest(), PeerStatus("test"))
     assert not session.train(rank, small_runs.build(config), small_runs.IMAGES, config, folder)
     assert [line["seconds"] < 1000 for line in folder.metrics()] == [True] * 3
     assert late == 3000

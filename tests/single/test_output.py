@@ -1,0 +1,90 @@
+"""Programs whose output nobody can take: they go on, and end with the status of what they do."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PROGRAM = """
+import contextlib, os, sys
+from pathlib import Path
+from rich.console import Console
+from cnnopt.output import outlive_readers
+outlive_readers()
+for line in range(3):
+    print("a line", line, flush=True)
+    Console().print("and one of rich")
+    print("a warning", file=sys.stderr)
+Path(sys.argv[1]).write_text("done")
+with contextlib.suppress(OSError):
+    os.write(2, b"from C++")
+# As much as no buffer holds, and a last line that waits in one.
+print("x" * 100_000)
+"""
+
+
+def run(done: Path, **streams: object) -> int:
+    return subprocess.run([sys.executable, "-c", PROGRAM, str(done)], cwd=ROOT, timeout=60, **streams).returncode
+
+
+def test_a_full_disk_ends_nothing(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert run(tmp_path / "done", stdout=full, stderr=full) == 0
+    assert (tmp_path / "done").read_text() == "done"
+
+
+def test_a_reader_that_has_gone_ends_nothing(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run(tmp_path / "done", stdout=writer, stderr=writer) == 0
+    os.close(writer)
+    assert (tmp_path / "done").read_text() == "done"
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", PROGRAM, str(tmp_path / "done")]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
+    assert (tmp_path / "done").read_text() == "done"
+
+
+def test_what_can_be_read_is_whole(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "done")]
+    done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    lines = [word for line in range(3) for word in (f"a line {line}", "and one of rich")]
+    assert done.stdout.splitlines() == [*lines, "x" * 100_000]
+    assert done.stderr == "a warning\n" * 3 + "from C++"
+
+
+def test_unbuffered_output_comes_by_lines(tmp_path):
+    code = "from cnnopt.output import outlive_readers; outlive_readers(); print('now'); input()"
+    command = [sys.executable, "-u", "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "now\n"
+        with contextlib.suppress(BrokenPipeError):
+            process.communicate("\n", timeout=30)
+
+
+@pytest.mark.parametrize("module", ["cnnopt.launch", "cnnopt.elastic"])
+def test_a_line_of_an_error_that_nobody_can_read_changes_no_status(module):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", module, "--wrong"], cwd=ROOT, stdout=full, stderr=full, timeout=60)
+    assert done.returncode == 2
+
+
+def test_a_program_of_ours_is_found_below_a_folder_with_a_colon(tmp_path):
+    copy = tmp_path / "a:b"
+    copy.mkdir()
+    (copy / "cnnopt").symlink_to(ROOT / "cnnopt")
+    code = f"import sys; sys.path.insert(0, {str(copy)!r}); from cnnopt import command_line as c; "
+    code += "print(*c.python_m('cnnopt.launch'), sep=chr(10))"
+    variables = {**os.environ, "PYTHONSAFEPATH": "1"}
+    command = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    given = command.stdout.strip().split("\n", 2)
+    done = subprocess.run([*given, "--help"], env=variables, capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m cnnopt.launch")
