@@ -7,6 +7,7 @@ trains one resident batch, because the thread of the input pipeline would distur
 the bytes that each kind reads and writes, by the shapes of its inputs and outputs, before TensorFlow fuses any.
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
+    horovodrun -np 2 .venv/bin/python benchmarks/operations.py --depth 44 --batch 64    # with the exchange
 """
 
 import os
@@ -20,11 +21,11 @@ from pathlib import Path
 from side_by_side import arguments, report, table
 
 from cnnopt.distributed import collectives
-from cnnopt.distributed.world import World
+from cnnopt.distributed.world import launched
 
 os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-collectives.prepare(World(), deterministic=False, verbose=False)
-collectives.start(verbose=False)
+collectives.prepare(launched()[0], deterministic=False, verbose=False)
+WORLD = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 from arithmetic import GEMM, floating_point_operations, matrix_product  # noqa: E402
@@ -103,9 +104,9 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
     """The table of one network, and every figure."""
     images = datasets.load("synthetic", synthetic_sizes=(batch, batch))
     compute = precision.choose(asked, has_gpu=collectives.device() == "GPU")
-    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch, epochs=1000, base_lr=1e-3, optimizer="sgd",
-                         prune_begin="0s", prune_end="1s", name="operations")  # fmt: skip
-    model = build_model(config, images, Timeline(batch, batch, config.epochs), compute, ranks=1)
+    config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch * WORLD.size, epochs=1000, base_lr=1e-3,
+                         optimizer="sgd", prune_begin="0s", prune_end="1s", name="operations")  # fmt: skip
+    model = build_model(config, images, Timeline(batch, batch, config.epochs), compute, ranks=WORLD.size)
     model.make_train_function()
     model.prune(1)
     labels = images.train_labels.astype("int64")
@@ -133,7 +134,11 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
     number = sum(count for kind, count in counts.items() if kind not in shown)
     rows = [
         [kind, f"{count / steps:.0f}", f"{1e3 * spent / steps:.2f}", f"{spent / total:.1%}"]
-        for kind, count, spent in [*((k, counts[k], seconds[k]) for k in shown), ("all others", number, rest)]
+        for kind, count, spent in [
+            *((k, counts[k], seconds[k]) for k in shown),
+            ("all others", number, rest),
+            ("together", sum(counts.values()) - counts["executor"], total - seconds["executor"]),
+        ]
     ]
     gemm = 2 * GEMM**3 / statistics.median(products)
     multiplied = floating_point_operations(model) * batch * steps
@@ -164,7 +169,8 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     found = {str(depth): profile(depth, args.batch, args.steps, args.rounds, args.precision) for depth in args.depth}
     runs = {depth: content for depth, (_, content) in found.items()}
-    report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
+    if WORLD.first:
+        report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})
 
 
 if __name__ == "__main__":

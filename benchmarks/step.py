@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Time of a step and of its parts, in one process, and the rate of a step against that of matrix products.
 
-The whole step takes turns with the same step without pruning, with one resident batch and no input pipeline, with
-another optimizer, and without XLA. The convolutions and normalizations of each stage take turns by themselves, forward
-and backward. Saving and recording are timed as the training thread waits for them.
+The whole step takes turns with the same step without pruning, with one resident batch and no input pipeline, and with
+another optimizer. The convolutions and normalizations of each stage take turns by themselves, forward and backward.
+Saving and recording are timed as the training thread waits for them.
 
     .venv/bin/python benchmarks/step.py --depth 44 --batch 128 --rounds 10 --out docs/benchmarks/step.json
 """
@@ -94,8 +94,6 @@ def build(
     model.make_train_function()
     if config.sparsity:
         model.prune(1)
-    else:
-        model.run.mask_of = [None] * len(model.run.mask_of)
     stream = loop.training_stream(config, images, WORLD, first_step=0, last_step=timeline.total_steps)
     return model, streams.enter_context(stream)
 
@@ -133,9 +131,6 @@ def profile(
         "without the input pipeline": lambda: pruned.train_function(resident),
         "with Muon": lambda: orthogonal.train_function(orthogonal_stream),
     }
-    if compute.fuse:
-        plain, plain_stream = build(config, images, replace(compute, fuse=False), streams)
-        whole["without what XLA compiles"] = lambda: plain.train_function(plain_stream)
     seconds = turns(whole, rounds) | turns(parts(pruned, batch, compute.compute), rounds)
     seconds |= saving_and_recording(pruned, max(3, rounds // 10))
     medians = {name: median_and_spread(values) for name, values in seconds.items()}

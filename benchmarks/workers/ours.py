@@ -61,7 +61,7 @@ def model(exchange: str, wire: str, optimizer: str, bucketed: bool) -> Synchrono
 def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
     kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd", True).pruner.kernels]
-    return magnitude_masks(kernels, sparsity, "uniform")
+    return [mask.numpy() for mask in magnitude_masks(kernels, sparsity, "uniform")]
 
 
 def processor_seconds() -> float:
@@ -108,7 +108,8 @@ def block(
         "seconds": seconds,
         "horovods_seconds": processor_seconds() - before,
         "bytes": int(mine.exchange.bytes.numpy()) / steps,
-        "vectors": [len(vector.kept.numpy()) * mine.exchange.wire.size for vector in mine.exchange.vectors],
+        # The last stage's is ready first.
+        "vectors": [len(bucket.kept.numpy()) * mine.exchange.wire.size for bucket in reversed(mine.exchange.buckets)],
         "compute": COMPUTE.compute,
         "exchange": mine.exchange.choice.kind,
     }

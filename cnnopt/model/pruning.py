@@ -36,32 +36,39 @@ def num_pruned(size: int, sparsity: float) -> int:
     return size - round(size * (1 - sparsity))
 
 
-def magnitude_masks(kernels: Sequence[np.ndarray], sparsity: float, scope: Scope) -> list[np.ndarray]:
-    """Boolean masks, True where a weight is kept, with exactly the asked number of False.
+def magnitude_masks(kernels: Sequence[tf.Tensor], sparsity: float, scope: Scope) -> list[tf.Tensor]:
+    """Boolean masks, True where a weight is kept, with exactly the asked number of False; kernels are float32.
 
     ``uniform`` prunes each kernel to ``sparsity``; ``global`` ranks the weights of all kernels together.
     Ties in magnitude fall to the lower index, so equal weights give equal masks on every rank.
     """
+    flat = [tf.reshape(kernel, [-1]) for kernel in kernels]
     if scope == "global":
-        joined = np.concatenate([kernel.ravel() for kernel in kernels])
-        mask = magnitude_masks([joined], sparsity, "uniform")[0]
-        parts = np.split(mask, np.cumsum([kernel.size for kernel in kernels])[:-1])
-        return [part.reshape(kernel.shape) for part, kernel in zip(parts, kernels, strict=True)]
-    masks = []
-    for kernel in kernels:
-        mask = np.ones(kernel.size, bool)
-        order = np.argsort(np.abs(kernel.ravel()), kind="stable")
-        mask[order[: num_pruned(kernel.size, sparsity)]] = False
-        masks.append(mask.reshape(kernel.shape))
-    return masks
+        masks = tf.split(_largest(tf.concat(flat, 0), sparsity), [len(part) for part in flat])
+    else:
+        masks = [_largest(part, sparsity) for part in flat]
+    return [tf.reshape(mask, kernel.shape) for mask, kernel in zip(masks, kernels, strict=True)]
+
+
+def _largest(weights: tf.Tensor, sparsity: float) -> tf.Tensor:
+    """bool [n]: False for those of ``weights`` [n] that ``sparsity`` prunes."""
+    pruned = num_pruned(len(weights), sparsity)
+    # Without its sign a float is ordered as its bits are. TensorFlow takes numbers below 1e-38 for zeros, but not bits.
+    magnitudes = tf.bitwise.bitwise_and(tf.bitcast(weights, tf.int32), 0x7FFFFFFF)
+    # The largest that is pruned, and of how many equal ones.
+    threshold = tf.sort(magnitudes)[pruned - 1] if pruned else -1
+    below, equal = magnitudes < threshold, magnitudes == threshold
+    ties = pruned - tf.math.count_nonzero(below, dtype=tf.int32)
+    return ~(below | (equal & (tf.cumsum(tf.cast(equal, tf.int32)) <= ties)))
 
 
 class Pruner:
-    """The masks of one model and the schedule that renews them."""
+    """The masks of one model, 1 where a weight of ``kernels`` is kept, and the schedule that renews them."""
 
     def __init__(
         self,
         kernels: Sequence[tf.Variable],
+        masks: Sequence[tf.Variable],
         *,
         schedule: Literal["none", "constant", "polynomial"],
         final_sparsity: float,
@@ -69,12 +76,11 @@ class Pruner:
         window: PruningWindow,
         scope: Scope,
     ) -> None:
-        self.kernels = list(kernels)
+        self.kernels, self.masks = list(kernels), list(masks)
         self.scope = scope
         self.window = window
         self.final_sparsity = final_sparsity
         self.enabled = schedule != "none"
-        self.masks = [tf.Variable(tf.ones_like(k), trainable=False, name=f"mask/{k.name}") for k in self.kernels]
         if schedule == "polynomial" and window.end > window.begin:
             self._schedule = tfmot.sparsity.keras.PolynomialDecay(
                 initial_sparsity=initial_sparsity,
@@ -87,11 +93,6 @@ class Pruner:
             self._schedule = tfmot.sparsity.keras.ConstantSparsity(
                 final_sparsity, begin_step=window.begin, end_step=window.end, frequency=window.frequency
             )
-
-    def masks_of(self, variables: Sequence[tf.Variable]) -> list[tf.Variable | None]:
-        """The mask of each variable, None where it has none."""
-        masks = {kernel.ref(): mask for kernel, mask in zip(self.kernels, self.masks, strict=True)}
-        return [masks.get(variable.ref()) for variable in variables]
 
     def due(self, step: int) -> bool:
         """True when the masks change once ``step`` steps are done."""
@@ -117,10 +118,10 @@ class Pruner:
         """Compute the masks that are due after ``step`` steps, and set the pruned weights to zero."""
         # The schedule computes in float32; at its end the asked sparsity is used to the last digit.
         sparsity = self.final_sparsity if step >= self.window.end else self.target(step)
-        masks = magnitude_masks([kernel.numpy() for kernel in self.kernels], sparsity, self.scope)
+        masks = magnitude_masks(self.kernels, sparsity, self.scope)
         for variable, kernel, mask in zip(self.masks, self.kernels, masks, strict=True):
-            variable.assign(mask.astype(np.float32))
-            kernel.assign(tf.where(mask, kernel, tf.zeros_like(kernel)))
+            variable.assign(tf.cast(mask, tf.float32))
+            kernel.assign(tf.where(mask, kernel, 0.0))
 
     def sparsities(self) -> dict[str, float]:
         """Measured share of exact zeros of each kernel, by its layer's name, and of all of them as ``total``."""

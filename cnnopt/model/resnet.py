@@ -95,19 +95,14 @@ class IdentityShortcut(layers.Layer):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a network is made of. ``fused`` has others, which compute the same faster, and ``cnnopt.export.qat``
-    has those that compute as int8 arithmetic does.
+    """What a network is made of; ``cnnopt.export.qat`` has others, which compute as int8 arithmetic does.
 
-    ``join`` takes [shortcut, branch] to relu(shortcut + branch), twice; without it that is Add, ``relu`` and
-    ``rounded``, which is not called on what ``join`` returns.
     ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
     """
 
     standardize: Callable[..., layers.Layer] = Standardize
     convolution: Callable[..., layers.Layer] = Conv2D
     dense: Callable[..., layers.Layer] = layers.Dense
-    relu: Callable[..., layers.Layer] = layers.ReLU
-    join: Callable[..., layers.Layer] | None = None
     rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
 
 
@@ -140,24 +135,17 @@ def resnet(
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
 
     def relu(x: tf.Tensor, name: str) -> tf.Tensor:
-        return parts.rounded(parts.relu(name=name)(x), name)
-
-    def join(shortcut: tf.Tensor, branch: tf.Tensor, block: str) -> tuple[tf.Tensor, tf.Tensor]:
-        if parts.join is not None:
-            return parts.join(name=f"{block}_relu2")([shortcut, branch])
-        x = relu(layers.Add(name=f"{block}_add")([shortcut, branch]), f"{block}_relu2")
-        return x, x
+        return parts.rounded(layers.ReLU(name=name)(x), name)
 
     images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
     x = parts.standardize(mean, std, name="standardize")(images)
-    x = shortcut = relu(conv_bn(x, topology.FILTERS[0], 1, "stem"), "stem_relu")
+    x = relu(conv_bn(x, topology.FILTERS[0], 1, "stem"), "stem_relu")
     for block in topology.blocks(depth):
-        if block.downsamples:
-            shortcut = IdentityShortcut(name=f"{block.name}_shortcut")(shortcut)
+        shortcut = IdentityShortcut(name=f"{block.name}_shortcut")(x) if block.downsamples else x
         strides = 2 if block.downsamples else 1
         y = relu(conv_bn(x, block.filters, strides, f"{block.name}_conv1"), f"{block.name}_relu1")
         y = parts.rounded(conv_bn(y, block.filters, 1, f"{block.name}_conv2"), f"{block.name}_conv2")
-        x, shortcut = join(shortcut, y, block.name)
+        x = relu(layers.Add(name=f"{block.name}_add")([shortcut, y]), f"{block.name}_relu2")
     x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
     # Logits stay float32 under any policy: the softmax of half-precision logits loses small probabilities.
     x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)

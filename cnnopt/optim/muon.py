@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -51,45 +50,41 @@ def orthogonalized(matrices: tf.Tensor) -> tf.Tensor:
 class Muon(SGD):
     """Muon for the kernels of convolutions, SGD with Nesterov momentum for all else.
 
-    ``weight_decay`` shrinks those kernels by as much as the same number, added to the gradient, would under SGD: its
-    momentum sums up to 1 / (1 - momentum) of each. Their gradients are to come without it.
+    ``runs`` says what the one vector of weights is made of, part after part: (number of kernels, their shape [height,
+    width, input channels, output channels]), or (number of other weights, None). ``weight_decay`` shrinks the kernels
+    by as much as the same number, added to the gradient, would under SGD: its momentum sums up to 1 / (1 - momentum) of
+    each. Their gradients are to come without it.
     """
 
-    def __init__(self, learning_rate: float, *, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        learning_rate: float,
+        *,
+        momentum: float,
+        weight_decay: float,
+        runs: Sequence[tuple[int, tf.TensorShape | None]],
+    ) -> None:
         super().__init__(learning_rate, momentum=momentum)
         self.shrinkage = weight_decay / (1 - momentum)
+        self.runs = runs
+        self.sizes = [count * (shape.num_elements() if shape else 1) for count, shape in runs]
+        self.orthogonal = tf.repeat([shape is not None for _, shape in runs], self.sizes)
 
-    def apply_gradients(self, grads_and_vars: Sequence[tuple[tf.Tensor, tf.Variable]], **kwargs: Any) -> Any:
-        """As in Keras: float32 gradients of the shapes of their variables."""
-        pairs = list(grads_and_vars)
-        groups: dict[tuple[int, ...], list[tuple[tf.Tensor, tf.Variable]]] = {}
-        for gradient, variable in pairs:
-            if orthogonalizes(variable):
-                groups.setdefault(tuple(variable.shape), []).append((gradient, variable))
-        # Kernels of one shape together: a few operations for them all.
-        for group in groups.values():
-            self._step(*zip(*group, strict=True))
-        return super().apply_gradients([pair for pair in pairs if not orthogonalizes(pair[1])], **kwargs)
-
-    def _step(self, gradients: Sequence[tf.Tensor], kernels: Sequence[tf.Variable]) -> None:
-        """Move kernels that have one shape, [height, width, input channels, output channels]."""
-        slots = [self.slot(kernel) for kernel in kernels]
-        gradient = tf.stack(gradients)
-        momentum = self.momentum * tf.stack(slots) + gradient
-        ahead = self.momentum * momentum + gradient
-        # One column for each output channel.
-        matrices = tf.reshape(ahead, [len(kernels), -1, ahead.shape[-1]])
-        step = tf.reshape(orthogonalized(matrices), ahead.shape)
-        rate = self.learning_rate
-        moved = (1 - rate * self.shrinkage) * tf.stack(kernels) - rate * SPECTRAL_STEP * step
-        for variables, values in ((slots, momentum), (kernels, moved)):
-            for variable, value in zip(variables, tf.unstack(values), strict=True):
-                variable.assign(value)
-
-
-def orthogonalizes(variable: tf.Variable) -> bool:
-    """True for the weights that Muon takes, the kernels of convolutions."""
-    return variable.shape.rank == 4
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
+        """Move ``variable`` by a gradient, float32 [weights] both."""
+        rate, slot = self.learning_rate, self.slot(variable)
+        # As TensorFlow's kernel for SGD has it, the momentum of the other weights contains the rate.
+        pull = tf.where(self.orthogonal, 1.0, -rate) * gradient
+        momentum = self.momentum * slot + pull
+        steps = tf.split(self.momentum * momentum + pull, self.sizes)
+        for i, (count, shape) in enumerate(self.runs):
+            if shape is not None:
+                # One column for each output channel; kernels of one shape together, a few operations for them all.
+                step = orthogonalized(tf.reshape(steps[i], [count, -1, shape[-1]]))
+                steps[i] = -rate * SPECTRAL_STEP * tf.reshape(step, [-1])
+        shrunk = tf.where(self.orthogonal, 1 - rate * self.shrinkage, 1.0) * variable
+        slot.assign(momentum)
+        variable.assign(shrunk + tf.concat(steps, 0))
 
 
 def digest() -> str:

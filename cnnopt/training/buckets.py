@@ -32,25 +32,23 @@ class Choice:
     reason: str
 
 
-class _Vector:
-    """Some of the tensors, joined to be sent together: which ones, and the entries that are kept; all at first."""
+class Bucket:
+    """What is sent together, float32 [size], and which of its entries are kept; all at first."""
 
-    def __init__(self, members: Sequence[int], sizes: Sequence[int], *, dense: bool, name: str) -> None:
-        self.members, self.sizes, self.name = members, [sizes[i] for i in members], name
-        self.size, self.dense = sum(self.sizes), dense
+    def __init__(self, size: int, *, dense: bool, name: str) -> None:
+        self.size, self.dense, self.name = size, dense, name
         # Its length changes with the masks, and no step must be traced anew for that.
         self.kept = tf.Variable(
-            np.ones(self.size, bool) if dense else np.arange(self.size)[:, np.newaxis], trainable=False,
-            shape=[self.size] if dense else [None, 1],
+            np.ones(size, bool) if dense else np.arange(size)[:, np.newaxis], trainable=False,
+            shape=[size] if dense else [None, 1],
         )  # fmt: skip
 
     def keep(self, kept: np.ndarray) -> None:
         """Keep the entries that are True in ``kept``, bool [size]; the same on all ranks."""
         self.kept.assign(kept if self.dense else np.argwhere(kept))
 
-    def join(self, tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-        """What is to be sent of all the tensors, float32 [kept]."""
-        flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in self.members], axis=0)
+    def take(self, flat: tf.Tensor) -> tf.Tensor:
+        """What is to be sent, float32 [kept]."""
         return flat if self.dense else tf.gather_nd(flat, self.kept)
 
     def put_back(self, summed: tf.Tensor) -> tf.Tensor:
@@ -67,61 +65,53 @@ class _Vector:
 
 
 class Exchange:
-    """The means over all ranks of float32 tensors, zero where ``masks`` are.
+    """The means over all ranks of float32 vectors of ``sizes``, each sent as soon as it is there; of one size, joined.
 
-    ``sizes`` are their numbers of entries, and ``masks`` the variables, 1 or 0, that belong to them; None where all is
-    kept. ``wire`` is the type that is sent. ``vectors`` are the places of those that are sent together, what is known
-    first in the first; all in one without it.
+    ``masks`` float32, 1 or 0, are of the first entries of the vectors joined; the others are always kept. ``wire`` is
+    the type that is sent.
     """
 
     def __init__(
-        self, sizes: Sequence[int], masks: Sequence[tf.Variable | None], *, ranks: int, choice: Choice, wire: str,
-        clock: Callable[[], tf.Tensor], vectors: Sequence[Sequence[int]] | None = None,
+        self, sizes: Sequence[int], masks: tf.Variable, *, ranks: int, choice: Choice, wire: str,
+        clock: Callable[[], tf.Tensor],
     ) -> None:  # fmt: skip
-        self.masks = list(masks)
-        self.size = sum(sizes)
+        self.masks, self.size = masks, sum(sizes)
         self.ranks, self.choice, self.wire, self.clock = ranks, choice, tf.as_dtype(wire), clock
         self.seconds = tf.Variable(0, trainable=False, dtype=tf.float64)
         self.bytes = tf.Variable(0, trainable=False, dtype=tf.int64)
-        self.vectors = [
-            _Vector(members, sizes, dense=choice.kind == "dense", name=f"step.{i}")
-            for i, members in enumerate(vectors or [range(len(sizes))])
-        ]
+        self.buckets = [Bucket(size, dense=choice.kind == "dense", name=f"step.{i}") for i, size in enumerate(sizes)]
 
     def follow_masks(self) -> None:
         """Keep from now on what the masks keep."""
-        for vector in self.vectors:
-            masks = [self.masks[i] for i in vector.members]
-            kept = [
-                np.ones(n, bool) if m is None else m.numpy().ravel() != 0
-                for n, m in zip(vector.sizes, masks, strict=True)
-            ]
-            vector.keep(np.concatenate(kept))
+        kept = np.ones(self.size, bool)
+        kept[: self.masks.shape[0]] = self.masks.numpy() != 0
+        ends = np.cumsum([bucket.size for bucket in self.buckets])
+        for bucket, part in zip(self.buckets, np.split(kept, ends[:-1]), strict=True):
+            bucket.keep(part)
 
     def restart(self) -> None:
         """Count ``seconds`` and ``bytes`` from 0."""
         self.seconds.assign(0.0)
         self.bytes.assign(0)
 
-    def __call__(self, tensors: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Means over all ranks of tensors that have ``sizes`` entries, and whether all are finite on all ranks.
+    def __call__(self, vectors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """The means over all ranks, joined, float32 [size]; and whether all are finite on all ranks.
 
         What is pruned comes back as 0, and is not asked whether it is finite: it would not have come here. ``seconds``
-        counts from when the last tensor is there: what is sent while others are computed costs nothing.
+        counts from when the last vector is there: what is sent while others are computed costs nothing.
         """
-        joined = [vector.join(tensors) for vector in self.vectors]
-        with tf.control_dependencies(joined):
+        if len(self.buckets) == 1:
+            vectors = [tf.concat(vectors, 0)]
+        taken = [bucket.take(flat) for bucket, flat in zip(self.buckets, vectors, strict=True)]
+        with tf.control_dependencies(taken):
             before = self.clock()
-        totals = [
-            vector.put_back(self.total(flat, vector.name)) for vector, flat in zip(self.vectors, joined, strict=True)
+        sums = [
+            bucket.put_back(self.total(flat, bucket.name)) for bucket, flat in zip(self.buckets, taken, strict=True)
         ]
-        with tf.control_dependencies(totals):
+        total = tf.concat(sums, 0)
+        with tf.control_dependencies([total]):
             self.seconds.assign_add(self.clock() - before)
-        means: dict[int, tf.Tensor] = {}
-        for vector, total in zip(self.vectors, totals, strict=True):
-            means |= zip(vector.members, tf.split(total / self.ranks, vector.sizes), strict=True)
-        shaped = [tf.reshape(means[i], tensor.shape) for i, tensor in enumerate(tensors)]
-        return shaped, tf.reduce_all([tf.reduce_all(tf.math.is_finite(total)) for total in totals])
+        return total / self.ranks, tf.reduce_all(tf.math.is_finite(total))
 
     def total(self, flat: tf.Tensor, name: str) -> tf.Tensor:
         """The sum over all ranks of ``flat``, float32 [kept]; counted. One rank sends nothing."""
@@ -158,11 +148,12 @@ def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) ->
     """
     exchanges = []
     for kind in ("dense", "sparse"):
+        masks = tf.Variable(tf.cast(np.random.default_rng(0).permutation(size) < kept, tf.float32), trainable=False)
         exchange = Exchange(
-            [size], [None], ranks=ranks, choice=Choice(kind, ""), wire=wire, clock=lambda: tf.constant(0.0, tf.float64)
+            [size], masks, ranks=ranks, choice=Choice(kind, ""), wire=wire, clock=lambda: tf.constant(0.0, tf.float64)
         )  # fmt: skip
-        exchange.vectors[0].keep(np.random.default_rng(0).permutation(size) < kept)
-        exchanges.append(tf.function(lambda flat, exchange=exchange: exchange([flat])[0][0], autograph=False))
+        exchange.follow_masks()
+        exchanges.append(tf.function(lambda flat, exchange=exchange: exchange([flat])[0], autograph=False))
     flat = tf.ones([size])
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):

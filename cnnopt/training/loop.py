@@ -79,8 +79,7 @@ def fit(
             hooks.on_train_batch_end(step, logs)
             step += 1
         if step == end:
-            hooks.on_epoch_end(epoch, {m.name: float(m.result()) for m in model.metrics})
-            model.reset_metrics()
+            hooks.on_epoch_end(epoch, model.end_epoch())
     hooks.on_train_end()
 
 

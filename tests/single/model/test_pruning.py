@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cnnopt.model.pruning import Pruner, PruningError, magnitude_masks, num_pruned, prunable_kernels
+from cnnopt.model import pruning as model_pruning
+from cnnopt.model.pruning import Pruner, PruningError, num_pruned, prunable_kernels
 from cnnopt.schedules import PruningWindow
 from cnnopt.training.callbacks import Prune
 from tests.helpers import small_runs
@@ -26,6 +27,10 @@ KERNELS = st.lists(hnp.arrays(np.float32, SHAPES, elements=WEIGHTS), min_size=1,
 SPARSITIES = st.one_of(st.sampled_from([0.0, 0.5, 0.6, 0.7, 0.9, 0.999]), st.floats(0, 0.9999))
 
 
+def magnitude_masks(kernels: list[np.ndarray], sparsity: float, scope: str) -> list[np.ndarray]:
+    return [mask.numpy() for mask in model_pruning.magnitude_masks(kernels, sparsity, scope)]
+
+
 def normal_kernels(*shapes: tuple[int, ...]) -> list[tf.Variable]:
     rng = np.random.default_rng(0)
     return [
@@ -35,7 +40,8 @@ def normal_kernels(*shapes: tuple[int, ...]) -> list[tf.Variable]:
 
 
 def pruner(kernels, schedule="polynomial", final=0.6, initial=0.0, window=(4, 24, 4), scope="uniform") -> Pruner:
-    return Pruner(kernels, schedule=schedule, final_sparsity=final, initial_sparsity=initial,
+    masks = [tf.Variable(tf.ones_like(kernel)) for kernel in kernels]
+    return Pruner(kernels, masks, schedule=schedule, final_sparsity=final, initial_sparsity=initial,
                   window=PruningWindow(*window), scope=scope)  # fmt: skip
 
 
@@ -254,13 +260,13 @@ class ZerosStay(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         model = self.model
-        slots = {v.name: v.numpy() for v in model.optimizer.variables}
-        averages = dict(zip([w.name for w in model.weights], model.run.averaged, strict=False))
+        state = small_runs.state(model)
         for kernel, mask in zip(model.pruner.kernels, model.pruner.masks, strict=True):
             off = mask.numpy() == 0
             self.wrong += int(np.sum(kernel.numpy()[off] != 0))
-            self.averages_wrong += int(np.sum(averages[kernel.name].numpy()[off] != 0))
-            moving = next(value for name, value in slots.items() if name.endswith(f"m/{kernel.name}"))
+            average = next(value for name, value in state.items() if name.endswith(f"ema/{kernel.name}:0"))
+            self.averages_wrong += int(np.sum(average[off] != 0))
+            moving = next(value for name, value in state.items() if name.endswith(f"/m/{kernel.name}"))
             self.pruned_with_momentum += int(np.sum(moving[off] != 0))
         self.totals.append(model.pruner.sparsities()["total"])
 

@@ -14,8 +14,8 @@ AUTO = {"size": 100, "prunable": 80, "sparsity": 0.5, "ranks": 2, "wire": "float
 
 
 def exchange(kind: str, mask: np.ndarray, wire: str = "float32") -> Exchange:
-    """Of a masked part and of one of two entries that is always kept."""
-    made = Exchange([mask.size, 2], [tf.Variable(mask), None], ranks=1, choice=Choice(kind, ""), wire=wire,
+    """Of a bucket whose entries have a mask but for the last, and of one of two entries that are always kept."""
+    made = Exchange([mask.size + 1, 2], tf.Variable(mask), ranks=1, choice=Choice(kind, ""), wire=wire,
                     clock=tf.timestamp)  # fmt: skip
     made.follow_masks()
     return made
@@ -28,14 +28,13 @@ def exchange(kind: str, mask: np.ndarray, wire: str = "float32") -> Exchange:
 def test_what_is_pruned_comes_back_as_zero_and_the_rest_as_it_was(kind, device, puts_back, monkeypatch):
     # The operations that a GPU gets, on this CPU.
     monkeypatch.setattr("cnnopt.distributed.collectives.device", lambda: device)
-    mask = np.float32([[1, 0, 1], [0, 0, 1]])
-    gradient, other = tf.constant([[1.5, 2, 3], [4, 5, 6]]), tf.constant([7.0, -8.0])
+    mask = np.float32([1, 0, 1, 0, 0, 1])
+    gradient, other = tf.constant([1.5, 2, 3, 4, 5, 6, -9]), tf.constant([7.0, -8.0])
     step = tf.function(exchange(kind, mask), autograph=False)
     used = {operation.type for operation in step.get_concrete_function([gradient, other]).graph.get_operations()}
     assert used & {"SelectV2", "SparseToDense", "TensorScatterUpdate"} == {puts_back}
-    (found, kept), finite = step([gradient, other])
-    np.testing.assert_array_equal(found, gradient * mask)
-    np.testing.assert_array_equal(kept, other)
+    found, finite = step([gradient, other])
+    np.testing.assert_array_equal(found, [1.5, 0, 3, 0, 0, 6, -9, 7, -8])
     assert finite
 
 
@@ -43,14 +42,15 @@ def test_what_is_pruned_comes_back_as_zero_and_the_rest_as_it_was(kind, device, 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_only_what_is_kept_must_be_finite(kind, bad):
     mask = np.float32([1, 0])
-    (found, _), finite = exchange(kind, mask)([tf.constant([1.0, bad]), tf.zeros([2])])
+    found, finite = exchange(kind, mask)([tf.constant([1.0, bad, 2.0]), tf.zeros([2])])
     assert finite
-    np.testing.assert_array_equal(found, [1, 0])
-    assert not exchange(kind, mask)([tf.constant([bad, 1.0]), tf.zeros([2])])[1]
+    np.testing.assert_array_equal(found, [1, 0, 2, 0, 0])
+    assert not exchange(kind, mask)([tf.constant([bad, 1.0, 2.0]), tf.zeros([2])])[1]
+    assert not exchange(kind, mask)([tf.zeros([3]), tf.constant([0.0, bad])])[1]
 
 
 def test_a_value_beyond_the_type_of_the_wire_is_not_finite():
-    value = tf.constant([70000.0])
+    value = tf.constant([70000.0, 0.0])
     assert exchange("dense", np.float32([1]))([value, tf.zeros([2])])[1]
     assert not exchange("dense", np.float32([1]), wire="float16")([value, tf.zeros([2])])[1]
 
@@ -58,13 +58,13 @@ def test_a_value_beyond_the_type_of_the_wire_is_not_finite():
 def test_masks_may_change_both_ways_without_a_new_trace():
     mask = np.ones(6, np.float32)
     made = exchange("sparse", mask)
-    step = tf.function(lambda: made([tf.range(1.0, 7.0), tf.constant([8.0, 9.0])])[0][0])
+    step = tf.function(lambda: made([tf.range(1.0, 8.0), tf.constant([8.0, 9.0])])[0])
     for zeros in ([], [0], [0, 3, 4], [1], [0, 1, 2, 3, 4, 5]):
         kept = np.ones(6, np.float32)
         kept[zeros] = 0
-        made.masks[0].assign(kept)
+        made.masks.assign(kept)
         made.follow_masks()
-        np.testing.assert_array_equal(step(), kept * np.arange(1, 7))
+        np.testing.assert_array_equal(step(), [*(kept * np.arange(1, 7)), 7, 8, 9])
     assert step.experimental_get_tracing_count() == 1
 
 
