@@ -267,7 +267,7 @@ def test_terminal_and_markdown_hold_the_figures(trained):
 
 
 def test_the_report_has_the_keys_of_its_schema_in_their_order(trained):
-    """As in ``report_keys.txt``, which the code before ``Variant`` wrote; "*" is a layer or a package."""
+    """As in ``report_keys.txt``, "*" is a layer or a package."""
     seen = {}
 
     def note(value, path=""):
