@@ -7,9 +7,9 @@
     Kubernetes   kubectl apply -k k8s/overlays/gpu
     SLURM        sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 slurm/super.sbatch
 
-The run is in runs/<name>/: metrics.jsonl, TensorBoard's files in tb/, checkpoints/, result.json. The same command
-goes on where it was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and saved, 130
-stopped by Ctrl-C and saved.
+The run folder runs/<name>/ holds metrics.jsonl, TensorBoard's files in tb/, checkpoints/ and result.json. The same
+command resumes a run that was stopped. Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal and
+saved, 130 stopped by Ctrl-C and saved.
 """
 
 import signal
@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Python leaves this folder out where PYTHONSAFEPATH is set.
+# Python does not search this folder for modules if PYTHONSAFEPATH is set.
 sys.path.insert(0, str(Path(__file__).parent.resolve()))
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # Ctrl-C would be a traceback of what is being imported.
+    # Without this, Ctrl-C during the imports below would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cnnopt.config import TrainConfig, parse_args
@@ -34,8 +34,8 @@ from cnnopt.schedules import Timeline
 
 
 def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
-    """One run, from its configuration to its result line; returns the exit status."""
-    # ---- Refuse at once what cannot work; TensorFlow is not loaded yet -------------------------------------------
+    """Do one run, from its configuration to its result line. Returns the exit status."""
+    # ---- Refuse settings that cannot work, before TensorFlow is loaded -------------------------------------------
     launch_info, _ = launched()
     config.check_ranks(launch_info.size)
     folder = RunFolder.of(config)
@@ -55,7 +55,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     world = collectives.start(verbose=config.verbose)
     config.check_ranks(world.size)
     collectives.exchange_addresses(peers)
-    # Horovod: all ranks take the first one's word, as not all may see the same disk.
+    # Horovod: rank 0's answer counts for all ranks, because the ranks may not see the same disk.
     done = collectives.broadcast_object(done)
     if done is not None:
         collectives.shutdown()
@@ -68,7 +68,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
 
     console = make_console(quiet=not world.first)
 
-    # ---- Data, model, and where the run goes on ------------------------------------------------------------------
+    # ---- Load the data, build the model, restore a checkpoint ----------------------------------------------------
     images = datasets.load(
         config.dataset, config.data_dir, seed=config.seed, show_progress=world.first, share=world.local_size > 1
     )
@@ -88,7 +88,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     if session.train(rank, model, images, config, folder, masks=[callbacks.Prune(console.print)]):
         return request.status
 
-    # ---- What came out -------------------------------------------------------------------------------------------
+    # ---- Check and write the result ------------------------------------------------------------------------------
     model.pruner.verify_final()
     if world.first:
         result = run_folder.summarize(folder.metrics(), model.pruner.sparsities())
@@ -101,13 +101,13 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
 
 
 def finish(config: TrainConfig, folder: RunFolder, result: Mapping[str, Any]) -> int:
-    """A run that was complete before: say so, and quantize it where asked."""
+    """Report that the run was already complete, and quantize it if ``--quantize`` is set."""
     print(f"{folder.path} is complete: {result['line']}", flush=True)
     return quantize(config, folder) if config.quantize else 0
 
 
 def quantize(config: TrainConfig, folder: RunFolder) -> NoReturn:
-    """Export and measure a complete run, in a program that knows neither Horovod nor this run's precision."""
+    """Export and measure a complete run, in a new program without Horovod and without this run's precision."""
     data_dir = ["--data-dir", config.data_dir] if config.data_dir else []
     entrypoint.become("cnnopt.quantize", str(folder.path.resolve()), *data_dir)
 

@@ -1,3 +1,3 @@
-"""Train a pruned, mixed-precision CIFAR ResNet synchronously, and measure what that bought."""
+"""Train a pruned, mixed-precision CIFAR ResNet synchronously, and measure the gain."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""What a run is: one frozen dataclass, the command line made from its fields, and the named presets.
+"""The settings of a run: one frozen dataclass, the command line made from its fields, and the named presets.
 
-Standard library only, so that ``--help`` and every mistake on the command line are answered at once.
+This module uses the standard library only. So ``--help`` and mistakes on the command line are answered at once.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from cnnopt.schedules import Timeline, parse_drops, parse_duration
 
 
 class ConfigError(UserError):
-    """A setting that cannot be; the message is one line that names the flag and the remedy."""
+    """A setting is invalid. The message is one line that names the flag and the remedy."""
 
 
-#: Steps beyond which a run is a slip of the keyboard: the rate of each step is computed before the first.
+#: Longest run in steps; more is taken for a typing error. All learning rates are computed before the first step.
 MOST_STEPS = 10**7
-#: Deeper ones are refused. Keras 2 builds a network by functions that call each other for each layer: 560 layers are
-#: built in half a minute on two cores, and 1,202, the deepest of He et al. 2016, end in a RecursionError. Where Python
-#: allows more calls, these had not taken their first step after five minutes, in 6 GB.
+#: Deeper networks are refused. Keras 2 builds a network with nested calls, one level for each layer. It builds 560
+#: layers in half a minute on two cores. 1,202 layers, the deepest of He et al. 2016, end in a RecursionError. With a
+#: higher recursion limit, those 1,202 layers had not taken their first step after five minutes, in 6 GB.
 MOST_LAYERS = 560
-#: Bytes of a file's name on the usual file systems.
+#: Longest file name on the usual file systems, in bytes.
 NAME_MAX = 255
 
 
 def _flag(default: Any, help: str, *, identity: bool = True, before: Any = dataclasses.MISSING) -> Any:
-    """A field with its help text. ``identity`` is False where a resumed run may differ from the first.
+    """Make a field with its help text. ``identity`` is False if a resumed run may change the field.
 
-    ``before``: what runs did that were stored when there was no such field yet, if not ``default``.
+    ``before`` is the value for runs that were stored before the field existed; without it, ``default`` is used.
     """
     before = default if before is dataclasses.MISSING else before
     return field(default=default, metadata={"help": help, "identity": identity, "before": before})
@@ -45,7 +45,7 @@ def _flag(default: Any, help: str, *, identity: bool = True, before: Any = datac
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run. A field ``base_lr`` is the flag ``--base-lr``."""
+    """All settings of a run. The field ``base_lr`` is the flag ``--base-lr``, and so on."""
 
     dataset: Literal["cifar10", "cifar100", "digits", "synthetic"] = _flag("cifar10", "images to learn")
     data_dir: str | None = _flag(
@@ -131,7 +131,7 @@ class TrainConfig:
     verbose: bool = _flag(False, "show TensorFlow's and Horovod's own messages", identity=False)
 
     def __post_init__(self) -> None:
-        """Settle what depends on other fields, then refuse what cannot be."""
+        """Set the fields that depend on other fields, then refuse invalid settings."""
         if self.sparsity_schedule == "none" or self.sparsity == 0:
             object.__setattr__(self, "sparsity_schedule", "none")
             object.__setattr__(self, "sparsity", 0.0)
@@ -148,21 +148,22 @@ class TrainConfig:
         return f"{self.dataset}-resnet{self.depth}{pruned}-{self.precision}-seed{self.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the result; a run can be resumed only where they are equal."""
+        """The fields that decide the result. A run can be resumed only if they are equal."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["identity"]}
 
     def peak_rate(self) -> float:
-        """``base_lr`` for the batch: times batch / 128 for SGD (Goyal et al. 2017, section 2.1), times its root else.
+        """The peak learning rate for this batch size: ``base_lr`` times a factor.
 
-        Steps of Adam, and of Muon's kernels, have one size whatever the gradient is, so a larger batch makes them less
-        noisy, not longer (the square root rule of Malladi et al. 2022, arXiv:2205.10287, without its part for betas).
+        For SGD the factor is batch / 128 (Goyal et al. 2017, section 2.1), for the others its square root. Adam, and
+        Muon on kernels, take steps of one size for any gradient. So a larger batch makes a step less noisy, not longer
+        (the square root rule of Malladi et al. 2022, arXiv:2205.10287, without its part for betas).
         """
         assert self.base_lr is not None
         batches = self.batch_size / 128
         return self.base_lr * (batches if self.optimizer == "sgd" else math.sqrt(batches))
 
     def check_ranks(self, ranks: int) -> None:
-        """Raise ConfigError where ``ranks`` are not as many as expected, or cannot share the batch equally."""
+        """Raise ConfigError if the number of ranks is not the expected one, or does not divide the batch."""
         if self.expect_ranks not in (None, ranks):
             raise ConfigError(
                 f"--expect-ranks {self.expect_ranks}: {ranks} started; check -np, --ntasks or the worker replicas"
@@ -173,9 +174,10 @@ class TrainConfig:
             raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
 
     def check_timeline(self, timeline: Timeline, ranks: int = 1) -> None:
-        """Raise ConfigError where a batch is more than the images, or something would come after the end of the run.
+        """Raise ConfigError if a batch has more images than the data set, or the schedules do not fit the run.
 
-        That is masks, also where they would change in no order, the warm-up, and drops of the learning rate.
+        A schedule does not fit if the masks, the warm-up or a drop of the learning rate come after the end of the run,
+        or if the mask updates would end before they begin.
         """
         if timeline.batch_size > timeline.num_images:
             raise ConfigError(
@@ -206,7 +208,7 @@ class TrainConfig:
                 )
 
     def difference(self, identity: dict[str, Any]) -> str | None:
-        """The fields in which a stored ``identity()`` differs, as text; None where all agree."""
+        """The fields in which a stored ``identity()`` differs from this one, as text. None if all are equal."""
         stored, mine = completed(identity), self.identity()
         differing = [
             f"--{name.replace('_', '-')} was {stored[name]}, is {mine.get(name, 'not known to this version of cnnopt')}"
@@ -217,13 +219,13 @@ class TrainConfig:
 
 
 def completed(identity: dict[str, Any]) -> dict[str, Any]:
-    """A stored ``TrainConfig.identity()``, with the settings that there were not yet when it was stored."""
+    """A stored ``TrainConfig.identity()``, completed with the settings that were added to cnnopt later."""
     fields = [f for f in dataclasses.fields(TrainConfig) if f.metadata["identity"]]
     return {**{f.name: f.metadata["before"] for f in fields if f.name not in identity}, **identity}
 
 
 def _validate(config: TrainConfig) -> None:
-    """Raise ConfigError for the first setting that cannot be."""
+    """Raise ConfigError for the first invalid setting."""
 
     def refuse(flag: str, remedy: str) -> NoReturn:
         raise ConfigError(f"--{flag.replace('_', '-')} {getattr(config, flag)}: {remedy}")
@@ -292,7 +294,7 @@ _STUDY: dict[str, Any] = {
     "lr_schedule": "step",
     "lr_drops": "80e:0.1,120e:0.01,160e:0.001,180e:0.0005",
     "warmup": "0e",
-    # Keras' L2(1e-4) adds 1e-4 x w^2 to the loss, whose gradient is 2e-4 x w.
+    # Keras' L2(1e-4) adds 1e-4 x w^2 to the loss. The gradient of this term is 2e-4 x w.
     "weight_decay": 2e-4,
     "augment": "none",
     "normalize": "pixel-mean",
@@ -312,7 +314,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "polynomial": {"sparsity": 0.6, "sparsity_schedule": "polynomial", "precision": "float32"},
     "mixed": {**_DENSE, "precision": "auto"},
     "super": {"depth": 44, "sparsity": 0.6, "sparsity_schedule": "polynomial", "precision": "auto"},
-    # horovodrun -np 2 python train_hvd.py --preset demo: under two minutes on two cores.
+    # horovodrun -np 2 python train_hvd.py --preset demo: takes under two minutes on two cores.
     "demo": {
         "dataset": "digits",
         "depth": 14,
@@ -364,14 +366,14 @@ def _parser() -> Parser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that a command line asks for.
+    """Read the configuration from a command line.
 
-    Raises UserError with a one-line message; prints the help text and raises SystemExit(0) for ``--help``.
+    Raises UserError with a one-line message. For ``--help``, prints the help text and raises SystemExit(0).
     """
     given = vars(_parser().parse_args(argv))
     chosen = given.pop("preset", None)
     preset = dict(PRESETS[chosen]) if chosen else {}
-    # A dense preset sets both, and one of them given beside it means the other too.
+    # A dense preset sets both --sparsity and --sparsity-schedule. One of the two flags overrides both settings.
     if given.get("sparsity") and preset.get("sparsity_schedule") == "none":
         del preset["sparsity_schedule"]
     if given.get("sparsity_schedule", "none") != "none" and preset.get("sparsity") == 0:
@@ -380,6 +382,6 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         raise ConfigError(f"--sparsity {given['sparsity']:g}: prunes, and --sparsity-schedule none does not: drop one")
     config = TrainConfig(**{**preset, **given})
     if chosen in STUDY and "name" not in given:
-        # They differ from other presets in what the default name does not tell.
+        # The study presets differ from the others in settings that the default name does not contain.
         return dataclasses.replace(config, name=f"study-{config.name}")
     return config

@@ -1,7 +1,7 @@
-"""When things happen: durations in steps, and the learning rate as a pure function of the global step.
+"""Schedules: durations in steps, and the learning rate as a pure function of the global step.
 
-Standard library only, and no state: the same step gives the same value on every rank, at any rank count and
-after any resume.
+This module uses the standard library only and has no state. The same step gives the same value on every rank, at
+any rank count and after any resume.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Duration:
 def parse_duration(text: str, allowed: str = "se%") -> Duration:
     """Read ``500s`` (steps), ``2e`` (epochs), ``15%`` (of the run) or ``10m`` (minutes).
 
-    Raises ValueError, naming the units in ``allowed``, for anything else.
+    For any other text, raises ValueError with a message that names the units in ``allowed``.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([sem%])", text.strip())
     if match is None or match[2] not in allowed:
@@ -48,9 +48,9 @@ def parse_duration(text: str, allowed: str = "se%") -> Duration:
 class Timeline:
     """The length of a run, in steps of one global batch each.
 
-    The training stream is the concatenation of one permutation an epoch, cut into full global batches, so an
-    epoch need not be a whole number of steps; ``epoch_end`` gives the first step count at which every image of
-    that epoch has been seen.
+    The training stream concatenates one permutation of the images per epoch, and cuts it into full global batches.
+    So an epoch need not be a whole number of steps. ``epoch_end`` gives the first step count at which every image
+    of that epoch has been seen.
     """
 
     num_images: int
@@ -63,15 +63,15 @@ class Timeline:
         return self.epoch_end(self.epochs - 1)
 
     def epoch_end(self, epoch: int) -> int:
-        """Steps done when epoch ``epoch`` (counted from 0) has been seen completely."""
+        """The number of steps after which all images of epoch ``epoch`` (counted from 0) have been seen."""
         return -(-(epoch + 1) * self.num_images // self.batch_size)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch (counted from 0) that is in progress when ``step`` steps are done."""
+        """The epoch (counted from 0) that is in progress after ``step`` steps."""
         return step * self.batch_size // self.num_images
 
     def steps(self, duration: Duration) -> int:
-        """``duration`` in steps, rounded to the nearest."""
+        """``duration`` in steps, rounded to the nearest whole step."""
         if duration.unit == "s":
             return round(duration.value)
         if duration.unit == "e":
@@ -82,7 +82,7 @@ class Timeline:
 
 
 def parse_drops(text: str) -> list[tuple[Duration, float]]:
-    """Read ``80e:0.1,120e:0.01``: from each duration on, the learning rate is the peak times the factor."""
+    """Read ``80e:0.1,120e:0.01``: from each duration on, the learning rate is the peak times that factor."""
     drops = []
     for part in filter(None, text.split(",")):
         when, _, factor = part.partition(":")
@@ -97,7 +97,7 @@ def parse_drops(text: str) -> list[tuple[Duration, float]]:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Warm-up from 0 to ``peak`` (Goyal et al. 2017, section 2.2), then ``schedule``; durations in steps."""
+    """Warm-up from 0 to ``peak`` (Goyal et al. 2017, section 2.2), then ``schedule``. Durations are in steps."""
 
     peak: float
     warmup_steps: int
@@ -106,7 +106,7 @@ class LearningRate:
     drops: tuple[tuple[int, float], ...] = ()
 
     def __call__(self, step: int) -> float:
-        """The rate used for the update that follows ``step`` completed steps."""
+        """The learning rate for the update that follows ``step`` completed steps."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.schedule == "step":
@@ -120,11 +120,11 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class PruningWindow:
-    """The step counts after which masks are computed anew: begin, begin + frequency, ..., end.
+    """The step counts after which new masks are computed: begin, begin + frequency, ..., end.
 
-    ``end`` is moved down to a multiple of ``frequency`` from ``begin``. Otherwise the schedules of
-    tensorflow-model-optimization, which fire only at those multiples, would never fire at ``end_step`` and the
-    final sparsity would not be reached.
+    ``end - begin`` is rounded down to a multiple of ``frequency``. The schedules of tensorflow-model-optimization
+    fire only at such multiples. Without the rounding they would not fire at ``end_step``, and the run would not
+    reach the final sparsity.
     """
 
     begin: int
@@ -133,10 +133,10 @@ class PruningWindow:
 
     @classmethod
     def aligned(cls, begin: int, end: int, frequency: int) -> PruningWindow:
-        """A window whose end is hit by an update."""
+        """A window that has a mask update exactly at its end."""
         frequency = max(1, min(frequency, end - begin))
         return cls(begin, begin + (end - begin) // frequency * frequency, frequency)
 
     def updates_after(self, step: int) -> bool:
-        """True when the masks change once ``step`` steps are done."""
+        """True if the masks change after ``step`` steps."""
         return self.begin <= step <= self.end and (step - self.begin) % self.frequency == 0

@@ -1,8 +1,8 @@
 """Read CIFAR-10 and CIFAR-100 from the files in which they are published.
 
 Layouts: https://www.cs.toronto.edu/~kriz/cifar.html. The files come from disks and networks that we do not
-control, so nothing in them is trusted: sizes are bounded before a byte is read, archives are read in memory and
-never extracted, and pickles go through cifar_pickle, which imports and calls nothing.
+control, so we trust nothing in them. Sizes are bounded before a byte is read. Archives are read in memory and
+never extracted. Pickles go through cifar_pickle, which imports and calls nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from cnnopt.errors import UserError
 PIXELS = 3 * 32 * 32
 REMEDY = "delete it and run again without --data-dir to download it, or point --data-dir at a complete copy"
 
-# The margin admits other encodings: a protocol-2 pickle that Python 3 wrote is half as large again.
+# The margin allows other encodings: a protocol-2 pickle written by Python 3 is half as large again.
 _SIZE_MARGIN = 4
 _MAX_NAMES_BYTES = 1 << 16
-# The published archives have under 10 members; without a bound, a million empty ones fit in a small file.
+# The published archives have under 10 members. The bound is needed because a small file can hold a million empty ones.
 _MAX_MEMBERS = 64
 
 
@@ -48,28 +48,28 @@ class Layout:
     names: str
     num_classes: int
     images_per_file: int
-    #: For binary files the label bytes before the pixels, of which the last is the label; 0 for pickles.
+    #: Binary files: the number of label bytes before the pixels; the last of them is the label. Pickles: 0.
     label_bytes: int
     labels_key: str = ""
     names_key: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All file names of the folder that are read."""
+        """The names of all files that are read from the folder."""
         return (*self.train, self.test, self.names)
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where the folder may be, below that of all data sets: as it is unpacked, and where Keras 3 unpacks it."""
+        """The possible paths of the folder below the data folder: as tar unpacks it, and as Keras 3 unpacks it."""
         return (self.folder, f"{self.folder}-target/{self.folder}")
 
     @property
     def record(self) -> int:
-        """Bytes of one image with its labels in a binary file."""
+        """The size in bytes of one image with its labels in a binary file."""
         return self.label_bytes + PIXELS
 
     def max_bytes(self, file: str) -> int:
-        """Bytes above which `file` cannot be the published one."""
+        """The largest size in bytes at which `file` can be the published one."""
         return _MAX_NAMES_BYTES if file == self.names else _SIZE_MARGIN * self.images_per_file * self.record
 
 
@@ -94,10 +94,10 @@ Splits = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 
 
 def find(name: str, directory: Path) -> tuple[Layout, Path] | None:
-    """The first complete copy in `directory`, as its layout and folder or archive; None where there is none.
+    """The first complete copy in `directory`: its layout, and its folder or archive. None if there is no copy.
 
-    Folders come before archives, because they read faster. Raises DataError where all that is there is a
-    folder that lacks some of its files, or where one may not be looked into.
+    Folders come before archives, because they read faster. Raises DataError if there is nothing but a folder
+    with missing files, or if the user may not look into a folder.
     """
     incomplete = None
     for layout in LAYOUTS[name]:
@@ -105,7 +105,7 @@ def find(name: str, directory: Path) -> tuple[Layout, Path] | None:
             present = [file for file in layout.files if stat.S_ISREG(_mode(folder / file))]
             if len(present) == len(layout.files):
                 return layout, folder
-            # In `directory` itself only a training file is a sure sign: other data has a `test` or `meta` too.
+            # In `directory` itself, only a training file proves a copy: other data sets have a `test` or `meta` too.
             is_folder = stat.S_ISDIR(_mode(folder))
             begun = is_folder if folder != directory else any(file in layout.train for file in present)
             if begun and incomplete is None:
@@ -123,14 +123,14 @@ def find(name: str, directory: Path) -> tuple[Layout, Path] | None:
 
 
 def check(layout: Layout, place: Path) -> None:
-    """Raise DataError where sizes, or first or last bytes, show that a copy is damaged. Reads no whole file."""
+    """Raise DataError if sizes, or first or last bytes, show that a copy is damaged. Reads no whole file."""
     if not place.is_dir():
         _check_size(place, max_archive_bytes(layout))
         with _opened(place) as file:
             head, tail = file.read(2), _last_bytes(file, 4)
         if head != b"\x1f\x8b":
             raise DataError(f"{place}: not a gzip archive; {REMEDY}")
-        # gzip ends with the length of what was compressed, and a tar is made of 512-byte blocks.
+        # gzip ends with the length of the uncompressed data, and a tar file consists of 512-byte blocks.
         if len(tail) < 4 or struct.unpack("<I", tail)[0] % 512:
             raise DataError(f"{place}: {_fault_at_end(place, max_archive_bytes(layout))}; {REMEDY}")
         return
@@ -149,7 +149,7 @@ def read(layout: Layout, place: Path) -> Splits:
     """Read and validate a folder or archive.
 
     Returns train images uint8 [N, 32, 32, 3], train labels int64 [N], test images, test labels, class names.
-    Raises DataError for whatever is not as published, number of images apart.
+    Raises DataError if anything but the number of images differs from the published form.
     """
     class_names: tuple[str, ...] = ()
     batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -186,7 +186,7 @@ def _opened(path: Path) -> Any:
 
 
 def _mode(path: Path) -> int:
-    """The type and the permissions of what is at ``path``; 0 where there is nothing. Raises DataError."""
+    """The file type and permissions of ``path``. 0 if it does not exist. Raises DataError if it cannot be read."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -197,7 +197,7 @@ def _mode(path: Path) -> int:
 
 
 def _fault_at_end(path: Path, most: int) -> str:
-    """What is wrong with an archive whose last bytes are not those of one."""
+    """Describe the fault of an archive that ends with the wrong bytes."""
     unpacking, unpacked = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), 0
     with _opened(path) as file:
         while unpacked <= most and (chunk := file.read(1 << 20)):
@@ -220,7 +220,7 @@ def _check_size(path: Path, most: int) -> int:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
-    # Opening a FIFO would wait for ever, and a device has no end.
+    # Opening a FIFO would wait for ever. Reading a device would never end.
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: not a regular file; {REMEDY}")
     if not 0 < status.st_size <= most:
@@ -249,12 +249,12 @@ def _folder_files(layout: Layout, folder: Path) -> Iterator[tuple[str, str, byte
 
 
 def max_archive_bytes(layout: Layout) -> int:
-    """Bytes above which an archive cannot be the published one, packed or unpacked."""
+    """The largest size in bytes, packed or unpacked, at which an archive can be the published one."""
     return sum(layout.max_bytes(file) for file in layout.files)
 
 
 class _Bounded:
-    """The decompressed bytes of an archive, which a small file could make endless."""
+    """The decompressed bytes of an archive, up to a bound: a small file could unpack without end."""
 
     def __init__(self, file: gzip.GzipFile, path: Path, most: int) -> None:
         self.file, self.path, self.left = file, path, most
@@ -268,14 +268,14 @@ class _Bounded:
 
 
 def _members(layout: Layout, path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """The expected files of an archive, picked by exact name: other members are never looked at."""
+    """The expected files of an archive, picked by exact name. Other members are skipped."""
     most = max_archive_bytes(layout)
     _check_size(path, most)
     wanted = {f"{layout.folder}/{file}": file for file in layout.files}
     with _opened(path) as raw:
         try:
             bounded = _Bounded(gzip.GzipFile(fileobj=raw), path, most)
-            # A stream can only go forward, so no header can send the reader into a loop (CVE-2025-8194).
+            # A stream only goes forward, so no header can send the reader into a loop (CVE-2025-8194).
             with tarfile.open(fileobj=bounded, mode="r|") as archive:  # type: ignore[call-overload]
                 for count, member in enumerate(archive):
                     if count == _MAX_MEMBERS:
@@ -288,12 +288,12 @@ def _members(layout: Layout, path: Path) -> Iterator[tuple[str, str, bytes]]:
                     contents = archive.extractfile(member)
                     assert contents is not None
                     yield file, f"{path}: {member.name}", contents.read()
-            # Reading to the end makes gzip compare its checksum.
+            # gzip compares its checksum only when the archive is read to the end.
             while bounded.read(1 << 20):
                 pass
         except DataError:
             raise
-        # tarfile and gzip raise whatever a damaged header leads them to.
+        # tarfile and gzip raise many kinds of exceptions for a damaged header.
         except Exception as error:
             raise DataError(f"{path}: damaged archive ({error or type(error).__name__}); {REMEDY}") from error
 

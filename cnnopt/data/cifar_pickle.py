@@ -1,8 +1,8 @@
-"""Evaluate the pickles in which CIFAR is published, and nothing else.
+"""Evaluate the pickles in which CIFAR is published, and no others.
 
-Not pickle.Unpickler, even with a restricted find_class: its C code sizes the memo by an index in the file, so
-one damaged byte (a BINPUT read as LONG_BINPUT) makes it claim up to 64 GiB, and nested tuples as keys make
-hashing take for ever. Here no global is imported or called, and time and memory follow the size of the file.
+pickle.Unpickler is not safe enough, even with a restricted find_class. Its C code sizes the memo by an index in the
+file, so one damaged byte (a BINPUT read as LONG_BINPUT) makes it allocate up to 64 GiB. Nested tuples as keys make
+hashing take for ever. This module imports and calls no global, and its time and memory follow the size of the file.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-# The largest published pickle, the training file of CIFAR-100, needs some 250,000; this many take seconds.
+# The largest published pickle, the training file of CIFAR-100, has some 250,000 opcodes. Two million take seconds.
 _MAX_OPCODES = 2_000_000
 
 
 class _Global(enum.Enum):
-    """What a global of the published files stands for here."""
+    """A stand-in for each global that the published files name."""
 
     ENCODE = enum.auto()
     RECONSTRUCT = enum.auto()
@@ -45,12 +45,12 @@ _EMPTY: dict[str, Any] = {
 
 
 class Array:
-    """What the file says of a numpy array, not yet believed."""
+    """A numpy array as the file describes it, not yet validated."""
 
     state: object = None
 
     def read(self) -> np.ndarray | None:
-        """The array, or None where it is not uint8, or its shape and its bytes disagree."""
+        """The validated array. None if it is not uint8, or if its shape does not match its bytes."""
         if not isinstance(self.state, tuple) or len(self.state) != 5:
             return None
         _, shape, dtype, is_fortran, raw = self.state
@@ -65,13 +65,13 @@ class Array:
 
 
 def loads(data: bytes) -> dict[str, Any]:
-    """The dictionary that a pickle holds, its keys as str; arrays come as `Array`, to be read by its `read`.
+    """The dictionary that a pickle holds, with keys as str. Arrays are returned as `Array`; call `read` on them.
 
-    Raises ValueError, with a message of one line, for anything that a CIFAR pickle does not contain.
+    Raises ValueError, with a one-line message, for anything that a CIFAR pickle does not contain.
     """
     try:
         value = _evaluate(data)
-    # Damaged bytes raise all sorts: stack underflow, undefined opcodes, text that is not UTF-8.
+    # Damaged bytes raise many kinds of exceptions: stack underflow, undefined opcodes, text that is not UTF-8.
     except Exception as error:
         raise ValueError(f"not a CIFAR pickle, or cut short ({error!r:.100})") from error
     if not isinstance(value, dict):
@@ -127,7 +127,7 @@ def _evaluate(data: bytes) -> object:
         elif name == "REDUCE":
             arguments = stack.pop()
             value = _called(stack.pop(), arguments)
-            # A file that encodes one string many times could take for ever; an honest one encodes each once.
+            # A malicious file could encode one string many times and take for ever. A real one encodes each once.
             encoded += len(value) if isinstance(value, bytes) else 0
             if encoded > len(data):
                 raise ValueError("encodes more than it holds")
@@ -136,7 +136,7 @@ def _evaluate(data: bytes) -> object:
             state = stack.pop()
             if isinstance(stack[-1], Array):
                 stack[-1].state = state
-            # The state of a dtype is byte order and alignment, which single bytes do not have.
+            # The state of a dtype is byte order and alignment. It is ignored, because single bytes have neither.
             elif stack[-1] is not _Global.UINT8:
                 raise ValueError("state for something that is no array")
         elif name == "STOP":
@@ -157,7 +157,7 @@ def _set_items(target: object, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
         raise ValueError("items for something that is no dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Comparing long equal keys again and again would take for ever.
+        # Comparing long equal keys many times would take for ever.
         if not isinstance(key, (str, bytes)) or len(key) > 64:
             raise ValueError("a key that is no short string")
         target[key.decode("latin-1") if isinstance(key, bytes) else key] = value

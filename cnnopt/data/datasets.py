@@ -1,7 +1,7 @@
 """CIFAR-10, CIFAR-100, digits and synthetic images: fetched, verified, and cut into augmented batches.
 
-Images stay in memory as uint8 [N, 32, 32, 3]. The training stream depends on the seed alone: not on the number
-of ranks, and not on where a run was stopped and resumed.
+Images stay in memory as uint8 [N, 32, 32, 3]. The training stream depends on the seed only. The number of ranks,
+and the steps at which a run was stopped and resumed, do not change it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cnnopt.data.cifar_files import DataError
 __all__ = ["AUGMENTATIONS", "DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download",
            "batches", "check", "indices", "load"]  # fmt: skip
 
-#: The data sets, and how many images each has to train on.
+#: The data sets, and the number of training images of each.
 DATASETS = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "synthetic": 2_048}
 AUGMENTATIONS = ("none", "standard", "shift")
 CONNECT_SECONDS = 15
@@ -46,13 +46,13 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell apart."""
+        """The number of classes."""
         return len(self.class_names)
 
 
 @dataclass(frozen=True)
 class Download:
-    """Where a data set is published, and what its archive must hash to."""
+    """The address of a published archive, and its MD5 checksum."""
 
     url: str
     md5: str
@@ -79,12 +79,12 @@ def load(
     share: bool = False,
     synthetic_sizes: tuple[int, int] = (DATASETS["synthetic"], 512),
 ) -> Dataset:
-    """Load a data set, downloading CIFAR where no `data_dir` is given and it is not there yet.
+    """Load a data set. Downloads CIFAR if no `data_dir` is given and there is no copy yet.
 
-    `share` keeps one copy of a CIFAR for all processes of this host that ask for it, see `shared_images`.
+    `share` keeps one copy of CIFAR for all processes of this host that ask for it, see `shared_images`.
 
     `data_dir` defaults to $CNNOPT_DATA_DIR, and that to ~/.keras/datasets. `seed` and `synthetic_sizes` (train
-    and test images) shape the synthetic data set only. Raises DataError where the data cannot be had.
+    and test images) shape the synthetic data set only. Raises DataError if the data cannot be loaded.
     """
     copy = _locate(name, data_dir)
     if name == "digits":
@@ -100,9 +100,9 @@ def load(
 
 
 def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:
-    """Raise DataError, in milliseconds, where the data is plainly missing or cut short.
+    """Raise DataError, within milliseconds, if the data is clearly missing or cut short.
 
-    Returns silently where `load` would download it.
+    Returns without an error if `load` would download the data.
     """
     copy = _locate(name, data_dir)
     if copy is not None:
@@ -110,11 +110,11 @@ def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:
 
 
 def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
-    """The folder of the data. Raises DataError where a flag or a variable names one that is not there."""
+    """The folder of the data. Raises DataError if a flag or a variable names a folder that does not exist."""
     origin, named = "--data-dir", data_dir
     if named is None:
         origin, named = "$CNNOPT_DATA_DIR", os.environ.get("CNNOPT_DATA_DIR") or None
-    # Unlike Path.expanduser, this leaves the ~ of an unknown user alone.
+    # os.path.expanduser keeps the ~ of an unknown user. Path.expanduser does not.
     directory = Path(os.path.expanduser(named or "~/.keras/datasets"))
     if named is None:
         if str(directory).startswith("~"):
@@ -122,7 +122,7 @@ def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
         return directory
     try:
         fault = None if stat.S_ISDIR(os.stat(directory).st_mode) else "is not a directory"
-    # ValueError: no name holds a NUL character.
+    # ValueError: the name holds a NUL character, which no file name can.
     except (FileNotFoundError, ValueError):
         fault = "does not exist"
     except OSError as error:
@@ -135,7 +135,7 @@ def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _locate(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[cifar_files.Layout, Path] | None:
-    """The copy of a CIFAR on disk; None where it is to be downloaded, and for the other data sets."""
+    """The copy of CIFAR on disk. None if it must be downloaded, and for the other data sets."""
     if name not in DATASETS:
         raise DataError(f"--dataset {name}: choose one of {', '.join(DATASETS)}")
     if name not in DOWNLOADS and data_dir is None:
@@ -155,7 +155,7 @@ def _locate(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[cifar_f
 
 
 def _download(name: str, directory: Path, show_progress: bool) -> tuple[cifar_files.Layout, Path]:
-    """Fetch a published archive into `directory`, once for all processes that share the directory."""
+    """Download a published archive into `directory`, once for all processes that share the directory."""
     import filelock
 
     source = DOWNLOADS[name]
@@ -185,7 +185,7 @@ def _download(name: str, directory: Path, show_progress: bool) -> tuple[cifar_fi
 
 
 def _fetch(url: str, file: IO[bytes], most: int, show_progress: bool) -> str:
-    """Write what `url` answers to `file` and return its MD5. Raises OSError."""
+    """Write the answer of `url` to `file`, and return its MD5. Raises OSError."""
     import http.client
     import urllib.request
 
@@ -225,7 +225,7 @@ def _progress_bar(title: str, total: int | None, show: bool) -> Iterator[Any]:
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
-    """Bilinear resize of [N, H, H, C] to [N, size, size, C], pixel centres aligned."""
+    """Bilinear resize of [N, H, H, C] to [N, size, size, C], with aligned pixel centres."""
     height = images.shape[1]
     centres = np.clip((np.arange(size) + 0.5) * height / size - 0.5, 0, height - 1)
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(height)))
@@ -233,7 +233,7 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _digits() -> Dataset:
-    """1,797 scanned digits of 8 x 8 pixels that scikit-learn brings along, so no download is needed."""
+    """1,797 scanned digits of 8 x 8 pixels. They come with scikit-learn, so no download is needed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -248,7 +248,7 @@ def _digits() -> Dataset:
 
 
 def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
-    """Ten smooth templates, each image a shifted and noisy view of one; a small network learns them at once."""
+    """Shifted and noisy views of ten smooth templates. A small network learns them at once."""
     rng = np.random.default_rng([seed, _SYNTHETIC])
     templates = 128 + 50 * _resized(rng.standard_normal((10, 5, 5, 3)), 40)
     views = sliding_window_view(templates, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
@@ -264,7 +264,7 @@ def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
 
 # The training stream -------------------------------------------------------------------------------------------
 
-# Each use of the seed draws from a generator of its own, so none shifts another.
+# Each use of the seed has a separate generator, so that no use changes the numbers of another.
 _PERMUTATION, _AUGMENTATION, _ORIENTATION, _SYNTHETIC = range(4)
 
 
@@ -276,11 +276,11 @@ def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def indices(step: int, *, batch_size: int, num_images: int, seed: int) -> np.ndarray:
-    """Which images the global batch of `step` (0-based) holds: int64 [batch_size].
+    """The indices of the images in the global batch of `step` (0-based): int64 [batch_size].
 
-    The stream is one permutation of all images after another, cut into batches: positions [step * batch_size,
-    (step + 1) * batch_size). A batch may hold the end of one epoch and the start of the next, so every batch
-    is full and each image comes exactly once an epoch.
+    The stream is one permutation of all images after another. The batch has its positions [step * batch_size,
+    (step + 1) * batch_size). A batch may hold the end of one epoch and the start of the next. So every batch
+    is full, and each image comes exactly once per epoch.
     """
     first, last = step * batch_size, (step + 1) * batch_size
     epochs = range(first // num_images, (last - 1) // num_images + 1)
@@ -303,18 +303,18 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield this rank's part of the global batches of steps `first_step` to `last_step` - 1.
 
-    Each is images uint8 [batch_size / size, 32, 32, 3] and labels int64. What an image gets is drawn for the
-    global batch and keyed on seed and step, so any number of ranks and any resume gives one and the same
-    stream. `augment` is one of:
+    Each part is images uint8 [batch_size / size, 32, 32, 3] and labels int64. The augmentation is drawn for the
+    whole global batch, from seed and step. So any number of ranks and any resume give the same stream.
+    `augment` is one of:
 
     - "none";
     - "standard": a random 32 x 32 crop of the image padded by 4 reflected pixels (He et al. 2016, section
       4.2, pads zeros), and alternating flip: a random bit per image chooses its orientation in even epochs,
-      and odd epochs show the other (Jordan 2024, arXiv:2404.00498, section 3.6);
+      and odd epochs show the other orientation (Jordan 2024, arXiv:2404.00498, section 3.6);
     - "shift": a shift of up to 3 pixels (10%) each way with the edge replicated, and a random flip.
 
-    Raises ValueError where `batch_size` does not divide over the ranks or is more than there are images, or `augment`
-    is none of these.
+    Raises ValueError if `batch_size` does not divide over the ranks or is larger than the number of images, or if
+    `augment` is none of these.
     """
     if augment not in AUGMENTATIONS:
         raise ValueError(f"--augment {augment}: choose one of {', '.join(AUGMENTATIONS)}")
@@ -326,7 +326,7 @@ def batches(
         raise ValueError(f"{len(images)} images with {len(labels)} labels: need equally many, and at least one")
     if batch_size > len(images):
         raise ValueError(f"--batch-size {batch_size}: there are {len(images):,} training images; use at most so many")
-    # A function of its own, so that the errors above come at the call and not at the first batch.
+    # The generator is a separate function, so that the errors above come at the call and not at the first batch.
     return _stream(images, labels, batch_size, seed, augment, range(first_step, last_step), rank, size)
 
 
@@ -346,7 +346,7 @@ def _stream(
             flipped = (orientation[chosen] + epochs) % 2
         else:
             flipped = rng.integers(2, size=batch_size)
-        # Padded by the batch: all images at once would be half as large again, in every rank.
+        # Each batch is padded by itself. All images, padded at once, would be half as large again on every rank.
         padded = np.pad(images[chosen[part]], padding, mode=mode) if margin else images[chosen[part]]  # type: ignore[call-overload]
         crops = sliding_window_view(padded, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
         batch = crops[np.arange(len(padded)), down[part], right[part], 0]

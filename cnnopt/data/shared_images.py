@@ -18,11 +18,11 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def shared(files: Sequence[Path], read: Callable[[], Splits]) -> Splits:
-    """What ``read`` gives of ``files``: decoded by the first process that asks, mapped by the others.
+    """The result of ``read`` for ``files``: the first process that asks decodes it, the others map it.
 
-    The arrays, which are read-only, are in the temporary folder of this host, for this user alone. They belong to the
-    bytes of the files: other bytes are decoded anew, in place of the old ones. Where nothing can be written, each
-    process has a copy of its own. Raises what ``read`` raises.
+    The arrays are read-only, and stored in the temporary folder of this host, for this user alone. They belong to the
+    bytes of the files: if the bytes change, they are decoded again and replace the old arrays. If nothing can be
+    written, each process has a private copy. Raises the errors that ``read`` raises.
     """
     import filelock
 
@@ -35,9 +35,9 @@ def shared(files: Sequence[Path], read: Callable[[], Splits]) -> Splits:
             if not folder.exists():
                 splits = read()
                 if _digest(map(_sha256, files)) != content:
-                    # Replaced while they were read: nobody knows which bytes these images are of.
+                    # The files were replaced during the read, so the bytes of these images are unknown.
                     return splits
-                # Of files that have changed since, or of a process that was killed. Who has mapped them keeps them.
+                # Remove arrays of changed files and of killed processes. A process that has mapped them keeps them.
                 for old in mine.glob(f"{place}-*"):
                     shutil.rmtree(old, ignore_errors=True)
                 partial = mine / f"{place}-partial"
@@ -51,13 +51,13 @@ def shared(files: Sequence[Path], read: Callable[[], Splits]) -> Splits:
                     shutil.rmtree(partial, ignore_errors=True)
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
         return (*arrays, tuple(json.loads((folder / "class_names.json").read_text())))
-    # A full or read-only disk, or files that something has cut short: a copy is always possible.
+    # The disk is full or read-only, or the stored arrays are cut short. A private copy is always possible.
     except (OSError, ValueError):
         return read()
 
 
 def _private_folder() -> Path:
-    """Raises OSError where it is another user's, who could give us any images."""
+    """The folder for this user's arrays. Raises OSError if another user owns it: that user could give us any images."""
     folder = Path(tempfile.gettempdir()) / f"cnnopt-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -66,9 +66,9 @@ def _private_folder() -> Path:
 
 
 def _sha256(file: Path) -> bytes:
-    # The bytes, as nothing else is sure: `cp -p` keeps size and time, a tick of the clock may see two writes, and NFS
-    # answers `stat` from memory for up to a minute, but compares with the server on opening. The 186 MB of CIFAR-10
-    # take 0.3 s, and 1.3 s to decode (two busy cores).
+    # The bytes are hashed, because nothing else is certain. `cp -p` keeps size and time; two writes may come within one
+    # tick of the clock; NFS answers `stat` from a cache for up to a minute, but asks the server on opening. Hashing the
+    # 186 MB of CIFAR-10 takes 0.3 s, decoding them 1.3 s (two busy cores).
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

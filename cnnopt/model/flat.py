@@ -1,7 +1,7 @@
-"""All weights of a network in one vector and all its moving statistics in another; its layers have views of them.
+"""One vector holds all weights of a network, another all its moving statistics. The layers have views of them.
 
-A step is then a few operations over whole vectors, and what it sends to the other ranks is slices of them. Keras'
-layers, the masks, checkpoints and TensorBoard take a ``View`` for a variable of its own.
+So a step is a few operations over whole vectors, and it sends slices of these vectors to the other ranks. Keras'
+layers, the masks, checkpoints and TensorBoard use a ``View`` like an ordinary variable.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from cnnopt.model import topology
 
 
 class View(tf.Variable):
-    """Some entries of a variable [n] as a variable of another shape and name; all are float32.
+    """Some entries of a variable [n], as a variable with another shape and name. All are float32.
 
-    ``current`` is what it holds within ``reading``: a tensor, which may be of the compute type.
+    Within ``Vectors.reading``, ``current`` is the view's value: a tensor, which may have the compute type.
     """
 
     def __init__(self, vector: tf.Variable, offset: int, shape: tf.TensorShape, name: str) -> None:
@@ -39,7 +39,7 @@ class View(tf.Variable):
         return View(vector, self.offset, self.shape, name)
 
     def value(self) -> tf.Tensor:
-        """What it holds now, of its shape."""
+        """The current value, in the view's shape."""
         if self.current is not None:
             return self.current
         return tf.reshape(self.vector[self.offset : self.offset + self.size], self.shape)
@@ -47,11 +47,11 @@ class View(tf.Variable):
     read_value = value
 
     def numpy(self) -> np.ndarray:
-        """A copy of what it holds."""
+        """A copy of the current value."""
         return self.value().numpy()
 
     def assign(self, value: Any, *_: Any, **__: Any) -> None:
-        """Set its entries; within ``reading`` its reader's alone. Takes what else Keras gives to a variable."""
+        """Set the entries. Within ``reading``, only ``current`` is set. Keras' other arguments are ignored."""
         if self.current is None:
             flat = tf.reshape(tf.cast(value, self.dtype), [-1])
             self.vector[self.offset : self.offset + self.size].assign(flat)
@@ -59,11 +59,11 @@ class View(tf.Variable):
             self.current = value
 
     def assign_add(self, delta: Any, *_: Any, **__: Any) -> None:
-        """Add to its entries."""
+        """Add ``delta`` to the entries."""
         self.assign(self.value() + delta)
 
     def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:
-        # Keras asks for float32, to cast it to the compute type, which ``current`` is of by now.
+        # ``dtype`` is ignored: Keras asks for float32 and casts to the compute type, which ``current`` has already.
         return self.value()
 
     def __repr__(self) -> str:
@@ -72,12 +72,12 @@ class View(tf.Variable):
 
 @contextlib.contextmanager
 def views() -> Iterator[list[View]]:
-    """Within it layers make views of their weights and moving statistics; the list has them, in the order made."""
+    """Within this context, the weights and moving statistics of new layers are views. The list has them as created."""
     made: list[View] = []
 
     def creator(make: Any, **settings: Any) -> tf.Variable:
         variable = make(**settings)
-        # What is neither is a constant, or one of Keras' counters.
+        # Other variables are constants or Keras' counters. They stay as they are.
         if not (variable.dtype.is_floating and (variable.trainable or "moving_" in variable.name)):
             return variable
         vector = make(initial_value=tf.reshape(variable, [-1]), trainable=variable.trainable)
@@ -90,7 +90,7 @@ def views() -> Iterator[list[View]]:
 
 @dataclass
 class _Stage:
-    """The weights of a stage, in the order of the vector; those of one shape are neighbours."""
+    """The weights of a stage, in the order of the vector. Weights of one shape are neighbours."""
 
     kernels: list[View] = field(default_factory=list)
     others: list[View] = field(default_factory=list)
@@ -101,10 +101,10 @@ class _Stage:
 
 
 class Vectors:
-    """``weights`` and ``moving``, float32 [n] and [m]: what ``made``, views of vectors of their own, become views of.
+    """``weights``, float32 [n], and ``moving``, float32 [m]. The views in ``made`` become views of these two vectors.
 
-    Weights are in the order of the stages, in each of which the kernels of convolutions come first. The last stage has
-    three quarters of all weights, and their gradients are there when two thirds of the backward pass are to come.
+    Weights are in the order of the stages, with the kernels of convolutions first in each stage. The last stage has
+    three quarters of all weights. Its gradients are ready when two thirds of the backward pass are still to come.
     """
 
     def __init__(self, made: Sequence[View]) -> None:
@@ -120,7 +120,7 @@ class Vectors:
         self.moving = _joined(self._moving, "moving", trainable=False)
 
     def runs(self) -> list[tuple[int, tf.TensorShape | None]]:
-        """How ``weights`` are made up: the number of kernels of a shape side by side, or of other weights and None."""
+        """The parts of ``weights`` in order: (number of adjacent kernels, their shape), or (number of others, None)."""
         found: list[tuple[int, tf.TensorShape | None]] = []
         for stage in self._stages:
             for shape, run in itertools.groupby(stage.kernels, key=lambda view: view.shape):
@@ -130,11 +130,13 @@ class Vectors:
 
     @contextlib.contextmanager
     def reading(self, stages: Sequence[tf.Tensor], moving: tf.Tensor, compute: str) -> Iterator[None]:
-        """Within it the layers compute with these, float32 in ``stages`` and [m]; kernels are of type ``compute``."""
+        """Within this context, the layers compute with ``stages``, float32 each, and ``moving``, float32 [m]. Kernels
+        are cast to ``compute``.
+        """
         views, parts = [], []
         for stage, flat in zip(self._stages, stages, strict=True):
             kernels, others = tf.split(flat, [_size(stage.kernels), _size(stage.others)])
-            # One operation for them all, where Keras has one for each.
+            # One cast for all kernels. Keras would use one for each kernel.
             parts += _split(tf.cast(kernels, compute), stage.kernels) + _split(others, stage.others)
             views += stage.views
         parts += _split(moving, self._moving)
@@ -148,7 +150,7 @@ class Vectors:
                 view.current = None
 
     def moved(self) -> tf.Tensor:
-        """Within ``reading``: the moving statistics that the layers have assigned, float32 [m]."""
+        """The moving statistics that the layers have assigned, float32 [m]. To be called within ``reading``."""
         return tf.concat([_reshaped(view.value(), tf.TensorShape([view.size])) for view in self._moving], 0)
 
 
@@ -162,7 +164,7 @@ def _split(flat: tf.Tensor, views: Sequence[View]) -> list[tf.Tensor]:
 
 
 def _reshaped(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
-    # Most have their shape by now, and each reshape is two operations of a step.
+    # Most tensors already have their shape, and each reshape adds two operations to a step.
     return tensor if tensor.shape == shape else tf.reshape(tensor, shape)
 
 

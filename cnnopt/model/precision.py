@@ -1,4 +1,4 @@
-"""Which type to compute in, chosen for the hardware; and the dynamic loss scale that float16 needs."""
+"""The compute type, chosen for the hardware, and the dynamic loss scale that float16 needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cnnopt.distributed import host
 
 
 def cpu_has_bfloat16(flags: set[str]) -> bool:
-    """True where oneDNN has bfloat16 convolutions: AVX512_BF16 or AMX, among the flags of the processor."""
+    """True if oneDNN has bfloat16 convolutions for these processor ``flags``: AVX512_BF16 or AMX."""
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The compute type of a run. Weights, their updates and BatchNorm statistics are float32 under all of them.
+    """The compute type of a run. Weights, weight updates and BatchNorm statistics are float32 with every compute type.
 
-    ``widen``: convolutions are to run in float32 (``resnet.Conv2D``).
+    ``widen``: convolutions run in float32 (``resnet.Conv2D``).
     """
 
     compute: str
@@ -28,7 +28,7 @@ class Precision:
 
     @property
     def scales_loss(self) -> bool:
-        """float16 alone: its smallest normal number, 6e-5, is above many gradients."""
+        """True for float16 only: its smallest normal number, 6e-5, is larger than many gradients."""
         return self.compute == "float16"
 
     def apply(self) -> None:
@@ -37,7 +37,7 @@ class Precision:
 
 
 def choose(asked: str, *, has_gpu: bool) -> Precision:
-    """Resolve ``auto``: float16 on a GPU, bfloat16 on a CPU that has it, else float32."""
+    """Resolve ``auto``: float16 on a GPU, bfloat16 on a CPU with bfloat16 instructions, else float32."""
     if has_gpu:
         compute = "float16" if asked == "auto" else asked
         return Precision(compute, widen=False, reason="tensor cores" if compute != "float32" else "as asked")
@@ -67,11 +67,11 @@ class DynamicLossScale:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """What a checkpoint must hold."""
+        """The variables that a checkpoint must hold."""
         return [self.value, self.finite_steps, self.skipped]
 
     def update(self, finite: tf.Tensor) -> None:
-        """Adapt to a step whose summed gradients were all finite, or not."""
+        """Adapt the scale after a step. ``finite``: whether all summed gradients of the step were finite."""
         if not self.enabled:
             return
         grow = tf.logical_and(finite, self.finite_steps + 1 >= self.growth_steps)

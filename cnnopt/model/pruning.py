@@ -1,7 +1,7 @@
-"""Magnitude pruning: which kernels, which mask, when; and the sparsity that is really there.
+"""Magnitude pruning: the kernels to prune, their masks, the schedule, and the measured sparsity.
 
-Masks live outside the layers. A wrapper inside them, as in ``prune_low_magnitude``, assigns weights within the
-autocast scope and so either fails under mixed precision (tensorflow/model-optimization issue 409) or rounds the
+Masks live outside the layers. ``prune_low_magnitude`` wraps the layers instead, and so assigns weights within the
+autocast scope. Under mixed precision this either fails (tensorflow/model-optimization issue 409) or rounds the
 float32 weights.
 """
 
@@ -20,27 +20,27 @@ from cnnopt.schedules import PruningWindow
 
 
 class PruningError(RunError):
-    """The weights are not as sparse as they must be."""
+    """The weights do not have the required sparsity."""
 
 
 Scope = Literal["uniform", "global"]
 
 
 def prunable_kernels(model: keras.Model) -> list[tf.Variable]:
-    """The kernels of all convolutions and dense layers, as tfmot's ``prune_low_magnitude`` takes them."""
+    """The kernels of all convolutions and dense layers: the ones that tfmot's ``prune_low_magnitude`` prunes."""
     return [layer.kernel for layer in model.layers if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense))]
 
 
 def num_pruned(size: int, sparsity: float) -> int:
-    """How many of ``size`` weights are zero at ``sparsity``; tfmot's rounding: kept = round(size x density)."""
+    """The number of zeros among ``size`` weights at ``sparsity``. tfmot's rounding: kept = round(size x density)."""
     return size - round(size * (1 - sparsity))
 
 
 def magnitude_masks(kernels: Sequence[tf.Tensor], sparsity: float, scope: Scope) -> list[tf.Tensor]:
-    """Boolean masks, True where a weight is kept, with exactly the asked number of False; kernels are float32.
+    """Boolean masks for float32 kernels: True for a kept weight, and exactly as many False as ``sparsity`` asks for.
 
     ``uniform`` prunes each kernel to ``sparsity``; ``global`` ranks the weights of all kernels together.
-    Ties in magnitude fall to the lower index, so equal weights give equal masks on every rank.
+    Among weights of equal magnitude, the lower index is pruned first. So equal weights give equal masks on every rank.
     """
     flat = [tf.reshape(kernel, [-1]) for kernel in kernels]
     if scope == "global":
@@ -51,11 +51,12 @@ def magnitude_masks(kernels: Sequence[tf.Tensor], sparsity: float, scope: Scope)
 
 
 def _largest(weights: tf.Tensor, sparsity: float) -> tf.Tensor:
-    """bool [n]: False for those of ``weights`` [n] that ``sparsity`` prunes."""
+    """bool [n]: False for the entries of ``weights`` [n] that ``sparsity`` prunes."""
     pruned = num_pruned(len(weights), sparsity)
-    # Without its sign a float is ordered as its bits are. TensorFlow takes numbers below 1e-38 for zeros, but not bits.
+    # Floats without sign have the same order as their bits read as integers. The bits are compared, because TensorFlow
+    # treats floats below 1e-38 as zeros.
     magnitudes = tf.bitwise.bitwise_and(tf.bitcast(weights, tf.int32), 0x7FFFFFFF)
-    # The largest that is pruned, and of how many equal ones.
+    # The threshold is the largest pruned magnitude. ``ties`` weights of exactly this magnitude are pruned too.
     threshold = tf.sort(magnitudes)[pruned - 1] if pruned else -1
     below, equal = magnitudes < threshold, magnitudes == threshold
     ties = pruned - tf.math.count_nonzero(below, dtype=tf.int32)
@@ -63,7 +64,7 @@ def _largest(weights: tf.Tensor, sparsity: float) -> tf.Tensor:
 
 
 class Pruner:
-    """The masks of one model, 1 where a weight of ``kernels`` is kept, and the schedule that renews them."""
+    """The masks of one model, 1 for a kept weight of ``kernels``, and the schedule that renews them."""
 
     def __init__(
         self,
@@ -95,11 +96,11 @@ class Pruner:
             )
 
     def due(self, step: int) -> bool:
-        """True when the masks change once ``step`` steps are done."""
+        """True if the masks change after ``step`` steps."""
         return self.enabled and self.window.updates_after(step)
 
     def target(self, step: int) -> float:
-        """The sparsity that the masks have once ``step`` steps are done."""
+        """The sparsity of the masks after ``step`` steps."""
         if not self.enabled or step < self.window.begin:
             return 0.0
         last = min(step, self.window.end)
@@ -116,7 +117,7 @@ class Pruner:
 
     def update(self, step: int) -> None:
         """Compute the masks that are due after ``step`` steps, and set the pruned weights to zero."""
-        # The schedule computes in float32; at its end the asked sparsity is used to the last digit.
+        # The schedule computes in float32. At its end, the exact final sparsity is used instead.
         sparsity = self.final_sparsity if step >= self.window.end else self.target(step)
         masks = magnitude_masks(self.kernels, sparsity, self.scope)
         for variable, kernel, mask in zip(self.masks, self.kernels, masks, strict=True):
@@ -124,15 +125,15 @@ class Pruner:
             kernel.assign(tf.where(mask, kernel, 0.0))
 
     def sparsities(self) -> dict[str, float]:
-        """Measured share of exact zeros of each kernel, by its layer's name, and of all of them as ``total``."""
+        """The measured share of exact zeros: of each kernel, by its layer's name, and of all kernels as ``total``."""
         zeros = {k.name.split("/")[0]: (int(np.sum(k.numpy() == 0)), int(np.prod(k.shape))) for k in self.kernels}
         total = (sum(z for z, _ in zeros.values()), sum(n for _, n in zeros.values()))
         return {name: z / n for name, (z, n) in {**zeros, "total": total}.items()}
 
     def verify_final(self) -> None:
-        """Raise PruningError unless the zeros in the weights are the target, to one weight a kernel or in all.
+        """Raise PruningError unless the number of zeros is the target, within one weight: per kernel, or in total.
 
-        A dense run has no target: weights that weight decay shrinks for long enough become zeros by themselves.
+        A dense run has no target: weights become zeros by themselves when weight decay shrinks them for long enough.
         """
         if not self.enabled:
             return

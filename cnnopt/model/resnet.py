@@ -1,4 +1,4 @@
-"""The CIFAR ResNet of He et al. 2016 (arXiv:1512.03385), section 4.2. Knows nothing of ranks or pruning."""
+"""The CIFAR ResNet of He et al. 2016 (arXiv:1512.03385), section 4.2. This module does not use ranks or pruning."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tf_keras import layers
 
 from cnnopt.model import topology
 
-# A network is the same for every user, whatever the user's ~/.keras/keras.json says (``host.TENSORFLOW`` hides it).
+# The network must be the same for every user. A user's ~/.keras/keras.json may differ; ``host.TENSORFLOW`` hides it.
 keras.backend.set_image_data_format("channels_last")
 keras.backend.set_floatx("float32")
 keras.backend.set_epsilon(1e-7)
 
 
 def pixel_statistics(images: np.ndarray, normalize: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float32, of uint8 images [n, 32, 32, 3], to broadcast against one image.
+    """Mean and standard deviation, float32, of uint8 images [n, 32, 32, 3]. Both broadcast against one image.
 
-    ``channel``: [3] each. ``pixel-mean``: the mean image [32, 32, 3] and 255, so that the result is in -1..1 as in
-    the original study.
+    ``channel`` gives [3] each. ``pixel-mean`` gives the mean image [32, 32, 3] and 255; standardised pixels are then
+    in -1..1, as in the original study.
     """
     if normalize == "pixel-mean":
         return images.mean(axis=0, dtype=np.float64).astype(np.float32), np.full(1, 255, np.float32)
-    # In parts, as bincount widens all that it counts to int64.
+    # Images are counted in parts, because bincount converts its input to int64.
     counts = np.zeros([3, 256])
     for first in range(0, len(images), 1000):
         part = images[first : first + 1000]
@@ -38,14 +38,14 @@ def pixel_statistics(images: np.ndarray, normalize: str) -> tuple[np.ndarray, np
 
 
 class Standardize(layers.Layer):
-    """(image - mean) / std, so that the network, and every file exported from it, takes raw pixels 0..255.
+    """(image - mean) / std. With this layer the network, and every file exported from it, takes raw pixels 0..255.
 
     ``mean`` and ``std`` broadcast against [batch, 32, 32, 3]. They are weights, not constants, so that a
     checkpoint holds them.
     """
 
     def __init__(self, mean: np.ndarray, std: np.ndarray, **kwargs: object) -> None:
-        # Rounding the constants to a half type would standardise differently from the exported float32 file.
+        # Autocast would round mean and std to a half type, and standardise differently from the exported float32 file.
         super().__init__(autocast=False, **kwargs)
         for name, value in (("mean", mean), ("std", std)):
             initial = keras.initializers.Constant(value)
@@ -55,17 +55,17 @@ class Standardize(layers.Layer):
             setattr(self, name, weight)
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
-        """Pixels [batch, 32, 32, 3] of any type to the compute type."""
+        """Standardise pixels [batch, 32, 32, 3] of any type. The result has the compute type."""
         return tf.cast((tf.cast(images, tf.float32) - self.mean) / self.std, self.compute_dtype)
 
 
 class Conv2D(layers.Conv2D):
-    """A convolution that asks the hardware only for what it has.
+    """A convolution that can run in float32 on hardware without half-precision instructions.
 
-    TensorFlow's CPU kernels for bfloat16 and float16 without instructions for them run 7 times slower than
-    float32 (docs/how-it-works.md, "Precision"). Widening the operands, which are rounded to the half type
-    already, computes what half-precision units with float32 accumulators do. The sums are handed on as float32,
-    for the BatchNorm that follows to take before they are rounded, as a fused kernel would.
+    On a CPU without instructions for bfloat16 or float16, TensorFlow's kernels for that type run 7 times slower than
+    float32 (docs/how-it-works.md, "Precision"). The operands are already rounded to the half type. Widening them to
+    float32 gives the result of half-precision units with float32 accumulators. The sums stay float32 and go to
+    BatchNorm before they are rounded, as in a fused kernel.
     """
 
     def __init__(self, *args: object, widen: bool = False, **kwargs: object) -> None:
@@ -73,29 +73,29 @@ class Conv2D(layers.Conv2D):
         self.widen = widen
 
     def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-        """As in Keras; float32 from the compute type where ``widen`` is set."""
+        """Convolve as Keras does. If ``widen`` is set, compute in float32 and return float32."""
         if self.widen:
             inputs, kernel = tf.cast(inputs, tf.float32), tf.cast(kernel, tf.float32)
         return super().convolution_op(inputs, kernel)
 
 
 class IdentityShortcut(layers.Layer):
-    """Option A of section 3.3: subsample by 2 and pad the new channels with zeros; no parameters.
+    """Option A of section 3.3: subsample by 2 and pad the new channels with zeros. It has no parameters.
 
-    It is what the paper uses on CIFAR ("identity shortcuts in all cases"), so parameter counts are the paper's.
+    The paper uses this shortcut on CIFAR ("identity shortcuts in all cases"). So parameter counts equal the paper's.
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """[batch, h, w, c] to [batch, h/2, w/2, 2c]."""
         channels = inputs.shape[-1]
-        # Windows of one pixel are what [:, ::2, ::2] takes, by kernels that are much faster (docs/benchmarks.md).
+        # Pooling over windows of one pixel equals [:, ::2, ::2], and its kernels are much faster (docs/benchmarks.md).
         every_other = tf.nn.avg_pool2d(inputs, ksize=1, strides=2, padding="VALID")
         return tf.pad(every_other, [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a network is made of; ``cnnopt.export.qat`` has others, which compute as int8 arithmetic does.
+    """The layers that a network is made of. ``cnnopt.export.qat`` has other parts, which compute like int8 arithmetic.
 
     ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
     """
@@ -114,9 +114,9 @@ def resnet(
 ) -> keras.Model:
     """A ResNet v1 of ``depth`` = 6n+2 layers: raw pixels [batch, 32, 32, 3] to float32 logits [batch, num_classes].
 
-    Names and shapes of its layers are those of ``topology``, which raises ValueError for another depth. ``widen`` runs
+    ``topology`` gives the names and shapes of the layers, and raises ValueError for another depth. ``widen`` runs
     half-precision convolutions in float32 (see ``Conv2D``). Kernels are drawn from the global Keras seed with He
-    initialisation; convolutions have no bias, as BatchNorm follows each of them.
+    initialisation. Convolutions have no bias, because BatchNorm follows each of them.
     """
 
     def conv_bn(x: tf.Tensor, filters: int, strides: int, name: str) -> tf.Tensor:
@@ -130,7 +130,7 @@ def resnet(
             widen=widen,
             name=name,
         )(x)
-        # Its output is rounded by the layer that follows.
+        # The BatchNorm's output is rounded by the layer that follows.
         dtype = "float32" if widen else None
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
 
@@ -147,6 +147,6 @@ def resnet(
         y = parts.rounded(conv_bn(y, block.filters, 1, f"{block.name}_conv2"), f"{block.name}_conv2")
         x = relu(layers.Add(name=f"{block.name}_add")([shortcut, y]), f"{block.name}_relu2")
     x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
-    # Logits stay float32 under any policy: the softmax of half-precision logits loses small probabilities.
+    # Logits are float32 under every policy, because the softmax of half-precision logits loses small probabilities.
     x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)
     return keras.Model(images, parts.rounded(x, "classifier"), name=f"resnet{depth}")

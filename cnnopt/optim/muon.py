@@ -1,8 +1,8 @@
 """Muon: the momentum of each convolution's kernel is orthogonalized before it moves the kernel.
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon);
-that an orthogonal step is steepest descent in the spectral norm is section 2 of Bernstein and Newhouse 2024
-(arXiv:2409.20325). Iterating on Gram matrices: "Gram Newton-Schulz" (dao-lab.ai/blog/2026/gram-newton-schulz).
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
+Bernstein and Newhouse 2024 (arXiv:2409.20325, section 2): an orthogonal step is steepest descent in the spectral norm.
+"Gram Newton-Schulz" (dao-lab.ai/blog/2026/gram-newton-schulz): the iteration on Gram matrices.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import tensorflow as tf
 
 from cnnopt.optim.sgd import SGD
 
-#: Of x -> a x + b x^3 + c x^5 on singular values: Jordan's, which bring those in (0.001, 1] to about 0.7 to 1.2.
+#: a, b, c of x -> a x + b x^3 + c x^5 on singular values, from Jordan. Maps (0.001, 1] to about 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
-#: Iterations in one go. A rounding error of a Gram matrix grows twelvefold in each, so it is computed anew in between:
-#: after five a GPU's TensorFloat-32 would leave noise.
+#: Iterations on one Gram matrix, before it is computed again from x. Each iteration multiplies the matrix's rounding
+#: error by twelve. After five in a row with a GPU's TensorFloat-32, only noise would be left.
 ITERATIONS = (3, 2)
-#: Spectral norm of a kernel's step, as a part of the learning rate that all other weights have.
+#: The spectral norm of a kernel's step, as a fraction of the learning rate of all other weights.
 SPECTRAL_STEP = 0.1
 #: [rows, columns] of the kernels of a CIFAR ResNet of any depth.
 SHAPES = ((27, 16), (144, 16), (144, 32), (288, 32), (288, 64), (576, 64))
@@ -29,9 +29,9 @@ SHAPES = ((27, 16), (144, 16), (144, 32), (288, 32), (288, 64), (576, 64))
 def orthogonalized(matrices: tf.Tensor) -> tf.Tensor:
     """U V^T of each U S V^T in float32 [n, rows, columns], rows >= columns, by Newton-Schulz iterations.
 
-    Only about: the singular values come out between 0.7 and 1.2, which is all that a step needs. Zeros stay zeros.
-    An iteration is x -> x p(x^T x), and so x^T x -> p x^T x p: all but the ends is done with matrices of
-    [columns, columns], a ninth of the kernel between equal numbers of channels.
+    The result is approximate: its singular values are between 0.7 and 1.2, which is enough for a step. Zeros stay
+    zeros. An iteration is x -> x p(x^T x), so x^T x -> p x^T x p. All work but the first and last product is done with
+    matrices [columns, columns]. These have a ninth of the kernel's size if input and output channels are equal.
     """
     a, b, c = QUINTIC
     diagonal = a * tf.eye(matrices.shape[-1])
@@ -48,12 +48,12 @@ def orthogonalized(matrices: tf.Tensor) -> tf.Tensor:
 
 
 class Muon(SGD):
-    """Muon for the kernels of convolutions, SGD with Nesterov momentum for all else.
+    """Muon for the kernels of convolutions, SGD with Nesterov momentum for all other weights.
 
-    ``runs`` says what the one vector of weights is made of, part after part: (number of kernels, their shape [height,
-    width, input channels, output channels]), or (number of other weights, None). ``weight_decay`` shrinks the kernels
-    by as much as the same number, added to the gradient, would under SGD: its momentum sums up to 1 / (1 - momentum) of
-    each. Their gradients are to come without it.
+    ``runs`` lists the parts of the vector of weights, in order: (number of kernels, their shape [height, width, input
+    channels, output channels]), or (number of other weights, None). ``weight_decay`` shrinks the kernels as much as
+    under SGD, where it is added to the gradient and momentum multiplies it by 1 / (1 - momentum). The gradients of
+    kernels must not contain the weight decay.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Muon(SGD):
         self.orthogonal = tf.repeat([shape is not None for _, shape in runs], self.sizes)
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
-        """Move ``variable`` by a gradient, float32 [weights] both."""
+        """Move ``variable`` by a gradient. Both are float32 [weights]."""
         rate, slot = self.learning_rate, self.slot(variable)
-        # As TensorFlow's kernel for SGD has it, the momentum of the other weights contains the rate.
+        # The momentum of the other weights contains the learning rate, as in TensorFlow's kernel for SGD.
         pull = tf.where(self.orthogonal, 1.0, -rate) * gradient
         momentum = self.momentum * slot + pull
         steps = tf.split(self.momentum * momentum + pull, self.sizes)
         for i, (count, shape) in enumerate(self.runs):
             if shape is not None:
-                # One column for each output channel; kernels of one shape together, a few operations for them all.
+                # One column for each output channel. Kernels of one shape share a few operations.
                 step = orthogonalized(tf.reshape(steps[i], [count, -1, shape[-1]]))
                 steps[i] = -rate * SPECTRAL_STEP * tf.reshape(step, [-1])
         shrunk = tf.where(self.orthogonal, 1 - rate * self.shrinkage, 1.0) * variable
@@ -88,10 +88,10 @@ class Muon(SGD):
 
 
 def digest() -> str:
-    """Of an orthogonalized matrix of each shape as this host computes it, in 6 hexadecimal digits.
+    """A digest, 6 hexadecimal digits, of orthogonalized matrices of each shape as this host computes them.
 
-    Other processors, or another number of threads, may add in another order. All else that follows the exchange is done
-    weight by weight, and comes out alike everywhere.
+    Another processor, or another number of threads, may add in another order. All other computations after the
+    exchange are done weight by weight, and give equal results on all hosts.
     """
     found = hashlib.sha256()
     for shape in SHAPES:

@@ -7,16 +7,16 @@ import tf_keras as keras
 
 
 class SGD(keras.optimizers.SGD):
-    """Keras' SGD with Nesterov momentum (Sutskever et al. 2013, section 2), by TensorFlow's own kernel for it.
+    """Keras' SGD with Nesterov momentum (Sutskever et al. 2013, section 2), computed by one TensorFlow kernel.
 
-    Keras' optimizer takes ten small operations a tensor, which TensorFlow spends longer to start than to compute.
+    Keras' optimizer uses ten small operations per tensor. TensorFlow needs longer to start them than to compute them.
     """
 
     def __init__(self, learning_rate: float, *, momentum: float) -> None:
         super().__init__(learning_rate, momentum=momentum, nesterov=True, jit_compile=False)
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
-        """Move ``variable`` by a gradient of its shape and type."""
+        """Move ``variable`` by a gradient of the same shape and type."""
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=self.slot(variable).handle,

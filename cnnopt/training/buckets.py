@@ -1,8 +1,8 @@
-"""The allreduces of a step: few vectors with everything that the ranks must share, sent as soon as each is there.
+"""The allreduces of a step: a few vectors hold everything that the ranks share. Each is sent as soon as it is ready.
 
-It may leave out the gradients of pruned weights. All ranks hold the same masks, so no indices need to travel: the kept
-entries are gathered, summed over the ranks, and put back. A pruned weight stays zero whatever its gradient, so nothing
-is lost, and a mask update needs no dense step: the masks are computed from weights, which all ranks have.
+The sparse exchange leaves out the gradients of pruned weights. All ranks hold the same masks, so no indices are sent:
+the kept entries are gathered, summed over the ranks, and put back. Nothing is lost, because a pruned weight stays zero
+for any gradient. A mask update needs no dense step, because masks are computed from weights, which all ranks have.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ from cnnopt.distributed import collectives
 
 Kind = Literal["dense", "sparse"]
 
-#: How much faster the kept entries alone must be to be chosen: what is nearer than that is noise.
+#: Sparse is chosen if it takes less than this share of the time of dense. Smaller differences are noise.
 WORTHWHILE = 0.9
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is sent, and why."""
+    """The kind of exchange, and the reason for it."""
 
     kind: Kind
     reason: str
 
 
 class Bucket:
-    """What is sent together, float32 [size], and which of its entries are kept; all at first."""
+    """A vector that is sent in one allreduce, float32 [size], and the entries that are kept: at first all."""
 
     def __init__(self, size: int, *, dense: bool, name: str) -> None:
         self.size, self.dense, self.name = size, dense, name
-        # Its length changes with the masks, and no step must be traced anew for that.
+        # The first dimension is None: its length changes with the masks, and this must not trace the step again.
         self.kept = tf.Variable(
             np.ones(size, bool) if dense else np.arange(size)[:, np.newaxis], trainable=False,
             shape=[size] if dense else [None, 1],
         )  # fmt: skip
 
     def keep(self, kept: np.ndarray) -> None:
-        """Keep the entries that are True in ``kept``, bool [size]; the same on all ranks."""
+        """Keep the entries that are True in ``kept``, bool [size]. ``kept`` must be the same on all ranks."""
         self.kept.assign(kept if self.dense else np.argwhere(kept))
 
     def take(self, flat: tf.Tensor) -> tf.Tensor:
-        """What is to be sent, float32 [kept]."""
+        """The entries to send, float32 [kept]; dense sends all of them."""
         return flat if self.dense else tf.gather_nd(flat, self.kept)
 
     def put_back(self, summed: tf.Tensor) -> tf.Tensor:
-        """The kept entries where they belong, float32 [size], and 0 elsewhere."""
+        """Put the kept entries back in their places, float32 [size], with 0 elsewhere."""
         kept = self.kept.read_value()
         if self.dense:
             return tf.where(kept, summed, 0.0)
         if collectives.device() == "GPU":
-            # Its kernel of to_dense is said to access memory that is not its own (b/184077412, in TensorFlow's
-            # sparse_to_dense_op.cc).
+            # to_dense is avoided here: TensorFlow's sparse_to_dense_op.cc says that its GPU kernel accesses memory
+            # illegally (b/184077412).
             return tf.tensor_scatter_nd_update(tf.zeros([self.size]), kept, summed)
-        # A fifth of the time of the above (docs/benchmarks.md, "Whose core it is").
+        # to_dense takes a fifth of the time of the line above (docs/benchmarks.md, "Whose core it is").
         return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [self.size]), validate_indices=False)
 
 
 class Exchange:
-    """The means over all ranks of float32 vectors of ``sizes``, each sent as soon as it is there; of one size, joined.
+    """Average float32 vectors of the lengths ``sizes`` over all ranks. Each is sent as soon as it is ready.
 
-    ``masks`` float32, 1 or 0, are of the first entries of the vectors joined; the others are always kept. ``wire`` is
-    the type that is sent.
+    With one size, the vectors are joined and sent as one. ``masks``, float32, 1 or 0, belong to the first entries of
+    the joined vectors; the entries after them are always kept. ``wire`` is the type that is sent.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Exchange:
         self.buckets = [Bucket(size, dense=choice.kind == "dense", name=f"step.{i}") for i, size in enumerate(sizes)]
 
     def follow_masks(self) -> None:
-        """Keep from now on what the masks keep."""
+        """From now on, send the entries that the masks keep."""
         kept = np.ones(self.size, bool)
         kept[: self.masks.shape[0]] = self.masks.numpy() != 0
         ends = np.cumsum([bucket.size for bucket in self.buckets])
@@ -95,10 +95,10 @@ class Exchange:
         self.bytes.assign(0)
 
     def __call__(self, vectors: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        """The means over all ranks, joined, float32 [size]; and whether all are finite on all ranks.
+        """The means over all ranks, joined, float32 [size]; and whether all of them are finite on all ranks.
 
-        What is pruned comes back as 0, and is not asked whether it is finite: it would not have come here. ``seconds``
-        counts from when the last vector is there: what is sent while others are computed costs nothing.
+        Pruned entries come back as 0. They are not checked to be finite, because a sparse exchange does not send them.
+        ``seconds`` counts from the moment the last vector is ready: sending while others are computed costs nothing.
         """
         if len(self.buckets) == 1:
             vectors = [tf.concat(vectors, 0)]
@@ -114,7 +114,7 @@ class Exchange:
         return total / self.ranks, tf.reduce_all(tf.math.is_finite(total))
 
     def total(self, flat: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum over all ranks of ``flat``, float32 [kept]; counted. One rank sends nothing."""
+        """The sum of ``flat`` over all ranks, float32 [kept]. Adds to ``bytes``. With one rank nothing is sent."""
         sent = tf.cast(flat, self.wire)
         if self.ranks > 1:
             self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
@@ -126,9 +126,9 @@ def choose(
     asked: Literal["auto", "dense", "sparse"], *, size: int, prunable: int, sparsity: float, ranks: int, wire: str,
     deterministic: bool,
 ) -> Choice:  # fmt: skip
-    """Settle ``--exchange``. A collective where it measures, and the same choice on all ranks.
+    """Decide ``--exchange``, with the same result on all ranks. This is a collective if it has to measure.
 
-    ``size`` entries are exchanged, ``prunable`` of them are pruned to ``sparsity``, the mean over the steps of the run.
+    ``size`` entries are exchanged. ``prunable`` of them are pruned to ``sparsity``, the mean over the steps of the run.
     """
     if asked != "auto":
         return Choice(asked, "as asked")
@@ -142,9 +142,9 @@ def choose(
 
 
 def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) -> tuple[float, float]:
-    """Seconds that an exchange of ``size`` entries takes, dense, and of ``kept`` of them, sparse: rank 0's medians.
+    """Seconds for a dense exchange of ``size`` entries, and for a sparse exchange of ``kept`` of them.
 
-    That includes gathering and putting back, and Horovod's cycle.
+    Both are rank 0's medians. They include gathering the entries, putting them back, and Horovod's cycle.
     """
     exchanges = []
     for kind in ("dense", "sparse"):
@@ -160,7 +160,7 @@ def measure(size: int, *, kept: int, ranks: int, wire: str, repeats: int = 7) ->
         for exchange, times in zip(exchanges, seconds, strict=True):
             start = time.perf_counter()
             exchange(flat).numpy()
-            # The first one traces.
+            # The first call traces the function, so it is not counted.
             if repeat:
                 times.append(time.perf_counter() - start)
     return collectives.broadcast_object(tuple(statistics.median(times) for times in seconds))

@@ -1,4 +1,4 @@
-"""What decides between two steps: masks, evaluation, checkpoints, signals, failures. Keras hooks, on every rank."""
+"""Keras hooks that act between two steps: masks, evaluation, checkpoints, signals, failures. They run on every rank."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from cnnopt.training.step import SynchronousModel
 
 
 class Prune(Callback):
-    """Renews the masks when they are due, and compares them with the other ranks' before the next step.
+    """Renews the masks when they are due, and compares them with those of the other ranks before the next step.
 
-    ``say`` hears of each kernel that has just lost its last weight.
+    Calls ``say`` with a warning when a kernel has lost its last weight.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
@@ -37,12 +37,12 @@ class Prune(Callback):
         self.empty: set[str] = set()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Masks that are due before the first step."""
+        """Renew masks that are due before the first step."""
         if int(self.model.run.global_step.numpy()) == 0:
             self._prune(0)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Masks that are due after ``batch + 1`` steps."""
+        """Renew masks that are due after ``batch + 1`` steps."""
         self._prune(batch + 1)
 
     def _prune(self, step: int) -> None:
@@ -59,7 +59,7 @@ class Prune(Callback):
 
 
 class Evaluate(Callback):
-    """Adds ``val_accuracy`` and ``val_loss`` over all test images to the logs of an epoch."""
+    """Adds ``val_accuracy`` and ``val_loss`` over all test images to an epoch's logs."""
 
     def __init__(self, data: Dataset, world: World) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ class Evaluate(Callback):
 
 
 class DivergedError(RunError):
-    """The loss is not finite, so no further step can help."""
+    """The loss is not finite, so further steps cannot help."""
 
 
 class StopIfDiverged(Callback):
-    """Ends the run at the first loss that is not finite, unless the loss scale has caused and will cure it."""
+    """Ends the run at the first loss that is not finite, unless the loss scale is the cause and can still be halved."""
 
     def __init__(self, checkpoints: Path) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ class StopIfDiverged(Callback):
         self.skipped_in_a_row = 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Every rank sees the same flag, so every rank stops."""
+        """Raise DivergedError if the run must end. Every rank sees the same flag, so every rank stops."""
         assert logs is not None
         if bool(logs["finite"]):
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        # From the largest scale to 1 there are 24 halvings.
+        # The largest scale, 2^24, reaches 1 after 24 halvings.
         if self.model.loss_scale.enabled and self.skipped_in_a_row <= 24:
             return
         saved = checkpoint.list_steps(self.checkpoints)
@@ -102,10 +102,10 @@ class StopIfDiverged(Callback):
 
 
 class EndIfStalled(Callback):
-    """Ends this rank where a step does not end: another rank hangs, and what waits for it in C++ hears nothing.
+    """Ends this rank if a step does not end because another rank hangs. Python code cannot interrupt the wait in C++.
 
-    After ``$HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``; 0 means never. Horovod's own shutdown after that time raises an
-    error on the waiting ranks only if the rank that hangs still lets Horovod's thread take part in it.
+    The limit is ``$HOROVOD_STALL_SHUTDOWN_TIME_SECONDS``; 0 means never. Horovod has a shutdown after the same time.
+    But it raises an error on the waiting ranks only if Horovod's thread still runs on the rank that hangs.
     """
 
     def __init__(self, peers: PeerStatus, world: World) -> None:
@@ -116,17 +116,17 @@ class EndIfStalled(Callback):
         self.compiled = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Start the thread that watches, where there is a rank to wait for."""
+        """Start the thread that watches, if there are other ranks to wait for."""
         if self.limit > 0 and self.world.size > 1:
             threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """The clock runs in a step only: nothing bounds what lies between two, nor the compilation of the first."""
+        """Start the clock. It runs within steps only: work between steps, and compiling the first, may take longer."""
         if self.compiled:
             self.since = time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """This step has ended."""
+        """Stop the clock: this step has ended."""
         self.since, self.compiled = None, True
 
     def _watch(self) -> None:
@@ -138,7 +138,7 @@ class EndIfStalled(Callback):
 
 
 class StopWhenTold(Callback):
-    """A signal to any rank stops all ranks after one and the same step; a later second one exits at once."""
+    """Stops all ranks after the same step when any rank gets a signal. A second signal later exits at once."""
 
     def __init__(self, request: StopRequest) -> None:
         super().__init__()
@@ -146,36 +146,36 @@ class StopWhenTold(Callback):
         self.stopped = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """From here on there is something to save."""
+        """From here on, a stop has something to save."""
         self.request.training = True
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """What was to be saved has been saved."""
+        """From here on, nothing is left to save."""
         self.request.training = False
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Put the request into this step's exchange."""
+        """Add this rank's stop request to this step's exchange."""
         if self.request.told:
             self.model.run.requests[SynchronousModel.STOP].assign(1.0)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Stop where any rank asked for it."""
+        """Stop if any rank asked to stop."""
         if self.model.run.granted.numpy()[SynchronousModel.STOP] > 0:
             self.stopped = True
             self.model.stop_training = True
 
 
 class Save(Callback):
-    """Checkpoints by epochs, steps or minutes, when told to stop, and at the end. Rank 0 writes.
+    """Saves checkpoints every so many epochs, steps or minutes, at a requested stop, and at the end. Rank 0 writes.
 
-    Minutes are rank 0's: it asks for the save through the step's exchange, so all ranks agree on the step.
+    Rank 0 counts the minutes. It asks for the save through the step's exchange, so all ranks save at the same step.
     """
 
     def __init__(
         self, every: Duration, timeline: Timeline, config: TrainConfig, folder: Path, world: World, console: Console,
         recorded: Sequence[dict],
     ) -> None:  # fmt: skip
-        """``recorded``: the lines of metrics.jsonl so far, which go with the checkpoint."""
+        """``recorded`` holds the lines of metrics.jsonl so far. They are stored in the checkpoint."""
         super().__init__()
         self.recorded = recorded
         self.every, self.timeline, self.config = every, timeline, config
@@ -184,25 +184,26 @@ class Save(Callback):
         self.due = False
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Rank 0 asks when the minutes are over."""
+        """Rank 0 asks for a save when the minutes are over."""
         if self.every.unit == "m" and self.world.first and time.monotonic() - self.saved_at > 60 * self.every.value:
             self.model.run.requests[SynchronousModel.SAVE].assign(1.0)
             self.saved_at = time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Save where a rank asked for it, or the steps are over, or the run is about to stop."""
+        """Save if a rank asked for it, if the number of steps is reached, or if the run is about to stop."""
         asked = self.every.unit == "m" and self.model.run.granted.numpy()[SynchronousModel.SAVE] > 0
         if asked:
             self.model.run.requests[SynchronousModel.SAVE].assign(0.0)
         step = batch + 1
         by_steps = self.every.unit == "s" and step % round(self.every.value) == 0
         self.due = asked or by_steps or self.model.stop_training
-        # After an epoch's last step the epoch is evaluated and recorded first: a resumed run would not do it again.
+        # After an epoch's last step, save in on_epoch_end. The epoch must be evaluated and recorded first, because
+        # a resumed run would not do it again.
         if self.due and step != self.timeline.epoch_end(self.timeline.epoch_of(batch)):
             self._save(step, None, vital=self.model.stop_training)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Save with the accuracy of the epoch, by which the best checkpoint is known."""
+        """Save with the accuracy of the epoch, which decides the best checkpoint."""
         assert logs is not None
         step = int(self.model.run.global_step.numpy())
         last = step == self.timeline.total_steps
@@ -210,8 +211,8 @@ class Save(Callback):
             self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
 
     def _save(self, step: int, metric: float | None, *, vital: bool) -> None:
-        """``vital``: nothing comes after it that could make up for it, so a failure is the run's. Raises SaveError."""
-        # Of the part of an epoch that is done, so that a resumed run records the whole of it.
+        """Save a checkpoint. ``vital``: no later save follows, so a failure ends the run. Raises SaveError."""
+        # The sums over the part of the epoch that is done. With them a resumed run can record the whole epoch.
         epoch_sums = None if metric is not None else collectives.mean([float(v.numpy()) for v in self.model.epoch_sums])
         state = {
             "images_seen": step * self.config.batch_size,
@@ -219,14 +220,14 @@ class Save(Callback):
             "identity": self.config.identity(),
             "precision": self.model.compute_dtype,
             "resume": self.config.resume,
-            # An append to a file may be lost where the power fails, and a checkpoint is not.
+            # A power failure may lose a line that was appended to a file. A checkpoint survives it.
             "metrics": list(self.recorded),
             "weights_digest": self.model.agree(),
             **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }
         failure = self._write(step, state) if self.world.first else None
         if vital or self.config.strict_save:
-            # On all ranks, so that none ends as if it had been saved.
+            # Raise on all ranks, so that no rank exits as if the save had succeeded.
             failure = collectives.broadcast_object(failure)
             if failure:
                 raise checkpoint.SaveError(failure)

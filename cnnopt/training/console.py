@@ -1,4 +1,4 @@
-"""What a person sees on rank 0: the start table and the result line."""
+"""The lines that rank 0 prints for the user: the start table and the result line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cnnopt.training.step import SynchronousModel
 
 
 def make_console(*, quiet: bool) -> Console:
-    """Where a run prints. Only a terminal is one: $FORCE_COLOR would have a log hold a terminal's control codes."""
+    """The console of a run. It ignores $FORCE_COLOR, which would write a terminal's control codes into a log."""
     terminal = sys.stdout is not None and sys.stdout.isatty()
     return Console(quiet=quiet, force_terminal=terminal, highlight=False, markup=False, soft_wrap=True)
 
@@ -35,7 +35,7 @@ def start_table(
     model: SynchronousModel,
     timeline: Timeline,
 ) -> None:
-    """Print what is about to run. A collective: every rank tells its host and device."""
+    """Print the settings of the run that starts. This is a collective: every rank sends its host and device."""
     places = collectives.gather_objects((collectives.hostname(), collectives.device()))
     hosts = {name: [device for h, device in places if h == name] for name, _ in places}
     exchange = model.exchange
@@ -66,7 +66,7 @@ def start_table(
 
 
 def tensorboard_command(folder: RunFolder) -> str:
-    """The line to type for TensorBoard, from the folder where the run was started."""
+    """The command that starts TensorBoard, to type in the folder from which the run was started."""
     program = Path(sys.executable).with_name("tensorboard")
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
@@ -74,7 +74,7 @@ def tensorboard_command(folder: RunFolder) -> str:
 
 
 def final_line(result: Mapping[str, Any], folder: RunFolder) -> str:
-    """Accuracy, sparsity, speed and place of a complete run."""
+    """The result line of a complete run: accuracy, sparsity, speed and folder."""
     return (
         f"test accuracy {result['accuracy']:.2%} at the last epoch, sparsity {result['sparsity']:.2%}, "
         f"{result['images_per_second']:.0f} images/s, {result['minutes']:.1f} min of training: {folder.path}"

@@ -1,4 +1,4 @@
-"""The loop around the step: shards of images in, epochs with Keras' hooks, exact evaluation over all ranks."""
+"""The training loop: the stream of image shards, epochs with Keras' hooks, and exact evaluation over all ranks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def training_stream(
 ) -> Iterator[tf.data.Iterator]:
     """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
 
-    It is drained on leaving, but for an error, and kept: TensorFlow destroys a stream while it holds Python's lock,
-    and waits for the stream's thread, which may be waiting for the lock.
+    On leaving without an error, the stream is drained. A stream is kept and never destroyed: TensorFlow would hold
+    Python's lock while it waits for the stream's thread, and this thread may be waiting for the same lock.
     """
     left = threading.Event()
 
@@ -59,7 +59,7 @@ def training_stream(
 def fit(
     model: SynchronousModel, stream: tf.data.Iterator, timeline: Timeline, callbacks: Sequence[keras.callbacks.Callback]
 ) -> None:
-    """Keras' ``fit`` over epochs that need not be whole numbers of steps, from ``model.run.global_step`` on.
+    """Train like Keras' ``fit``, from ``model.run.global_step`` on. An epoch need not be a whole number of steps.
 
     ``on_train_batch_end`` gets the number of steps done before the batch.
     """
@@ -86,10 +86,10 @@ def fit(
 def evaluate(
     model: SynchronousModel, images: np.ndarray, labels: np.ndarray, world: World, *, batch_size: int = 200
 ) -> dict[str, float]:
-    """Exact top-1 accuracy and mean loss over all images, uint8 [n, 32, 32, 3], each evaluated by one rank.
+    """Exact top-1 accuracy and mean loss over all images, uint8 [n, 32, 32, 3]. One rank evaluates each image.
 
-    Images are taken in fixed blocks of ``batch_size`` that are dealt to the ranks, so that a block is the same
-    computation whatever the number of ranks, and sums are in float64: the figures do not depend on it.
+    The results do not depend on the number of ranks: the images are cut into fixed blocks of ``batch_size``, each
+    block is computed by one rank, and the sums are in float64.
     """
     blocks = range(0, len(images), batch_size)
     sums = np.zeros([len(blocks), 3])

@@ -1,6 +1,6 @@
-"""What is seen of a run while it goes on: metrics.jsonl, TensorBoard, the lines on the screen. Keras hooks.
+"""Keras hooks that show the progress of a run: metrics.jsonl, TensorBoard, the lines on the screen.
 
-``Measure`` is on every rank; ``Record`` and ``Show`` write, are on rank 0, and hold no collective.
+``Measure`` runs on every rank. ``Record`` and ``Show`` write; they run on rank 0 only, so they call no collective.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from cnnopt.schedules import Timeline
 
 
 class Measure(Callback):
-    """Adds to the logs of an epoch how fast it went and where the schedules are. On every rank, before ``Evaluate``.
+    """Adds an epoch's speed and the values of the schedules to its logs. Runs on every rank, before ``Evaluate``.
 
-    The first step of a process traces and compiles, and is no part of the speed of an epoch of several steps.
+    The first step of a process traces and compiles. In an epoch of several steps, the speed leaves this step out.
     """
 
     def __init__(self, timeline: Timeline) -> None:
@@ -48,19 +48,19 @@ class Measure(Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Start again once the step is compiled."""
+        """Restart the clock once the step is compiled."""
         if not self.compiled and batch + 1 < self.timeline.epoch_end(self.timeline.epoch_of(batch)):
             self._restart(batch + 1)
         self.compiled = True
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Speed, exchange share, schedules."""
+        """Add speed, exchange share and the values of the schedules."""
         assert logs is not None
         model = self.model
         step = int(model.run.global_step.numpy())
         steps = step - self.first_step
         seconds = time.perf_counter() - self.started
-        # Ranks wait for each other in the exchange, and the fastest one most.
+        # Ranks wait for each other in the exchange, the fastest rank longest. So the mean over the ranks is taken.
         (exchanging,) = collectives.mean([float(model.exchange.seconds.numpy())])
         logs.update(
             epoch=epoch + 1,
@@ -77,7 +77,7 @@ class Measure(Callback):
         )
 
 
-# TensorBoard shows the curves of a group side by side.
+# The curves by group. TensorBoard shows the curves of one group side by side.
 TRAIN_CURVES = {
     "epoch": ("accuracy", "loss"),
     "schedule": ("learning_rate", "loss_scale", "skipped_steps"),
@@ -86,10 +86,10 @@ TRAIN_CURVES = {
 
 
 class Record(Callback):
-    """Rank 0: metrics.jsonl and TensorBoard, and the measured ``sparsity`` in the logs.
+    """Rank 0: writes metrics.jsonl and TensorBoard's files, and adds the measured ``sparsity`` to the logs.
 
-    A full disk costs the points that TensorBoard would have had. Lines of metrics.jsonl wait for the next epoch; that
-    of the last epoch must be written, as the result is made of it.
+    On a full disk, TensorBoard loses points, and lines of metrics.jsonl wait for the next epoch. The line of the last
+    epoch must be written, because the result is made from it.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Record(Callback):
         super().__init__()
         self.folder, self.timeline, self.console = folder, timeline, console
         self.waiting: list[dict[str, float]] = []
-        #: All lines of the run, with those that wait.
+        #: All lines of the run, including the waiting ones.
         self.recorded = folder.metrics()
         for name in ("train", "validation", "pruning", "hparams"):
             _continue_at(folder.tensorboard / name, first_step)
         self.writers = {
-            # As bytes: C++ takes text for UTF-8, whatever the locale says of the names of files.
+            # The path goes to C++ as bytes. Text would become UTF-8, even if the locale encodes file names otherwise.
             name: tf.summary.create_file_writer(os.fsencode(folder.tensorboard / name))
             for name in ("train", "validation", "pruning", "hparams")
         }
@@ -111,7 +111,7 @@ class Record(Callback):
             hparams.hparams({k: "" if v is None else v for k, v in config.identity().items()}, trial_id=config.name)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """One line, and one point of every curve. Raises WriteError after the last epoch."""
+        """Write one line, and one point of every curve. Raises WriteError if the last epoch's line is not written."""
         assert logs is not None
         sparsities = self.model.pruner.sparsities()
         logs["sparsity"] = sparsities["total"]
@@ -127,7 +127,7 @@ class Record(Callback):
             self.console.print(f"{why}; training goes on")
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """A line that still waits has its last chance: a run that was told to stop goes on after this epoch."""
+        """Try once more to write waiting lines. A stopped run resumes after this epoch and would not write them."""
         with contextlib.suppress(OSError):
             self._write_lines()
 
@@ -164,15 +164,15 @@ _starts = itertools.count()
 
 
 def _continue_at(folder: Path, step: int) -> None:
-    """Tell TensorBoard to forget what an earlier process wrote after ``step``: that is done again."""
+    """Tell TensorBoard to drop the points that an earlier process wrote after ``step``: those steps are done again."""
     now = time.time()
     events = [
         Event(wall_time=now, file_version="brain.Event:2"),
         Event(wall_time=now, step=step + 1, session_log=SessionLog(status=SessionLog.START)),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    # Not by TensorBoard's EventFileWriter, which gives its path to C++ as text. Files are read in the order of their
-    # names: this one comes before that of the writer that is made next.
+    # TensorBoard's EventFileWriter is not used, because it gives its path to C++ as text. TensorBoard reads files in
+    # the order of their names. This name sorts before that of the file that the next writer makes.
     name = f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}.{next(_starts)}.resume"
     with (folder / name).open("wb") as file:
         for event in events:
@@ -196,7 +196,8 @@ class Show(Callback):
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )
-            # Redirected, an error would end up on standard output; hidden, the cursor would stay so after os._exit.
+            # Without the two redirect_... flags, rich would print errors to standard output. The cursor is shown,
+            # because os._exit would leave it hidden.
             self.progress = Progress(
                 *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
             )
@@ -212,7 +213,7 @@ class Show(Callback):
             self.progress.advance(self.task)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """The line of this epoch."""
+        """Print the line of this epoch."""
         assert logs is not None
         self.clear()
         self.console.print(
@@ -222,7 +223,7 @@ class Show(Callback):
         )
 
     def clear(self) -> None:
-        """Leave no half-drawn bar."""
+        """Remove the progress bar, so that no half-drawn bar is left."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest checkpoint that verifies, read by one rank and given to the others."""
+"""Resume a run from the newest checkpoint that verifies. Rank 0 reads it and broadcasts it to the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def restore(
     world: World,
     say: Callable[[str], None],
 ) -> int:
-    """Set ``model`` to the state that ``--resume`` names, on all ranks; returns the number of steps done.
+    """Set ``model`` to the state that ``--resume`` names, on all ranks. Returns the number of steps done.
 
     Raises checkpoint.CheckpointError on every rank if a named checkpoint cannot be used.
     """
@@ -30,7 +30,7 @@ def restore(
             outcome = _restore_here(model, config, folder, say)
         except checkpoint.CheckpointError as error:
             outcome = str(error)
-    # Horovod: all ranks learn how it went before any of them waits for the state.
+    # Horovod: rank 0 tells all ranks whether it could restore, before any of them waits for the state.
     outcome = collectives.broadcast_object(outcome)
     if isinstance(outcome, str):
         raise checkpoint.CheckpointError(outcome)
@@ -50,12 +50,12 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         if differing:
             return f"of another model: {differing[0]}"
-        # Absent where the save was at the end of an epoch.
+        # A checkpoint that was saved at the end of an epoch has no epoch_sums.
         sums = found.state.get("epoch_sums", [0.0] * len(model.epoch_sums))
         fits = isinstance(sums, list) and list(map(type, sums)) == [float] * len(model.epoch_sums)
         if not fits:
             return "of another model: epoch_sums"
-        # Absent in checkpoints of earlier versions, which leave it to metrics.jsonl alone.
+        # Checkpoints of earlier versions have no metrics: the lines are in metrics.jsonl alone.
         lines = found.state.get("metrics")
         if lines is None and "metric" in found.state and found.path.parent == folder.checkpoints:
             lost = all(line["step"] != found.step for line in folder.metrics())
@@ -70,7 +70,7 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
     back = named is not None and named.resolve().parent == folder.checkpoints.resolve()
     found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
     if named and found and (not back or found.state.get("resume") == config.resume):
-        # A job that is queued again has the same flags, and would begin there each time.
+        # A requeued job has the same flags. Without this it would begin from the named checkpoint each time.
         say(f"--resume {named} was for the first start; this run has checkpoints that came after it")
         named = None
     if named is None:
@@ -78,7 +78,8 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
             say(f"skipped {path}: {reason}")
         if found is None:
             if skipped:
-                # They may be readable again tomorrow, and step 0 would overwrite what is known of them.
+                # The skipped checkpoints may be readable again tomorrow. A run from step 0 would overwrite the records
+                # that belong to them.
                 raise checkpoint.CheckpointError(
                     f"no checkpoint in {folder.checkpoints} can be used: move that folder away to begin anew"
                 )
@@ -95,7 +96,7 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
             checkpoint.set_aside(folder.checkpoints, after=found.step)
     before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype
     for name, variable in model.named_state().items():
-        # The loss scale of another type is none for this one: it begins anew.
+        # A loss scale fits its compute type only. With another type it starts from its initial value.
         if before == now or not name.startswith("loss_scale/"):
             variable.assign(found.arrays[name])
     if before != now:

@@ -1,4 +1,4 @@
-"""One session of training: from the step that a run has come to, to its end or to where it is told to stop."""
+"""One session of training: from the step that a run has reached, to its end or to a requested stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cnnopt.training.step import SynchronousModel
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those of its job: its place, where it prints, what it is told, and how it answers others."""
+    """This process as one rank of its job: its place, its console, its stop request, and its answers to other ranks."""
 
     world: World
     console: Console
@@ -39,9 +39,10 @@ def train(
     *,
     masks: Sequence[Callback] = (),
 ) -> bool:
-    """Train ``model`` on from its global step; True where a signal stopped it, all ranks having saved and parted.
+    """Train ``model`` from its global step on. Returns True if a signal stopped it; the run is then saved, and
+    Horovod is shut down.
 
-    ``masks``: the hooks that renew them. Raises RunError where the run cannot go on (docs/reliability.md).
+    ``masks`` are the hooks that renew the masks. Raises RunError if the run cannot continue (docs/reliability.md).
     """
     world, console, peers = rank.world, rank.console, rank.peers
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
@@ -53,7 +54,7 @@ def train(
         callbacks.EndIfStalled(peers, world),
         callbacks.StopIfDiverged(folder.checkpoints),
         *masks,
-        # Before the evaluation, which is no part of an epoch's speed.
+        # Measure comes before Evaluate, because an epoch's speed does not include the evaluation.
         metrics.Measure(timeline),
         callbacks.Evaluate(images, world),
     ]
@@ -63,11 +64,12 @@ def train(
         record = metrics.Record(folder, config, timeline, first_step, console)
         hooks += [record]
         recorded = record.recorded
-    # After it: a resumed run does again what was recorded after its checkpoint, but not what was never recorded.
+    # Save comes after Record. A resumed run repeats epochs that were recorded after its checkpoint. But it would not
+    # record an epoch that ended before the checkpoint.
     every = parse_duration(config.save_every, "esm")
     hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console, recorded)]
     if world.first:
-        # What is printed waits until all is kept.
+        # Show comes last: an epoch is printed only after it is recorded and saved.
         hooks += [show]
     steps = {"first_step": first_step, "last_step": timeline.total_steps}
     with loop.training_stream(config, images, world, **steps) as stream:
@@ -78,7 +80,7 @@ def train(
 
     if stop.stopped:
         console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
-        # A launcher ends all ranks once one has ended: none ends before the first has saved and said so.
+        # A launcher kills all ranks as soon as one exits. So no rank exits before rank 0 has saved and printed this.
         peers.stop_after_first(world.rank)
         collectives.shutdown()
     return stop.stopped

@@ -23,39 +23,40 @@ from cnnopt.training.buckets import Exchange, choose
 
 
 class _RunState:
-    """Variables beside the network's own. Held in an object that Keras does not look into, because a variable that is
-    an attribute of a model counts among its weights.
+    """The run's variables that are not weights of the network. Keras counts every variable that is an attribute of a
+    model as one of its weights, but does not look into this object.
     """
 
     def __init__(self, vectors: Vectors, *, average: bool) -> None:
-        # Horovod broadcasts by name.
+        # Each variable needs a name, because Horovod broadcasts by name.
         def variable(initial: Any, name: str, dtype: tf.DType = tf.float32) -> tf.Variable:
             return tf.Variable(initial, trainable=False, name=name, dtype=dtype)
 
-        # float32 [weights]: 1 where a weight is kept, and what of a weight is added to its gradient.
+        # Both are float32 [weights]. masks: 1 for a kept weight. weight_decay: the part of a weight that is added to
+        # its gradient.
         self.masks = variable(tf.ones_like(vectors.weights), "masks")
         self.weight_decay = variable(tf.zeros_like(vectors.weights), "weight_decay")
         both = {"average_of_weights": vectors.weights, "average_of_moving": vectors.moving}
         self.averaged = [variable(vector, name) for name, vector in both.items() if average]
         self.global_step = variable(0, "global_step", tf.int64)
         self.requests, self.granted = variable([0, 0], "requests"), variable([0, 0], "granted")
-        # Over this rank's part of the epoch so far: losses, steps, accuracies, steps.
+        # Sums over this rank's part of the epoch so far: losses, steps, accuracies, steps.
         self.sums = variable([0, 0, 0, 0], "sums")
 
 
 class SynchronousModel(keras.Model):
-    """A network whose ``train_step`` leaves every rank with the same numbers; ``build_model`` makes it.
+    """A network whose ``train_step`` leaves every rank with the same numbers. ``build_model`` makes it.
 
-    Its layers have views of two vectors (model/flat.py). Allreduced in a step (buckets.py) are the gradients, the
-    changes of BatchNorm's moving statistics (so that they too are equal on all ranks after every step) and two
-    requests: a rank that was told to stop or to save puts 1 in its place, and all ranks see it after the same step, at
-    no extra collective.
+    Its layers have views of two vectors (model/flat.py). A step allreduces (buckets.py) three things: the gradients;
+    the changes of BatchNorm's moving statistics, so that these too are equal on all ranks after every step; and two
+    requests. A rank that must stop or save sets its request to 1. All ranks see the request after the same step, and
+    no extra collective is needed.
     """
 
     STOP, SAVE = 0, 1
 
     vectors: Vectors
-    #: float32 [total steps]: the rate of each step of the run.
+    #: float32 [total steps]: the learning rate of each step of the run.
     learning_rates: tf.Tensor
     label_smoothing: float
     ema: float
@@ -66,33 +67,33 @@ class SynchronousModel(keras.Model):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """What Horovod's callback gives to all ranks, with the optimizer's: few, and all that the views are of."""
+        """The variables that Horovod's callback broadcasts, beside the optimizer's: a few vectors hold all views."""
         return [self.vectors.weights, self.vectors.moving, self.run.masks, *self.run.averaged]
 
     @property
     def epoch_sums(self) -> list[View]:
-        """``run.sums``, one by one."""
+        """The four entries of ``run.sums``, as scalar variables."""
         return [View(self.run.sums, i, tf.TensorShape([]), f"sum{i}") for i in range(4)]
 
     def end_epoch(self) -> dict[str, float]:
-        """The mean loss and accuracy of this rank's part of the epoch; counts from 0 again."""
+        """The mean loss and accuracy of this rank's part of the epoch. Resets the sums to 0."""
         loss, losses, accuracy, accuracies = self.run.sums.numpy()
         self.run.sums.assign(tf.zeros(4))
         return {"loss": float(loss / max(losses, 1)), "accuracy": float(accuracy / max(accuracies, 1))}
 
     def losses_of(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        """Cross-entropy of each image, float32 [batch]; labels int64 [batch], logits [batch, classes]."""
+        """The cross-entropy of each image, float32 [batch], from labels int64 [batch] and logits [batch, classes]."""
         classes = logits.shape[-1]
         targets = tf.one_hot(labels, classes) * (1 - self.label_smoothing) + self.label_smoothing / classes
         return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
 
-    # Otherwise TensorFlow rewrites each function that is called below, Horovod's too: seconds that none of them needs.
+    # Without this, AutoGraph rewrites each function called below, Horovod's too. That takes seconds, and none needs it.
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """One update from this rank's shard of the global batch: uint8 images [shard, 32, 32, 3], int64 labels."""
+        """Do one update from this rank's shard of the global batch: uint8 images [shard, 32, 32, 3], int64 labels."""
         vectors, scaling = self.vectors, self.loss_scale.enabled
         gradients, changes, loss, correct = self.forward_backward(*data)
-        # The last stage's gradients are there first, and travel with what is there before them.
+        # The last stage's gradients are ready first. The changes and requests, ready even earlier, go with them.
         last = tf.concat([gradients[-1], changes, self.run.requests.read_value()], 0)
         means, finite = self.exchange([*gradients[:-1], last])
         gradient, changes, granted = tf.split(means, [vectors.weights.shape[0], vectors.moving.shape[0], 2])
@@ -100,7 +101,7 @@ class SynchronousModel(keras.Model):
         sums = tf.stack([loss, 1.0, correct, 1.0])
         if scaling:
             gradient /= self.loss_scale.value
-            # The forward pass of a skipped step has overflowed perhaps, and would leave infinities here for good.
+            # The forward pass of a skipped step may have overflowed. Its infinities would stay in both for ever.
             changes, sums = (tf.where(finite, values, 0.0) for values in (changes, sums))
         vectors.moving.assign_add(changes)
         self.run.sums.assign_add(sums)
@@ -115,8 +116,8 @@ class SynchronousModel(keras.Model):
     def forward_backward(
         self, images: tf.Tensor, labels: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Of one shard: the gradients of each stage's weights, times the loss scale; the changes of the moving
-        statistics; the mean loss; the share of images that are classified correctly.
+        """Compute for one shard: the gradients of each stage's weights, times the loss scale; the changes of the
+        moving statistics; the mean loss; the share of images that are classified correctly.
         """
         vectors = self.vectors
         stages, moving = tf.split(vectors.weights, vectors.stages), vectors.moving.read_value()
@@ -132,14 +133,14 @@ class SynchronousModel(keras.Model):
         return gradients, moved - moving, loss, correct
 
     def update(self, gradient: tf.Tensor) -> tf.Operation:
-        """Weight decay, optimizer, masks, moving average of weights; gradients of pruned weights are 0."""
+        """Apply weight decay, optimizer, masks and moving average of weights. Gradients of pruned weights are 0."""
         weights = self.vectors.weights
         decayed = gradient + self.run.weight_decay * weights
         self.optimizer.learning_rate.assign(tf.gather(self.learning_rates, self.run.global_step))
-        # The exchange has aggregated them, and Keras' own aggregation cannot be traced inside the tf.cond of float16.
+        # The exchange has aggregated the gradients. Keras' aggregation cannot be traced inside the tf.cond of float16.
         self.optimizer.apply_gradients([(decayed, weights)], skip_gradients_aggregation=True)
         weights.assign(weights * self.run.masks)
-        # A young average forgets its start sooner than an old one.
+        # The decay is smaller in early steps, so that the average soon forgets the initial weights.
         age = tf.cast(self.run.global_step, tf.float32)
         decay = tf.minimum(self.ema, (1 + age) / (10 + age))
         for average, vector in self._averages():
@@ -164,7 +165,7 @@ class SynchronousModel(keras.Model):
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Within it the network has its averaged weights, where ``--ema`` keeps them."""
+        """Within this context the network has its averaged weights, if ``--ema`` keeps an average."""
         kept = [(vector, tf.identity(vector)) for _, vector in self._averages()]
         for average, vector in self._averages():
             vector.assign(average)
@@ -175,7 +176,7 @@ class SynchronousModel(keras.Model):
                 vector.assign(value)
 
     def named_state(self) -> dict[str, tf.Variable]:
-        """Every variable that a resumed run needs, by a stable name; of the vectors, the part of each weight."""
+        """All variables that a resumed run needs, by stable names. Vectors are split into one part for each weight."""
         iteration, *slots = self.optimizer.variables
         moments = [w.like(s, s.name.replace("weights:0", w.name)) for w in self.trainable_weights for s in slots]
         groups = {
@@ -196,18 +197,18 @@ class SynchronousModel(keras.Model):
         for average, vector in self._averages():
             if getattr(weight, "vector", None) is vector:
                 return weight.like(average, weight.name)
-        # What is neither learned nor moves is its own average.
+        # A weight that is neither learned nor a moving statistic does not change, so it is its own average.
         return weight
 
     def prune(self, step: int) -> None:
-        """Renew the masks that are due after ``step`` steps; the averaged weights lose the same entries."""
+        """Renew the masks that are due after ``step`` steps. The averaged weights lose the same entries."""
         self.pruner.update(step)
         self.exchange.follow_masks()
         for average in self.run.averaged[:1]:
             average.assign(average * self.run.masks)
 
     def agree(self) -> str:
-        """Compare weights and masks with the other ranks; returns their digest."""
+        """Compare weights and masks with those of the other ranks. Returns their digest."""
         names = [(w.name, w) for w in self.weights] + [(m.name, m) for m in self.pruner.masks]
         return collectives.agree({name: variable.numpy() for name, variable in names})
 
@@ -215,7 +216,7 @@ class SynchronousModel(keras.Model):
 def _exchange(
     config: TrainConfig, model: SynchronousModel, total_steps: int, *, ranks: int, bucketed: bool
 ) -> Exchange:
-    """For the gradients, the changes of moving statistics, and two requests."""
+    """Make the exchange of the gradients, the changes of moving statistics, and two requests."""
     *stages, last = model.vectors.stages
     sizes = [*stages, last + model.vectors.moving.shape[0] + 2]
     choice = choose(
@@ -227,7 +228,7 @@ def _exchange(
         wire=config.wire_dtype,
         deterministic=config.deterministic,
     )
-    # TensorFlow refuses to read the clock where determinism is asked for: the exchange then counts as 0 s.
+    # With --deterministic, TensorFlow refuses to read the clock. The exchange then counts as 0 s.
     clock = (lambda: tf.constant(0.0, tf.float64)) if config.deterministic else tf.timestamp
     sizes = sizes if bucketed else [sum(sizes)]
     return Exchange(sizes, model.run.masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock)
@@ -245,10 +246,10 @@ def build_model(
     config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int,
     parts: Parts = FLOAT, bucketed: bool = True,
 ) -> SynchronousModel:  # fmt: skip
-    """The network, its optimizer, masks and schedules, as ``config`` says; weights are those of ``config.seed``.
+    """Build the network, its optimizer, masks and schedules from ``config``. ``config.seed`` decides the weights.
 
-    ``ranks``: that exchange; with 1 nothing is sent. ``parts``: the layers that the network is made of. ``bucketed``:
-    send gradients in buckets, each as soon as it is there, or all in one.
+    ``ranks``: the number of ranks that exchange; 1 sends nothing. ``parts``: the layers that the network is made of.
+    ``bucketed``: True sends gradients in buckets, each as soon as it is ready; False sends all in one.
     """
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
@@ -285,11 +286,11 @@ def build_model(
     if orthogonal:
         collectives.assert_same("--optimizer muon", muon.digest(), remedy="choose --optimizer sgd")
     model.compile()
-    # Handed to compile(), it would come back wrapped in a loss scale of Keras' own under mixed_float16.
+    # The optimizer is not given to compile(), which would wrap it in Keras' own loss scale under mixed_float16.
     model.optimizer = _optimizer(config.optimizer, rate.peak, decay, vectors)
     model.optimizer.build([vectors.weights])
     for kernel in kernels:
-        # Muon shrinks the kernels of convolutions by itself.
+        # Muon applies weight decay to the kernels of convolutions itself.
         if not (orthogonal and kernel.shape.rank == 4):
             kernel.like(run.weight_decay, kernel.name).assign(tf.fill(kernel.shape, decay))
     model.vectors, model.run = vectors, run
