@@ -9,9 +9,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # horovodrun starts its workers with whatever `python` is first on PATH.
-train test-single test-parallel: export PATH := $(BIN):$(PATH)
-# horovodrun imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
-train: export TF_USE_LEGACY_KERAS := 1
+test-single test-parallel: export PATH := $(BIN):$(PATH)
 
 .PHONY: help env train test test-single test-parallel test-cluster soak bench lint format lock clean
 
@@ -23,7 +21,7 @@ env:  ## build .venv from the lock: seconds, the first time minutes (it compiles
 	@VENV=$(VENV) scripts/make_env.sh
 
 train: env  ## train the demo preset on two processes of this machine
-	$(BIN)/horovodrun --gloo -np 2 $(BIN)/python train_hvd.py --preset demo $(ARGS)
+	$(BIN)/python -m cnnopt.launch -np 2 -- $(BIN)/python train_hvd.py --preset demo $(ARGS)
 
 test: lint test-single test-parallel  ## everything that must pass before a commit
 

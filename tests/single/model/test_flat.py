@@ -14,7 +14,7 @@ from cnnopt.model.resnet import resnet
 from tests.helpers import small_runs
 
 STATISTICS = {"mean": np.float32([125, 123, 114]), "std": np.float32([63, 62, 67])}
-IMAGES = tf.constant(small_runs.IMAGES.test_images[:5])
+IMAGES = small_runs.IMAGES.test_images[:5]
 
 
 def pair(policy: str) -> tuple[keras.Model, Vectors, keras.Model]:
