@@ -1,6 +1,6 @@
-"""The parser of every command: a mistake is one UserError, and ``main`` makes one line and status 2 of it.
+"""The parser of every command. A mistake raises UserError, and ``main`` turns it into one line and status 2.
 
-Standard library only, and of any Python from 3.7, as ``cnnopt.launch`` is.
+Standard library only, and for any Python from 3.7, like ``cnnopt.launch``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cnnopt.errors import UserError
 
 
 def python_m(module: str) -> list[str]:
-    """``python -m module``, where only this program knows in which folder cnnopt is.
+    """The command ``python -m module``, for use when only this program knows the folder of cnnopt.
 
-    PYTHONPATH can name no folder with a colon, and with PYTHONSAFEPATH Python looks in no other of ours.
+    PYTHONPATH cannot name a folder with a colon, and with PYTHONSAFEPATH Python searches no other folder of ours.
     """
     code = f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parents[1].resolve())!r}); "
     return [sys.executable, "-c", f"{code}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
@@ -27,7 +27,7 @@ def python_m(module: str) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are UserErrors.
 
-    ``stray`` is what to say of arguments that are none of its own.
+    ``stray`` is the remedy in the message about unrecognized arguments.
     """
 
     def __init__(self, *, stray: str = "see --help", **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         self.stray = stray
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse; a flag that does not exist is answered with the nearest that does."""
+        """As in argparse, but the error for an unknown flag suggests the nearest known one."""
         given, strange = self.parse_known_args(args, namespace)
         if strange:
             near = nearest(strange[0].split("=")[0], self._option_string_actions)
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As in argparse; a choice that does not exist is answered with the nearest that does."""
+        """As in argparse, but the error for an unknown choice suggests the nearest known one."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
@@ -51,14 +51,15 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{error.message}: {near}" if near else error.message) from None
 
     def error(self, message: str) -> Any:
-        """Raise what argparse would print in several lines."""
+        """Raise UserError with one line; argparse would print several."""
         raise UserError(message if message.endswith("?") else f"{message}; see --help")
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """A question that names what was meant; empty where nothing is near.
+    """A question that suggests the intended name. Empty if no known name is near.
 
-    What is spelt alike, or else all that have the words of ``given`` among theirs: --lr, --lr-drops and --base-lr.
+    It suggests the name with similar spelling, or else all names that contain the words of ``given``. For --lr these
+    are --lr-drops and --base-lr, among others.
     """
     known = list(known)
     near = difflib.get_close_matches(given, known, 1, 0.75)

@@ -1,10 +1,10 @@
-"""Train on hosts that come and go: the run is started again, from its last checkpoint, on those that are there.
+"""Train on hosts that come and go: the run starts again on the hosts that are there, from its last checkpoint.
 
     python -m cnnopt.elastic --min-np 1 --max-np 4 --host-discovery-script ./hosts.sh --depth 44 --batch-size 120
 
-The script prints a line ``host:slots`` for each host, as horovodrun's does. The largest number of ranks that divides
-the global batch is used, so that the batch stays what it is. What follows are flags of train_hvd.py. Exit status:
-that of a complete run, 0; 1 if three starts in a row have saved nothing; 75 if told to stop.
+The script prints a line ``host:slots`` for each host, as for horovodrun. The run uses the largest number of ranks that
+divides the global batch, so that the batch stays the same. The other flags are those of train_hvd.py. Exit status:
+0 if the run is complete, 1 if three starts in a row have saved nothing, 75 if told to stop.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cnnopt.run.run_folder import RunFolder
 FRUITLESS = 3
 #: Seconds between two looks at the hosts.
 INTERVAL = 1.0
-#: Seconds in which a launcher that was told to end has to: it gives its ranks 5.
+#: Seconds that a launcher has to end after it was told to. It gives its ranks 5.
 GRACE = 60.0
 TRAIN = Path(__file__).parents[1] / "train_hvd.py"
 
 
 def discover(script: str) -> dict[str, int]:
-    """The hosts and their slots, as ``script`` prints them. Raises ConfigError where it cannot be run."""
+    """The hosts and their slots, as ``script`` prints them. Raises ConfigError if the script cannot be run."""
     try:
         done = subprocess.run([script], capture_output=True, text=True, timeout=60)
         lines = done.stdout.split()
@@ -51,13 +51,13 @@ def discover(script: str) -> dict[str, int]:
 
 
 def ranks_on(hosts: dict[str, int], batch_size: int, most: int) -> int:
-    """The largest number of ranks that fits on ``hosts`` and divides the batch; 0 without a slot."""
+    """The largest number of ranks that fits on ``hosts`` and divides the batch. 0 without slots."""
     fitting = min(most, sum(hosts.values()))
     return max((ranks for ranks in range(1, fitting + 1) if batch_size % ranks == 0), default=0)
 
 
 def places_of(hosts: dict[str, int], ranks: int) -> dict[str, int]:
-    """Hosts with as many slots as ranks: horovodrun starts one on every slot, whatever -np says."""
+    """Hosts with ``ranks`` slots in total, because horovodrun starts a rank on every slot, whatever -np says."""
     places: dict[str, int] = {}
     for host, slots in hosts.items():
         if taken := min(slots, ranks):
@@ -67,19 +67,19 @@ def places_of(hosts: dict[str, int], ranks: int) -> dict[str, int]:
 
 
 def changed(hosts: dict[str, int], places: dict[str, int], batch_size: int, most: int) -> bool:
-    """True where a run on ``places`` has lost a slot of them, or could have another number of ranks on ``hosts``."""
+    """True if a run on ``places`` has lost one of its slots, or would now have another number of ranks."""
     lost = any(hosts.get(host, 0) < taken for host, taken in places.items())
     return lost or ranks_on(hosts, batch_size, most) != sum(places.values())
 
 
 def newest(config: TrainConfig) -> int:
-    """The step of the newest checkpoint, unverified; -1 without one."""
+    """The step of the newest checkpoint, unverified. -1 without a checkpoint."""
     paths = checkpoint.list_steps(RunFolder.of(config).checkpoints)
     return int(paths[-1].name.rpartition("-")[2]) if paths else -1
 
 
 def find_horovodrun() -> str:
-    """That of this Python, else the first on PATH. Raises ConfigError where there is none."""
+    """The horovodrun of this Python, else the first on PATH. Raises ConfigError if there is none."""
     beside = Path(sys.executable).with_name("horovodrun")
     found = str(beside) if beside.exists() else shutil.which("horovodrun")
     if found is None:
@@ -88,7 +88,7 @@ def find_horovodrun() -> str:
 
 
 def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]) -> int:
-    """Start the run as often as it takes; returns the exit status."""
+    """Start the run as often as needed. Returns the exit status."""
     horovodrun, hosts, fruitless = find_horovodrun(), discover(options.host_discovery_script), 0
     waiting_since: float | None = None
     while True:
@@ -111,20 +111,20 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
         places = places_of(hosts, ranks)
         listed = ",".join(f"{host}:{slots}" for host, slots in places.items())
         print(f"cnnopt.elastic: {ranks} ranks on {listed}, after step {max(before, 0)}", flush=True)
-        # Without the cache, as hosts come and go. It is in HOME, which may be read-only.
+        # No cache, because hosts come and go, and because the cache is in HOME, which may be read-only.
         launcher = [horovodrun, "--gloo", "--disable-cache", "-np", str(ranks), "-H", listed]
         command = [*launcher, sys.executable, str(TRAIN), *flags]
-        # In a session of its own: a terminal's Ctrl-C comes to this process alone, which hands it on.
+        # The job gets a new session, so a terminal's Ctrl-C reaches only this process, which ends the job.
         with subprocess.Popen(command, start_new_session=True) as job:
             try:
                 moved = watch(job, options, places, config.batch_size)
             except BaseException:
                 end(job)
                 raise
-        # horovodrun, told to end its ranks, may answer 0 (docs/reliability.md, "Exit status").
+        # horovodrun may return 0 after it was told to end its ranks (docs/reliability.md, "Exit status").
         if job.returncode == 0 and not moved and RunFolder.of(config).result() is not None:
             return 0
-        # A start that hosts have cut short is neither fruit nor fault.
+        # A start that a change of hosts has cut short does not count as fruitless.
         fruitless = 0 if newest(config) > before else fruitless + (not moved)
         if fruitless == FRUITLESS:
             raise RunError(f"{FRUITLESS} starts in a row ended without a new checkpoint: see their messages above")
@@ -132,7 +132,7 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
 
 
 def look_again(script: str, last: dict[str, int]) -> dict[str, int]:
-    """The hosts that are there now; ``last`` where the script fails, as it has worked before and may again."""
+    """The hosts that are there now. ``last`` if the script fails, because it worked before and may work again."""
     try:
         return discover(script)
     except ConfigError:
@@ -140,7 +140,7 @@ def look_again(script: str, last: dict[str, int]) -> dict[str, int]:
 
 
 def watch(job: subprocess.Popen, options: argparse.Namespace, places: dict[str, int], batch_size: int) -> bool:
-    """Wait for the end of ``job``; end it, which saves, where its places would be others now, and say so."""
+    """Wait for ``job`` to end. If its places would now differ, end the job, which saves, and return True."""
     hosts = places
     while job.poll() is None:
         time.sleep(INTERVAL)
@@ -152,7 +152,7 @@ def watch(job: subprocess.Popen, options: argparse.Namespace, places: dict[str, 
 
 
 def end(job: subprocess.Popen) -> None:
-    """Have a launcher end its ranks, which save; kill it with its session where it does not."""
+    """Tell a launcher to end its ranks, which save. If it does not end in time, kill it with its session."""
     job.terminate()
     try:
         job.wait(GRACE)
@@ -161,7 +161,7 @@ def end(job: subprocess.Popen) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; every expected failure is one line and an exit status."""
+    """Run a command line. Every expected failure prints one line and has an exit status."""
     parser = Parser(
         prog="python -m cnnopt.elastic",
         usage="%(prog)s [--min-np N] --max-np N [--elastic-timeout S] --host-discovery-script PROGRAM "
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 1 <= options.min_np <= options.max_np:
             raise ConfigError(f"--min-np {options.min_np} --max-np {options.max_np}: must be 1 or more, and in order")
         config = parse_args(flags)
-        # A terminal that closes says SIGHUP, which nohup has this process ignore.
+        # A closing terminal sends SIGHUP. nohup starts this process with SIGHUP ignored. Leave it ignored.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))

@@ -1,23 +1,23 @@
-"""What can go wrong as expected: one line for the user, and the exit status that goes with it."""
+"""Expected errors: each has one line for the user and an exit status."""
 
 
 class CnnoptError(Exception):
-    """Its message is one line that names the flag or the file and the remedy."""
+    """An expected error. The message is one line that names the flag or the file and the remedy."""
 
     exit_status = 1
-    #: Whether one rank alone knows of it, which then has to say it.
+    #: Whether only one rank knows of the error. That rank must then print it.
     of_one_rank = False
 
     def __init__(self, message: str) -> None:
-        # What the message quotes, an argument or a file name, may hold a line break.
+        # The message may quote an argument or a file name that holds a line break.
         super().__init__(" ".join(message.splitlines()))
 
 
 class UserError(CnnoptError):
-    """What was asked for, or the files that were named, cannot be used."""
+    """The user's request, or a file that the user named, cannot be used."""
 
     exit_status = 2
 
 
 class RunError(CnnoptError):
-    """A run that was asked for rightly has failed."""
+    """A run with valid input has failed."""

@@ -1,10 +1,11 @@
-"""Start the ranks of a run with neither ssh nor MPI, and serve the rendezvous where they find each other.
+"""Start the ranks of a run without ssh or MPI, and serve the rendezvous through which they find each other.
 
     in a SLURM job     python -m cnnopt.launch -- srun python train_hvd.py --depth 44
     on one machine     python -m cnnopt.launch -np 2 -- python train_hvd.py --depth 44
 
-In a SLURM job the ranks are srun's: train_hvd.py takes rank and size from SLURM_*. Exit status: that of srun, or of
-the first rank that failed; 130 after Ctrl-C, at which the ranks save, and at the second end. Standard library only.
+In a SLURM job srun starts the ranks, and train_hvd.py takes rank and size from SLURM_*. The exit status is that of
+srun, or of the first rank that failed. After Ctrl-C the status is 130: the ranks save at the first Ctrl-C, and end at
+the second. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from cnnopt.distributed.signals import INTERRUPTED, STOPPED
 from cnnopt.errors import CnnoptError, UserError
 from cnnopt.output import outlive_readers
 
-#: Seconds that the ranks have to end by themselves when one has failed; as many again after SIGTERM.
+#: Seconds that ranks have to end by themselves after one has failed, and as many again after SIGTERM.
 GRACE = 10.0
-#: Seconds that a rank waits for another, in place of Gloo's 30: on a cold file system some start minutes after others.
+#: Seconds that a rank waits for another. Gloo's 30 are too few: on a cold file system some ranks start minutes later.
 GLOO_TIMEOUT = "120"
 
 
 def rank_variables(rank: int, size: int) -> dict[str, str]:
-    """Horovod's variables of one of ``size`` ranks on this host."""
+    """Horovod's variables for rank ``rank`` of ``size`` ranks on this host."""
     place = {"RANK": rank, "SIZE": size, "LOCAL_RANK": rank, "LOCAL_SIZE": size, "CROSS_RANK": 0, "CROSS_SIZE": 1}
     return {f"HOROVOD_{name}": str(value) for name, value in place.items()}
 
 
 def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
-    """Run named commands in their environments, pass signals on to them, end all when one fails.
+    """Run named commands in their environments, pass signals on to them, and end all when one fails.
 
-    Returns 0, or the status of the first that failed: 128 plus the signal's number, as in a shell, if a signal did it.
+    Returns 0, or the status of the first that failed. If a signal ended it, that is 128 plus its number, as in a shell.
     """
     children: dict[str, subprocess.Popen] = {}
     pressed = 0
@@ -46,8 +47,8 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
         pressed += number == signal.SIGINT
-        # A terminal sends Ctrl-C to the children too, which take both for one. srun hands SIGUSR1 to its tasks, and
-        # ends them at SIGTERM; a rank that was told before ends at SIGINT.
+        # A terminal sends Ctrl-C to the children too, which count both signals as one. srun passes SIGUSR1 on to its
+        # tasks, and ends them at SIGTERM. A rank that was told to stop before ends at SIGINT.
         again = number == signal.SIGINT and pressed > 1
         for child in children.values():
             for each in (signal.SIGINT, signal.SIGTERM) if again else (signal.SIGUSR1,):
@@ -55,7 +56,7 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
                     child.send_signal(each)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        # A shell has its background commands ignore Ctrl-C.
+        # A shell starts its background commands with Ctrl-C ignored. Leave it ignored.
         if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
     for name, (command, environment) in commands.items():
@@ -76,7 +77,7 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
             elif late > GRACE:
                 child.terminate()
         time.sleep(0.1)
-    # A rank that has stopped says 75, and one that could not hear it yet was killed by it.
+    # After Ctrl-C, a rank that has saved exits with 75. The signal killed a rank that could not hear it yet.
     return INTERRUPTED if pressed and (status == STOPPED or status > 128) else status
 
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def launch(options: argparse.Namespace) -> int:
-    """Serve the rendezvous while the command runs; its exit status."""
+    """Serve the rendezvous while the command runs. Returns the command's exit status."""
     if options.np is None and "SLURM_JOB_ID" not in os.environ:
         raise UserError("-np is missing: outside a SLURM job, say how many ranks to start")
     if options.np is not None and options.np < 1:

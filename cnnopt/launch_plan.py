@@ -1,4 +1,4 @@
-"""One run, said to each launcher.
+"""Print how to start one run with each launcher.
 
     python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44 --sparsity 0.6
     python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 --cpus-per-rank 8 -- --preset super
@@ -26,12 +26,12 @@ from cnnopt.errors import CnnoptError, UserError
 
 
 class PlanError(UserError):
-    """A size that cannot be; the message is one line that names the flag and the remedy."""
+    """A job size is impossible. The message is one line that names the flag and the remedy."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a job and what it trains."""
+    """The size of a job and the configuration that it trains."""
 
     nodes: int
     ranks_per_node: int
@@ -47,14 +47,14 @@ class Plan:
 
 
 def horovodrun(plan: Plan) -> str:
-    """The command for hosts named node1, node2, ... with ssh between them, or for this machine."""
+    """The command for this machine, or for hosts named node1, node2, ... with ssh between them."""
     hosts = ",".join(f"node{i + 1}:{plan.ranks_per_node}" for i in range(plan.nodes))
     command = ["horovodrun", "-np", str(plan.ranks), *(["-H", hosts] if plan.nodes > 1 else [])]
     return shlex.join([*command, "python", "train_hvd.py", *plan.flags, "--expect-ranks", str(plan.ranks)])
 
 
 def sbatch(plan: Plan) -> str:
-    """The command for SLURM; the script takes all counts from it, ``--expect-ranks`` among them."""
+    """The command for SLURM. The script takes all counts from the command, ``--expect-ranks`` included."""
     size = [
         f"--nodes={plan.nodes}",
         f"--ntasks-per-node={plan.ranks_per_node}",
@@ -62,14 +62,14 @@ def sbatch(plan: Plan) -> str:
     ]
     if plan.gpus_per_node:
         size.append(f"--gpus-per-node={plan.gpus_per_node}")
-    # The script begins with a preset of its own; where the run is another, that is said.
+    # The script starts from --preset super. The command names each setting in which this run differs.
     preset = parse_args(["--preset", "super", *plan.flags]).identity()
     said = [f"--{k.replace('_', '-')}={v}" for k, v in plan.config.identity().items() if preset[k] != v]
     return shlex.join(["sbatch", *size, "slurm/super.sbatch", *plan.flags, *said])
 
 
 def mpijob(plan: Plan) -> str:
-    """An overlay beside those of k8s/overlays: one worker to each node."""
+    """An overlay for the MPI Operator, beside those of k8s/overlays: one worker on each node."""
     replicas = "/spec/mpiReplicaSpecs"
     launcher = f"{replicas}/Launcher/template/spec/containers/0"
     job = {
@@ -83,7 +83,7 @@ def mpijob(plan: Plan) -> str:
 
 
 def trainjob(plan: Plan) -> str:
-    """The same for Kubeflow Trainer: the TrainJob has the flags, and its runtime the size of a node."""
+    """An overlay for Kubeflow Trainer: the TrainJob has the flags, and its runtime has the size of a node."""
     job = {
         "/spec/trainer/numNodes": plan.nodes,
         "/spec/trainer/numProcPerNode": plan.ranks_per_node,
@@ -95,7 +95,7 @@ def trainjob(plan: Plan) -> str:
 
 
 def _arguments(plan: Plan) -> list[str]:
-    # Last, because the volumes are there whatever the flags say of other machines.
+    # The volumes' paths come last, to override paths of other machines in the flags.
     data = ["--data-dir=/data"] if plan.config.data_dir else []
     return [*plan.flags, f"--name={plan.config.name}", *data, "--run-dir=/runs"]
 
@@ -112,7 +112,7 @@ def _resources(plan: Plan, container: str) -> dict[str, Any]:
 
 
 def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *components: str) -> str:
-    """The overlay cpu or gpu with values put into the objects named in ``jobs`` by kind, and into the quantize Job."""
+    """The overlay cpu or gpu, with values put into the quantize Job and into the objects of each kind in ``jobs``."""
     pod, run = "/spec/template/spec", f"/runs/{plan.config.name}"
     quantize = {
         f"{pod}/initContainers/0/command/2": f"until [ -e {run}/result.json ]; do sleep 15; done",
@@ -128,21 +128,21 @@ def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *components: str
     ]
     for kind, name, values in (*((kind, "cnnopt", jobs[kind]) for kind in jobs), ("Job", "cnnopt-quantize", quantize)):
         lines += [f"  - target: {{kind: {kind}, name: {name}}}", "    patch: |-"]
-        # JSON is YAML, and quotes whatever a flag may hold.
+        # JSON is valid YAML, and quotes all that a flag may hold.
         lines += [
             f"      - {json.dumps({'op': 'replace', 'path': path, 'value': value})}" for path, value in values.items()
         ]
     return "\n".join(lines)
 
 
-#: What is printed, in this order.
+#: The launchers, in the order in which they are printed.
 LAUNCHERS = {"horovodrun": horovodrun, "slurm": sbatch, "kubernetes": mpijob, "trainjob": trainjob}
 
 
 def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
-    """The plan that ``argv`` asks for, the flags of train_hvd.py after ``--``; and the one launcher to print it for.
+    """The plan that ``argv`` asks for, and the launcher of ``--only`` or None. train_hvd.py's flags follow ``--``.
 
-    Raises UserError for what cannot be.
+    Raises UserError for a plan that is impossible.
     """
     at = list(argv).index("--") if "--" in argv else len(argv)
     flags = tuple(argv[at + 1 :])
@@ -171,7 +171,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; every wrong input is one line."""
+    """Print the plan. Every wrong input prints one line. Returns the exit status."""
     try:
         plan, only = parse_plan(sys.argv[1:] if argv is None else argv)
     except CnnoptError as error:

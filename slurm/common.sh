@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the job scripts share; sourced in the repository. Variables of the user's, before sbatch or with --export:
+# Shared by the job scripts, which source it in the repository. Users set variables before sbatch or with --export:
 #
 #   CNNOPT_SETUP      file to source in this script and before each rank: module load, conda activate, proxies
 #   LAUNCHER          srun (default), horovodrun (needs ssh between the nodes), pmix (needs a Horovod built with MPI)
@@ -9,11 +9,11 @@
 #   CNNOPT_MOUNTS     folders that the container sees besides this one, such as /shared/cifar,/scratch/runs
 #   MAX_RESTARTS      how often a job that was stopped or broken is queued again  [20]
 
-say() {  # a line, also where the disk of the log is full, which would end the script
+say() {  # prints a line; without "|| true", a full disk of the log would end the script
     echo "$*" 2>/dev/null || true
 }
 
-refuse() {  # one line, and the status of wrong input
+refuse() {  # prints one line and ends with the status of wrong input
     say "$SLURM_JOB_NAME: $*" >&2
     exit 2
 }
@@ -41,7 +41,7 @@ if [[ $LAUNCHER != srun && -n ${CNNOPT_INTERFACE:-}${CNNOPT_PORT:-} ]]; then
     refuse "CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not $LAUNCHER"
 fi
 
-# step: starts tasks; inside: sets the node up, and gets each of them into the image.
+# step: the command that starts tasks. inside: the command that sets up the node and puts a task into the image.
 step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 inside=(${CNNOPT_SETUP:+slurm/set_up.sh})
 case $CONTAINER in
@@ -52,16 +52,16 @@ case $CONTAINER in
         if ((GPUS)); then inside+=(--nv); fi
         inside+=("$CONTAINER") ;;
     *)
-        # The tasks begin in the image, which has no modules; srun hands them what this script has set.
+        # The tasks start in the image, which has no modules. srun passes this script's variables on to them.
         inside=()
-        # In pyxis' notation: each at the same path inside.
+        # In pyxis' notation. Each folder has the same path inside the image.
         mounts=$PWD:$PWD
         for folder in ${CNNOPT_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
         if [[ $LAUNCHER == horovodrun ]]; then refuse "CONTAINER=$CONTAINER: pyxis needs LAUNCHER=srun or pmix"; fi
         step+=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
 esac
 
-describe() {  # where and with what this job runs
+describe() {  # prints the nodes, commit, launcher and versions of this job
     echo "job       $SLURM_JOB_ID, start $((RESTARTS + 1)), $(date '+%F %T')"
     echo "nodes     $(scontrol show hostnames | paste -sd ' '): $SLURM_NTASKS ranks, $GPUS GPUs a node"
     echo "commit    $(git describe --always --dirty 2>/dev/null || echo 'no git here')"
@@ -74,26 +74,26 @@ print("versions  Python", platform.python_version(), "Horovod", version("horovod
 PYTHON
 }
 
-train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the job back into the queue
+train() {  # runs train_hvd.py on all ranks of this job, then ends the script or requeues the job
     if ((GPUS)) && [[ ${SLURM_NTASKS_PER_NODE:-$GPUS} != "$GPUS" ]]; then
         refuse "$SLURM_NTASKS_PER_NODE ranks for $GPUS GPUs on each node: give sbatch --ntasks-per-node=$GPUS"
     fi
     local child="" status=0 told=0 stop=USR1
     trap 'told=1; say "told to stop: saving"; hand_on' USR1 TERM
-    # The signal may come to its commands too.
+    # The signal may reach the commands in describe too.
     describe || true
     local program=("${inside[@]}" python train_hvd.py "$@" --expect-ranks "$SLURM_NTASKS")
     local command
     case $LAUNCHER in
         srun)
-            # Standard library only: it runs on the host, whatever image the ranks are in.
+            # cnnopt.launch uses the standard library only. It runs on the host, whatever image the ranks are in.
             command=(python3 -m cnnopt.launch ${CNNOPT_INTERFACE:+--interface "$CNNOPT_INTERFACE"}
                 ${CNNOPT_PORT:+--port "$CNNOPT_PORT"} -- "${step[@]}" "${program[@]}") ;;
         pmix) command=("${step[@]}" --mpi=pmix "${program[@]}") ;;
         horovodrun)
             local hosts
             hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}') || ((told))
-            # It imports TensorFlow before it starts a rank, which takes longer with Keras 3 (docs/benchmarks.md).
+            # horovodrun imports TensorFlow before it starts a rank. Keras 3 makes that slower (docs/benchmarks.md).
             export TF_USE_LEGACY_KERAS=1
             command=(horovodrun --gloo --disable-cache -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
             stop=TERM ;;
@@ -104,29 +104,29 @@ train() {  # train_hvd.py on all ranks of this job; ends the script, or puts the
     if ((told)); then requeue_or_exit 75; fi
     "${command[@]}" &
     child=$!
-    # A signal that came between the last two lines.
+    # The signal may have come between the last two lines.
     if ((told)); then hand_on; fi
-    # A signal interrupts wait; the last wait gives the status of a child that has ended.
+    # A signal interrupts wait. The last wait gives the status of a child that has ended.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     wait "$child" || status=$?
-    # horovodrun, told to end its ranks, answers 1, and now and then 0 (docs/reliability.md). Where the run was complete
-    # all the same, the next start finds that and ends.
+    # After it was told to end its ranks, horovodrun returns 1, and now and then 0 (docs/reliability.md). If the run was
+    # complete all the same, the next start finds that and ends.
     if [[ $LAUNCHER == horovodrun ]] && ((told)); then status=75; fi
     requeue_or_exit "$status"
 }
 
-hand_on() {  # the stop, to what train has started by now
+hand_on() {  # passes the stop on to the command that train has started, if any
     [[ -z $child ]] || kill -s "$stop" "$child" 2>/dev/null || true
 }
 
-requeue_or_exit() {  # 75: stopped and saved; 129 to 254: a rank was killed. Anything else would only fail again.
-    # So would 143, SIGTERM: srun sends it to a rank that is still starting once another has failed, and reports the
-    # higher status of the two. 130 is a person's Ctrl-C.
+requeue_or_exit() {  # requeues 75 (stopped and saved) and 129 to 254 (a rank was killed). Others would fail again.
+    # So would 143 (SIGTERM): once a rank has failed, srun sends SIGTERM to a rank that is still starting, and reports
+    # the higher status of the two. 130 is a person's Ctrl-C.
     local status=$1 job=$SLURM_JOB_ID
-    # The number of an array's last task is that of the whole array.
+    # The last task of an array has the job number of the whole array, so name the task instead.
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     ((status == 75 || (status > 128 && status < 255 && status != 130 && status != 143))) || exit "$status"
-    # Not if the user has cancelled it, or SLURM itself is about to queue it again.
+    # Do not requeue a job that the user has cancelled, or that SLURM itself is about to requeue.
     [[ $(squeue --noheader --jobs "$job" --format %T) == RUNNING ]] || exit "$status"
     if ((RESTARTS >= MAX_RESTARTS)); then
         say "$SLURM_JOB_NAME: status $status, and not queued again: MAX_RESTARTS=$MAX_RESTARTS is reached" >&2
@@ -134,7 +134,7 @@ requeue_or_exit() {  # 75: stopped and saved; 129 to 254: a rank was killed. Any
     fi
     say "status $status: back into the queue, restart $((RESTARTS + 1)) of at most $MAX_RESTARTS"
     scontrol requeue "$job" || exit "$status"
-    # SLURM ends this script.
+    # Wait for SLURM to end this script.
     trap - USR1 TERM
     sleep 60
     exit "$status"

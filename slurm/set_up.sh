@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs a command after the site's set-up, on the node and outside of any container: slurm/set_up.sh python train_hvd.py
-# Without strict modes: modules and conda are not written for them.
+# No strict modes here, because modules and conda are not written for them.
 # shellcheck disable=SC1090
 source "$CNNOPT_SETUP" || { echo "CNNOPT_SETUP=$CNNOPT_SETUP: its last command failed with status $?" >&2; exit 2; }
-# Ahead of a Python that the file has loaded.
+# Put .venv before any Python that the file has loaded.
 PATH=$PWD/.venv/bin:$PATH
 exec "$@"

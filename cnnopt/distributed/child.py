@@ -1,4 +1,4 @@
-"""Wait for a child process that hears the signals of this one. Standard library only."""
+"""Run a child process and pass the signals of this process on to it. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-#: Passed on. A blocked signal waits, so none is lost while the child starts.
+#: Signals passed on to the child. They are blocked and wait, so none is lost while the child starts.
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-#: In ``si_code`` of a signal that the kernel itself sent, such as a terminal's Ctrl-C (asm-generic/siginfo.h).
+#: ``si_code`` of a signal that the kernel itself sent, such as a terminal's Ctrl-C (asm-generic/siginfo.h).
 SI_KERNEL = 0x80
 
 
 def run(command: Sequence[str]) -> int:
-    """Run ``command`` in this environment; its exit status, or 128 plus the number of the signal that ended it."""
+    """Run ``command`` in this environment. Returns its exit status, or 128 plus the number of the fatal signal."""
     sys.stdout.flush()
     heard = {*PASSED_ON, signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
@@ -27,7 +27,7 @@ def run(command: Sequence[str]) -> int:
                 if ended:
                     code = os.waitstatus_to_exitcode(status)
                     return code if code >= 0 else 128 - code
-            # The terminal sends it to the child too.
+            # The kernel sends a terminal's Ctrl-C to the child too, so it is not passed on.
             elif told.si_code != SI_KERNEL:
                 os.kill(child, told.si_signo)
     finally:

@@ -1,4 +1,4 @@
-"""Ranks: start, pin, exchange, broadcast, agree. The only file that imports Horovod."""
+"""Start ranks, pin GPUs, exchange, broadcast and compare values. The only file that imports Horovod."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
-    """Set what TensorFlow and Horovod read from the environment when they start. Call before importing either.
+    """Set the environment variables that TensorFlow and Horovod read at start. Call before importing either.
 
-    A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError where this
-    rank and the others cannot reach each other, LaunchError where a number is none.
+    A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError if this rank
+    and the others cannot reach each other, LaunchError if a variable that must be a whole number is not one.
     """
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "HOROVOD_RANK" not in os.environ:
-        # cnnopt.launch serves the rendezvous, and srun has started the ranks.
+        # cnnopt.launch serves the rendezvous, but srun started the ranks, so their places come from srun.
         os.environ.update(slurm.horovod_variables(os.environ))
     rendezvous.check()
     threads = threads_per_rank(world)
@@ -40,12 +40,12 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         # A hung rank must end the job, so that it can be started again.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
-        # What it joins, and so the order of a sum, would depend on when things are ready. We join tensors ourselves.
+        # We join tensors ourselves. Horovod joins those that are ready, so the order of a sum would depend on timing.
         "HOROVOD_FUSION_THRESHOLD": "0",
     }
     others = {**host.TENSORFLOW, "OMP_NUM_THREADS": str(threads)}
     if host.has_gpu():
-        # A step is over in milliseconds, and Horovod looks for work every millisecond. NVIDIA's setting in MLPerf.
+        # A step takes milliseconds, and Horovod looks for work every millisecond. 0.1 is NVIDIA's setting in MLPerf.
         others["HOROVOD_CYCLE_TIME"] = "0.1"
     if deterministic:
         others["TF_DETERMINISTIC_OPS"] = "1"
@@ -53,30 +53,30 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         others |= {**host.QUIET, "HOROVOD_LOG_LEVEL": "error"}
     settings = host.prepare({**numbers, **others})
     for name, default in numbers.items():
-        # Horovod reads another word as 0 and says nothing.
+        # Horovod silently reads a word that is no number as 0.
         if not settings[name].isdecimal():
             raise LaunchError(f"{name}={settings[name]}: must be a whole number; without it {default} is taken")
     return settings
 
 
 def start(*, verbose: bool) -> World:
-    """Import TensorFlow and Horovod, start the latter, pin this rank to its GPU.
+    """Import TensorFlow and Horovod, start Horovod, and pin this rank to its GPU.
 
-    On CPUs Horovod's threads give way to those that compute, and ranks that have the same cores divide them.
+    On CPUs, Horovod's threads give way to the compute threads, and ranks that have the same cores divide them.
 
-    Raises LaunchError when the world is not as large as the launcher said: N lone jobs look like one job of N
-    ranks, and nothing else would tell.
+    Raises LaunchError if the world is not as large as the launcher said. N lone jobs look like one job of N ranks,
+    and no other check would notice.
     """
     with contextlib.nullcontext() if verbose else host.quiet_stderr(), host.uncollected():
         import tensorflow as tf
         import tf_keras
 
-        # Horovod's callbacks do ``from keras import backend``, which would bring in Keras 3.
+        # Horovod's callbacks do ``from keras import backend``, which would import Keras 3.
         sys.modules["keras"] = tf_keras
         import horovod.tensorflow.keras as hvd
 
     if not verbose:
-        # Keras warns, of every float16 run on a CPU, by the logger of Python, which no variable sets.
+        # Keras warns about every float16 run on a CPU. It uses Python's logger, which no variable controls.
         tf.get_logger().setLevel("ERROR")
     launch_info, launcher = launched()
     tf.config.threading.set_intra_op_parallelism_threads(int(os.environ["TF_NUM_INTRAOP_THREADS"]))
@@ -84,7 +84,7 @@ def start(*, verbose: bool) -> World:
     before = cpu_tuning.threads()
     # Horovod: initialise before anything that needs the rank.
     world = launch_info
-    # Gloo would abort without the name, which one process needs for nothing.
+    # Gloo aborts if this host's name has no address. A lone process can do without Horovod.
     if launch_info.size > 1 or rendezvous.own_name_is_here():
         hvd.init()
         world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
@@ -96,18 +96,18 @@ def start(*, verbose: bool) -> World:
         )
     _pin(world)
     mine = cpu_tuning.Given(hostname(), host.ALLOWED, int(os.environ["TF_NUM_INTRAOP_THREADS"]), device())
-    # All ranks take part, whatever they compute on.
+    # Gathering is collective, so ranks on GPUs take part too.
     cpu_tuning.tune(gather_objects(mine), world.rank, waiting=horovods)
     return world
 
 
 def _pin(world: World) -> None:
-    """Show TensorFlow one GPU of the host, by local rank, whose memory it takes as it needs it."""
+    """Show TensorFlow one GPU of the host, chosen by local rank. TensorFlow takes its memory only as needed."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
     given, visible = os.environ.get("SLURM_GPUS_ON_NODE", "0"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    # Empty and -1 are how a user hides them all.
+    # A user hides all GPUs with an empty CUDA_VISIBLE_DEVICES or with -1.
     if not gpus and given != "0" and visible not in ("", "-1"):
         of_these = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
         raise LaunchError(
@@ -126,12 +126,12 @@ def _pin(world: World) -> None:
 
 
 def hostname() -> str:
-    """The name of this rank's host, as its launcher knows it."""
+    """The name of this rank's host, as the launcher knows it."""
     return os.environ.get("HOROVOD_HOSTNAME") or platform.node()
 
 
 def device() -> str:
-    """What this rank computes on: ``GPU`` or ``CPU``."""
+    """The device that this rank computes on: ``GPU`` or ``CPU``."""
     import tensorflow as tf
 
     return "GPU" if tf.config.get_visible_devices("GPU") else "CPU"
@@ -140,14 +140,14 @@ def device() -> str:
 def _size() -> int:
     import horovod.tensorflow as hvd
 
-    # Not where one process has no name on the network.
+    # A lone process on a host whose name has no address runs without Horovod.
     return hvd.size() if hvd.is_initialized() else 1
 
 
 def callbacks() -> list[Any]:
-    """Horovod's own Keras callbacks: rank 0's state to all after the first step, epoch metrics averaged.
+    """Horovod's Keras callbacks: send rank 0's state to all ranks after the first step, and average epoch metrics.
 
-    None for a lone rank, which would wait for them to be traced.
+    An empty list for a lone rank, which would only wait while they are traced.
     """
     import horovod.tensorflow.keras as hvd
     import tensorflow as tf
@@ -155,17 +155,17 @@ def callbacks() -> list[Any]:
     if _size() == 1:
         return []
     broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
-    # It traces a broadcast of each variable, and TensorFlow would rewrite Horovod's functions first.
+    # The callback traces a broadcast of each variable. TensorFlow would otherwise rewrite Horovod's functions first.
     broadcast.on_batch_end = tf.autograph.experimental.do_not_convert(broadcast.on_batch_end)
     return [broadcast, hvd.callbacks.MetricAverageCallback()]
 
 
 def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
-    """The sum over all ranks of a vector that has one length on all of them.
+    """The sum of a vector over all ranks. The vector has the same length on all of them.
 
-    Horovod 0.28.1 has no allreduce of bfloat16 (horovod 4047). So each rank sums its part of such a vector, in float32,
-    and hands the rounded sums to all: a reduce-scatter and an allgather (Thakur, Rabenseifner and Gropp 2005, for long
-    messages), which send as many bytes as a ring.
+    Horovod 0.28.1 has no allreduce of bfloat16 (horovod 4047). For bfloat16, each rank therefore sums one part of the
+    vector in float32 and sends the rounded sums to all ranks. This is a reduce-scatter and an allgather (Thakur,
+    Rabenseifner and Gropp 2005, for long messages). Together they send as many bytes as a ring.
     """
     import horovod.tensorflow as hvd
     import tensorflow as tf
@@ -174,9 +174,9 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
     if ranks == 1:
         return flat
     if flat.dtype != tf.bfloat16:
-        # Horovod: what is exchanged in a step.
+        # Horovod: the exchange of a step.
         return hvd.allreduce(flat, op=hvd.Sum, name=name)
-    # Both hand on bits, and know float16 whatever they are built with.
+    # alltoall and allgather only move bits, and every build of them supports float16.
     padded = tf.bitcast(tf.pad(flat, [[0, -tf.size(flat) % ranks]]), tf.float16)
     everyones = tf.bitcast(hvd.alltoall(padded, name=f"{name}.parts"), flat.dtype)
     mine = tf.reduce_sum(tf.cast(tf.reshape(everyones, [ranks, -1]), tf.float32), axis=0)
@@ -185,41 +185,41 @@ def allreduce_sum(flat: tf.Tensor, name: str) -> tf.Tensor:
 
 
 def exchange_addresses(peers: PeerStatus) -> None:
-    """Let the ranks know where each other answers."""
+    """Tell every rank the addresses at which the ranks answer."""
     if _size() > 1:
         peers.places = gather_objects(peers.open())
 
 
 def is_exchange_failure(error: Exception) -> bool:
-    """True for TensorFlow's error about an exchange in which Horovod has lost another rank."""
+    """True if ``error`` is an error of TensorFlow about an exchange in which Horovod has lost another rank."""
     if launched()[0].size == 1 or not type(error).__module__.startswith("tensorflow"):
         return False
-    # It may quote the files that built the graph, in folders of any name.
+    # Ignore quoted source files: the folders in their paths may be named horovod too.
     return "horovod" in re.sub(r'File "[^"]*"', "", str(error)).lower()
 
 
 def broadcast(variables: Sequence[tf.Variable]) -> None:
-    """Give all ranks rank 0's values, in one message: ``hvd.broadcast_variables`` traces one for each of them."""
+    """Give all ranks rank 0's values in one message; ``hvd.broadcast_variables`` traces one for each variable."""
     for variable, value in zip(variables, broadcast_object([v.numpy() for v in variables]), strict=True):
         variable.assign(value)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value``, on all ranks."""
+    """Return rank 0's ``value`` on all ranks."""
     import horovod.tensorflow as hvd
 
     return value if _size() == 1 else hvd.broadcast_object(value, root_rank=0)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's ``value``, by rank, on all ranks."""
+    """Return the ``value`` of every rank, ordered by rank, on all ranks."""
     import horovod.tensorflow as hvd
 
     return [value] if _size() == 1 else hvd.allgather_object(value)
 
 
 def assert_same(flag: str, value: str, *, remedy: str = "name one") -> None:
-    """Raise LaunchError on every rank, with ``remedy``, unless all ranks have settled ``flag`` alike."""
+    """Raise LaunchError on every rank, with ``remedy``, unless ``flag`` has the same value on all ranks."""
     everyone = gather_objects((value, hostname()))
     if len({settled for settled, _ in everyone}) > 1:
         found = ", ".join(f"{settled} on {name}" for settled, name in dict.fromkeys(everyone))
@@ -232,14 +232,14 @@ def mean(values: Sequence[float]) -> list[float]:
 
 
 class DisagreementError(RunError):
-    """Ranks that must hold the same numbers do not."""
+    """Ranks hold different numbers although they must hold the same."""
 
 
 def agree(tensors: Mapping[str, np.ndarray]) -> str:
-    """Compare digests of named arrays over all ranks; return the digest of them all.
+    """Compare digests of named arrays over all ranks. Returns one digest of all the arrays.
 
-    Raises DisagreementError on every rank, naming the first tensor that differs and the ranks that hold another
-    value than most do.
+    Raises DisagreementError on every rank. It names the first tensor that differs, and the ranks whose value is not
+    the most common one.
     """
     mine = [hashlib.sha256(value.tobytes()).hexdigest() for value in tensors.values()]
     everyone = gather_objects(mine)
@@ -252,7 +252,7 @@ def agree(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def shutdown() -> None:
-    """Leave the exchange, and take all cores that this process was given; the other ranks must do the same."""
+    """Shut Horovod down and run on all cores that this process was given. All other ranks must do the same."""
     import horovod.tensorflow as hvd
 
     if hvd.is_initialized():

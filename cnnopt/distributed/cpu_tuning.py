@@ -1,4 +1,4 @@
-"""Cores and priorities of this rank's threads: ranks of one host divide its cores, and threads that wait give way.
+"""Set cores and priorities of threads: ranks of one host divide its cores, and waiting threads give way.
 
 Measured in docs/benchmarks.md, "Whose core it is". Standard library only.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from cnnopt.distributed import host
 
-#: What is added to the nice value of a thread that gives way: it gets a tenth of a core that another wants too.
+#: Added to the nice value of a thread that gives way: it gets a tenth of a core that another thread wants too.
 NICER = 10
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a rank has been given: its host and cores, how many threads it computes with, and ``GPU`` or ``CPU``."""
+    """The resources of a rank: its host, its cores, its number of compute threads, and ``GPU`` or ``CPU``."""
 
     host: str
     cores: frozenset[int]
@@ -28,14 +28,15 @@ class Given:
 
 
 def core_slice(everyone: Sequence[Given], rank: int) -> tuple[int, int] | None:
-    """Which part of its cores, of how many, a rank is to keep to; None where it may run on all.
+    """The part of its cores that ``rank`` keeps to, as (index, number of parts); None if it may run on all.
 
-    Ranks that have the same cores divide them, where parts are of one size, as all wait for the slowest, and have a
-    core for each thread. Ranks that a launcher has bound apart have not the same. With GPUs little runs on cores.
+    Ranks with the same cores divide them on two conditions. The parts have equal size, because all ranks wait for the
+    slowest. Each part has a core for each thread. Ranks that a launcher has bound to separate cores do not divide
+    them. Ranks with a GPU do not either, because little runs on their cores.
     """
     mine = everyone[rank]
     sharing = [other for other, given in enumerate(everyone) if (given.host, given.cores) == (mine.host, mine.cores)]
-    # 0 threads are as many as there are cores.
+    # 0 threads means one for each core.
     threads = max(everyone[other].threads or len(mine.cores) for other in sharing)
     fits = len(mine.cores) % len(sharing) == 0 and threads * len(sharing) <= len(mine.cores)
     if len(sharing) == 1 or not fits or any(everyone[other].device == "GPU" for other in sharing):
@@ -44,10 +45,10 @@ def core_slice(everyone: Sequence[Given], rank: int) -> tuple[int, int] | None:
 
 
 def tune(everyone: Sequence[Given], rank: int, *, waiting: Iterable[int]) -> None:
-    """Give ``rank``, which this process is, its part of the cores where ``everyone``'s ranks share them.
+    """Bind this process, which is ``rank``, to its part of the cores if ranks in ``everyone`` share them.
 
-    On a CPU the threads ``waiting``, which are Horovod's, give way to those that compute: they look for work a thousand
-    times a second, on the same cores.
+    On a CPU, the threads ``waiting`` (Horovod's) give way to the compute threads. They look for work a thousand times
+    a second, on the same cores.
     """
     if everyone[rank].device == "CPU":
         give_way(waiting)
@@ -56,14 +57,14 @@ def tune(everyone: Sequence[Given], rank: int, *, waiting: Iterable[int]) -> Non
 
 
 def threads() -> set[int]:
-    """The threads of this process, by the kernel's ids; none where it does not list them."""
+    """The kernel's ids of this process's threads. Empty if the kernel does not list them."""
     with contextlib.suppress(OSError):
         return {int(name) for name in os.listdir("/proc/self/task")}
     return set()
 
 
 def part(given: Iterable[int], index: int, count: int, system: Path = Path("/sys/devices/system/cpu")) -> set[int]:
-    """Part ``index`` of ``count`` of the given cores, next to each other: hyperthreads of a core, cores of a socket."""
+    """Part ``index`` of ``count`` of the cores. Its cores are neighbours: hyperthreads of a core, cores of a socket."""
 
     def place(core: int) -> tuple[int, ...]:
         names = ("physical_package_id", "core_id")
@@ -76,9 +77,9 @@ def part(given: Iterable[int], index: int, count: int, system: Path = Path("/sys
 
 
 def bind(mine: Set[int], instead_of: Set[int] = host.ALLOWED) -> None:
-    """Let all threads that run on the cores ``instead_of``, and what they start, run on those of ``mine`` alone.
+    """Bind all threads that run on the cores ``instead_of``, and all that they start, to the cores ``mine``.
 
-    A thread that the user has bound elsewhere is left alone. Where the kernel refuses, nothing but speed is lost.
+    A thread that the user has bound elsewhere is left alone. If the kernel refuses, only speed is lost.
     """
     for thread in threads():
         with contextlib.suppress(OSError):
@@ -87,21 +88,21 @@ def bind(mine: Set[int], instead_of: Set[int] = host.ALLOWED) -> None:
 
 
 def unbind() -> None:
-    """After ``bind``: let these threads run on all cores that this process was started with."""
+    """Undo ``bind``: let these threads run on all cores that this process was started with."""
     bind(host.ALLOWED, instead_of=os.sched_getaffinity(0))
 
 
 def is_bound() -> bool:
-    """Whether this thread runs on other cores than those that this process was started with."""
+    """Whether this thread's cores differ from those that this process was started with."""
     return os.sched_getaffinity(0) != host.ALLOWED
 
 
 def give_way(waiting: Iterable[int]) -> None:
-    """Keep threads that wake often from interrupting those that compute; they run on once a core is free, or by turns.
+    """Keep threads that wake often from interrupting compute threads. They run once a core is free, or take turns.
 
-    By SCHED_BATCH, which preempts nobody (sched(7)). Not by SCHED_IDLE: beside one busy program of anybody's on the
-    same core, the exchange would wait for that (docs/benchmarks.md, "Whose core it is"). A policy that the user has
-    chosen is left alone. Where the kernel refuses, or the thread has ended, nothing but speed is lost.
+    They get SCHED_BATCH, which preempts nobody (sched(7)). With SCHED_IDLE, the exchange would wait for any busy
+    program on the same core (docs/benchmarks.md, "Whose core it is"). A policy that the user has chosen is left alone.
+    If the kernel refuses, or the thread has ended, only speed is lost.
     """
     for thread in waiting:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""From the command line to the exit status: signals are heard, and each expected failure is one line of one rank."""
+"""Run a program from command line to exit status: hear signals, print an expected failure once and on one line."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from cnnopt.output import outlive_readers
 
 
 def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
-    """Run ``body`` on this rank; returns the exit status. ``name`` begins the line of an error."""
+    """Run ``body`` on this rank. Returns the exit status. An error line begins with ``name``."""
     request, peers = StopRequest(), PeerStatus(name)
     request.listen()
     try:
         world, _ = launched()
     except LaunchError:
-        # The program says it, where it is not asked for help or given a wrong flag.
+        # ``body`` reports this error itself, unless it only prints help or refuses a flag.
         world = World()
     try:
         return body(request, peers)
     except KeyboardInterrupt:
         return INTERRUPTED
-    # Each speaks before the error is let go of, and all that its frames hold with it, which takes seconds.
+    # Speak inside the except block. Its end frees the error and all that its frames hold, which takes seconds.
     except CnnoptError as error:
         _speak(peers, world, str(error), error.exit_status, of_one_rank=error.of_one_rank)
         return error.exit_status
@@ -47,22 +47,22 @@ def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Be the program ``main``: run it, whoever reads what it prints, and end with its status."""
+    """Run ``main`` as the whole program and end with its status. It runs on if nobody reads its output."""
     outlive_readers()
     leave(main())
 
 
 def become(module: str, *arguments: str) -> NoReturn:
-    """Go on as ``python -m module``, in this process, so that a signal which ends the one ends the other."""
+    """Continue as ``python -m module`` in this process, so that a signal meant for one ends the other."""
     sys.stdout.flush()
     os.execv(sys.executable, [*python_m(module), *arguments])
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once, all that it wrote with it.
+    """Write out all output and end this process at once.
 
-    TensorFlow is taken apart for seconds on a busy machine, in which a launcher that has seen one rank end kills the
-    others: their status would be the signal's.
+    A normal exit takes TensorFlow apart, for seconds on a busy machine. A launcher that has seen one rank end kills
+    the others meanwhile, and their status would be the signal's.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -70,24 +70,24 @@ def leave(status: int) -> NoReturn:
 
 
 def _speak(peers: PeerStatus, world: World, why: str, status: int, *, of_one_rank: bool) -> None:
-    # A launcher ends all ranks once one has ended, and the one that has to speak may not be the first to end.
+    # Once one rank has ended, the launcher ends all others. Ignore its SIGTERM, as this rank may have to print.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if peers.places:
         peers.speak(world.rank, why)
     else:
-        # The exchange has failed before the ranks knew where each other answers.
+        # The exchange failed before the ranks knew each other's addresses.
         why = why or "another rank has ended while the ranks were starting: see its message"
         if not (world.first or of_one_rank):
-            # All ranks may share the error: then the first says it and ends, for which the launcher ends this one.
+            # All ranks may have this error. Then rank 0 prints it and ends, and the launcher ends this rank.
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, lambda *_: leave(status))
             time.sleep(3)
             if world.local_rank:
                 return
-            # They do not: it is this host's.
+            # Nobody ended this rank, so only this host has the error.
             why = f"rank {world.rank} (host {collectives.hostname()}): {why}"
         print(f"{peers.program}: {why}", file=sys.stderr, flush=True)
     if "SLURM_STEP_ID" in os.environ:
-        # Once a task was killed, as one that still starts is because this one ends, srun closes its connections
-        # without reading on (client_io_handler_abort in Slurm's step_launch.c): the line has to be there by then.
+        # Once this task ends, srun kills tasks that are still starting. It then closes its connections without reading
+        # on (client_io_handler_abort in Slurm's step_launch.c). So give srun time to read the line first.
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""Which GPUs a TensorFlow was compiled for."""
+"""Compare a GPU with those that TensorFlow was compiled for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 def too_new(capability: tuple[int, int] | None, compiled_for: Sequence[str]) -> str | None:
-    """One line about a GPU that is newer than all that TensorFlow was compiled for, or None.
+    """One line of warning if the GPU is newer than all GPUs that TensorFlow was compiled for, else None.
 
-    ``compiled_for`` is ``cuda_compute_capabilities`` of ``tf.sysconfig.get_build_info()``, such as sm_89 (machine code)
-    and compute_90 (PTX, which a driver can compile for newer GPUs). None as ``capability`` means that it is not known.
-    The errors are those of tensorflow issues 99592 and 101746.
+    ``compiled_for`` is ``cuda_compute_capabilities`` of ``tf.sysconfig.get_build_info()``. Examples are sm_89 (machine
+    code) and compute_90 (PTX, which a driver can compile for newer GPUs). ``capability`` is None if it is not known.
+    The line names the errors of tensorflow issues 99592 and 101746.
     """
     known = [(int(match[1]), int(match[2])) for name in compiled_for if (match := re.search(r"_(\d+)(\d)", name))]
     if capability is None or not known or capability[0] <= max(known)[0]:

@@ -1,4 +1,4 @@
-"""What a rank asks of its host, what must be set before TensorFlow is imported, and how to keep it quiet."""
+"""Read facts about the host, set variables before TensorFlow is imported, and keep TensorFlow quiet."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-#: What TensorFlow reads when it starts.
+#: Variables that TensorFlow reads when it starts.
 TENSORFLOW = {
-    # Keras 3, the default since TensorFlow 2.16, has neither tfmot nor Horovod's callbacks.
+    # Keras 3, the default since TensorFlow 2.16, works with neither tfmot nor Horovod's callbacks.
     "TF_USE_LEGACY_KERAS": "1",
-    # No folder: Keras finds no keras.json, by which the user may have changed the layout and the type of all tensors.
+    # /dev/null is no folder, so Keras finds no keras.json. A user's file may change layout and type of all tensors.
     "KERAS_HOME": os.devnull,
-    # TensorFlow switches oneDNN on by itself only where AVX512 is; on AVX2 it doubles the training speed
+    # TensorFlow enables oneDNN by itself only on AVX512. On AVX2, oneDNN doubles the training speed
     # (docs/how-it-works.md, "Threads and kernels").
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 CPUINFO = Path("/proc/cpuinfo")
-#: The cores that this process was started with, whichever of them it has bound itself to since.
+#: The cores that this process was started with. It may have bound itself to some of them since.
 ALLOWED = frozenset(os.sched_getaffinity(0))
 
 
 def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process was given: those of its affinity, but no more than its CPU limit pays for.
+    """The number of cores that this process may use: those of its affinity, up to its CPU limit.
 
-    A container's limit (cgroup v2, cpu.max) hides no core, and a thread for each would be throttled.
+    A container's limit (cgroup v2, cpu.max) hides no core. One thread for each visible core would be throttled.
     """
     allowed = len(ALLOWED)
     with contextlib.suppress(OSError, ValueError):
@@ -41,7 +41,7 @@ def cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> 
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Of packages by their names; None where one is not installed, or under another name, as tensorflow-cpu is."""
+    """Versions of packages, by name. None if a package is not installed or has another name (tensorflow-cpu)."""
     found: dict[str, str | None] = dict.fromkeys(packages)
     for name in found:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -50,7 +50,7 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def has_gpu(environ: Mapping[str, str] = os.environ, driver: Path = Path("/dev/nvidiactl")) -> bool:
-    """Whether this process may use an NVIDIA GPU: the driver is there, and the user has not hidden all of them."""
+    """Whether this process may use an NVIDIA GPU: the driver is there, and the user has not hidden all GPUs."""
     return driver.exists() and environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
@@ -64,16 +64,16 @@ def cpu(cpuinfo: Path = CPUINFO) -> str:
 
 
 def cpu_flags() -> set[str]:
-    """The instructions that this machine's processor has, by the names of /proc/cpuinfo; empty where it has none."""
+    """The instruction sets of this machine's processor, as /proc/cpuinfo names them. Empty if it names none."""
     with contextlib.suppress(OSError):
         lines = CPUINFO.read_text().splitlines()
-        # The latter on ARM.
+        # The line is named Features on ARM.
         return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
     return set()
 
 
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
-    """Set variables, but leave alone what the user has set. Returns the values in force."""
+    """Set environment variables, except those that the user has set. Returns the values in force."""
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in defaults}
@@ -81,7 +81,7 @@ def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """What is made within is never searched for garbage: a library's modules, which stay, 400,000 objects."""
+    """Keep objects that are made inside out of garbage collection: a library's modules (400,000 objects) stay."""
     gc.disable()
     try:
         yield
@@ -92,8 +92,8 @@ def uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Hold back what C++ code writes to standard error, which no log level silences; shown if an error ends it."""
-    # In memory: not every host has a folder for temporary files.
+    """Hold back what C++ code writes to standard error, which no log level silences. Show it if the block fails."""
+    # Held in memory, because not every host has a folder for temporary files.
     with open(os.memfd_create("stderr"), "w+b") as held:
         stderr = os.dup(2)
         os.dup2(held.fileno(), 2)

@@ -1,6 +1,6 @@
-"""Who is still there when the exchange has failed: each rank answers for itself, by a thread and a port of its own.
+"""Find out which ranks are still there after the exchange has failed. Each rank has a thread and a port that answer.
 
-Standard library only. A rank is asked by the others once they fail, and not before: no heartbeats, no collective.
+Standard library only. Ranks ask each other only after a failure: there are no heartbeats and no collective.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST = 10_000
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs, and where it answers."""
+    """The host and process id of a rank, and the address at which it answers."""
 
     host: str
     pid: int
@@ -29,7 +29,7 @@ class Place:
 
 
 class PeerStatus:
-    """Answers the other ranks with ``running``, ``stopped``, ``failed``, or this rank's own error, and hears theirs."""
+    """Answers the other ranks with ``running``, ``stopped``, ``failed``, or this rank's error, and collects theirs."""
 
     def __init__(self, program: str) -> None:
         self.program = program
@@ -38,7 +38,7 @@ class PeerStatus:
         self.places: list[Place] = []
 
     def open(self, environ: Mapping[str, str] = os.environ) -> Place:
-        """Begin to answer; ``places`` must then be set to what this returns on each rank, by rank."""
+        """Begin to answer. Returns this rank's place. Then set ``places`` to the places of all ranks, by rank."""
         self._server = socket.create_server((_address(environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")), 0))
         threading.Thread(target=self._answer, name="presence", daemon=True).start()
         host = environ.get("HOROVOD_HOSTNAME") or platform.node()
@@ -48,7 +48,7 @@ class PeerStatus:
         while True:
             try:
                 connection, _ = self._server.accept()
-            except OSError:  # it has gone again, or this process may open no more files
+            except OSError:  # the caller has gone again, or this process may open no more files
                 time.sleep(0.1)
                 continue
             with connection, contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ class PeerStatus:
                 connection.sendall(self.state.encode())
 
     def ask(self, rank: int, say: str = "") -> str | None:
-        """Tell rank ``rank`` something, and return its state; empty if it has ended, None if it does not answer."""
+        """Send ``say`` to rank ``rank`` and return its state: empty if it has ended, None if it does not answer."""
         try:
             with socket.create_connection(self.places[rank].address, TIMEOUT) as connection:
                 connection.sendall(f"{sendable(say)}\n".encode())
@@ -69,9 +69,9 @@ class PeerStatus:
             return None
 
     def stop_after_first(self, rank: int, *, patience: float = 30) -> None:
-        """Return once rank 0 has stopped too, has ended, or has not answered for ``patience`` seconds.
+        """Wait until rank 0 has stopped too, has ended, or has not answered for ``patience`` seconds.
 
-        No collective would do: of the ranks that leave it, the first to end may break it for the others.
+        A collective cannot do this: the first rank that leaves it and ends may break it for the others.
         """
         self.state = "stopped"
         heard = time.monotonic()
@@ -84,15 +84,15 @@ class PeerStatus:
             time.sleep(0.1)
 
     def speak(self, rank: int, why: str = "") -> None:
-        """Print the line with which rank ``rank`` ends, if it is this rank that says it."""
+        """Print the line with which this rank, ``rank``, ends, unless another rank prints it."""
         if words := self.last_words(rank, why):
             print(f"{self.program}: {words}", file=sys.stderr, flush=True)
 
     def last_words(self, rank: int, why: str, *, patience: float = 3) -> str | None:
-        """The line with which rank ``rank`` ends, or None where another rank says it.
+        """The line with which this rank, ``rank``, ends, or None if another rank prints it.
 
-        ``why`` is this rank's own error, and empty where the exchange has failed because of another. Then the first
-        rank that has seen it names the ranks that are gone or hang, unless one of them has told its own error.
+        ``why`` is this rank's own error. It is empty if the exchange failed because of another rank. Then the lowest
+        rank that saw the failure names the ranks that are gone or hang, unless some rank has told its own error.
         """
         why = sendable(why)
         self.state = why or "failed"
@@ -129,14 +129,14 @@ class PeerStatus:
 
 
 def sendable(text: str) -> str:
-    """``text`` as the other ranks get it: of any error, one line of UTF-8, cut off where it is longer than LONGEST."""
+    """``text`` as the other ranks get it: one line of UTF-8, cut to at most LONGEST bytes."""
     line = " ".join(text.split()).encode(errors="backslashreplace")
     return line[:LONGEST].decode(errors="ignore")
 
 
 def _address(rendezvous: str | None) -> str:
-    """The address of this host on its way to where the ranks found each other; nothing is sent."""
-    # UnicodeError: a name that no resolver takes.
+    """The address from which this host reaches the rendezvous. Nothing is sent."""
+    # UnicodeError: a host name that no resolver accepts.
     with contextlib.suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((rendezvous or platform.node(), 9))
         return str(probe.getsockname()[0])

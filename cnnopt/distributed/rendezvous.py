@@ -1,8 +1,8 @@
-"""Where Horovod's ranks find each other: a small HTTP store of keys, as Horovod's Gloo client expects it.
+"""The rendezvous of Horovod's ranks: a small HTTP store of keys, as Horovod's Gloo client expects it.
 
-Each rank puts the address on which it listens and gets those of the others; after that nobody asks any more. Gloo
-sends no password, so the store answers to one address and, of this host, to one user (docs/slurm.md, "Who can
-reach a run"). Standard library only: it also runs where neither Horovod nor TensorFlow is installed.
+Each rank puts the address on which it listens and gets those of the others. After that no rank asks again. Gloo sends
+no password, so the store listens on one address, and on this host it answers only one user (docs/slurm.md, "Who can
+reach a run"). Standard library only, so it also runs without Horovod and TensorFlow.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ _SIOCGIFADDR = 0x8915
 
 
 class RendezvousError(UserError):
-    """The ranks could not find each other; the message is one line. Known to one rank, so that one prints it."""
+    """The ranks could not find each other. The message is one line. Only one rank knows it and prints it."""
 
     of_one_rank = True
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: Rendezvous
-    # Of a request that never ends.
+    # Seconds until a request that never ends is dropped.
     timeout = 10
 
     def do_GET(self) -> None:
-        """The value of a key; 404 tells Gloo to ask again."""
+        """Send the value of a key. 404 tells Gloo to ask again."""
         value = self.server.store.get(self.path)
         self._answer(404 if value is None else 200, value or b"")
 
     def do_PUT(self) -> None:
-        """Keep a value."""
+        """Store a value."""
         self.server.store[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(200)
 
     def do_DELETE(self) -> None:
-        """A rank has found its peers. Its key stays: others may not have read it yet."""
+        """Answer a rank that has found its peers, but keep its key: others may not have read it yet."""
         self._answer(200)
 
     def _answer(self, status: int, body: bytes = b"") -> None:
@@ -60,11 +60,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Ranks ask a hundred times a second."""
+        """Print nothing, because ranks ask a hundred times a second."""
 
 
 class Rendezvous(ThreadingHTTPServer):
-    """The store, listening on one IPv4 address (Horovod's client knows no other) until it is closed."""
+    """The store. It listens on one IPv4 address until it is closed. Horovod's client supports IPv4 only."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -80,18 +80,18 @@ class Rendezvous(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def server_bind(self) -> None:
-        """As HTTPServer does, but without a look-up of the host's full name, which can take seconds."""
+        """Bind as HTTPServer does, but do not look up the host's full name, which can take seconds."""
         self.allow_reuse_address = True
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_name, self.server_port = self.server_address = self.socket.getsockname()
 
     def verify_request(self, request: object, client_address: Any) -> bool:
-        """Answer other hosts, and of this host the user who started the run."""
+        """Accept other hosts, and on this host only the user who started the run."""
         return owner(*client_address) in (None, os.getuid())
 
     def variables(self) -> dict[str, str]:
-        """What leads ranks here."""
+        """The environment variables that lead ranks to this store."""
         return {
             _ADDRESS: self.server_name,
             _PORT: str(self.server_port),
@@ -101,7 +101,7 @@ class Rendezvous(ThreadingHTTPServer):
 
 
 def owner(address: str, port: int) -> int | None:
-    """The user who holds this end of a TCP connection; None where it is on another host."""
+    """The id of the user who holds this end of a TCP connection. None if the end is on another host."""
     end = f"{struct.unpack('=I', socket.inet_aton(address))[0]:08X}:{port:04X}"
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
@@ -111,7 +111,7 @@ def owner(address: str, port: int) -> int | None:
 
 
 def address_of(interface: str | None) -> str:
-    """The IPv4 address of a network interface, or else of this host's name, on which Gloo listens as well."""
+    """The IPv4 address of ``interface``. If that is None, of this host's name, on which Gloo listens too."""
     if interface is None:
         name = socket.gethostname()
         try:
@@ -130,7 +130,7 @@ def address_of(interface: str | None) -> str:
 def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> None:
     """Raise UserError if this rank cannot reach the rendezvous, or the others could not reach this rank.
 
-    Horovod itself would try for minutes, say "Connection refused", or end in C++. ``patience`` is in seconds.
+    Horovod itself would try for minutes, print "Connection refused", or abort in C++. ``patience`` is in seconds.
     """
     size = environ.get("HOROVOD_SIZE", "1")
     if size == "1" or not {_ADDRESS, "HOROVOD_RANK"} & environ.keys():
@@ -167,10 +167,10 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
 
 
 def check_nccl_interface(environ: Mapping[str, str]) -> None:
-    """Raise RendezvousError if this host has none of the networks that NCCL_SOCKET_IFNAME leaves to NCCL.
+    """Raise RendezvousError if this host has none of the networks that NCCL_SOCKET_IFNAME allows.
 
-    As NCCL reads it: beginnings of names, separated by commas. A "=" before the first makes them whole names, and a "^"
-    names to leave out.
+    NCCL reads the variable as beginnings of names, separated by commas. A "=" before the first turns them into whole
+    names. A "^" before the first turns them into names to leave out.
     """
     given = environ.get("NCCL_SOCKET_IFNAME", "")
     here = [name for _, name in socket.if_nameindex()]
@@ -185,9 +185,9 @@ def check_nccl_interface(environ: Mapping[str, str]) -> None:
 
 
 def check_own_name(address: str) -> None:
-    """Raise RendezvousError if Gloo will listen on the loopback, while the rendezvous is at ``address`` of a network.
+    """Raise RendezvousError if Gloo will listen on the loopback while the rendezvous, ``address``, is on a network.
 
-    gloo_context.cc takes no interface for the ranks as a whole: they listen where the name of their host leads.
+    gloo_context.cc takes no interface for the ranks as a whole: each listens on the address of its host's name.
     """
     name, own = socket.gethostname(), address_of(None)
     if own.startswith("127.") and not address.startswith("127."):
@@ -198,33 +198,33 @@ def check_own_name(address: str) -> None:
 
 
 def answers(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher that these variables are of is still there."""
+    """Whether the launcher that set these variables still answers."""
     return _fault(environ) is None
 
 
 def _fault(environ: Mapping[str, str]) -> OSError | None:
-    """Why the rendezvous does not answer; None where it does."""
+    """The reason why the rendezvous does not answer. None if it answers."""
     url = f"http://{environ.get(_ADDRESS)}:{environ.get(_PORT)}/cnnopt/{environ.get('HOROVOD_RANK', '0')}"
     try:
-        # No proxy: the address is one of this cluster.
+        # No proxy, because the address is inside this cluster.
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
     except urllib.error.HTTPError:
-        return None  # It answers, that this key is not there.
+        return None  # It answers, but has no such key.
     except urllib.error.URLError as error:
         return error.reason if isinstance(error.reason, OSError) else OSError(error.reason)
     except OSError as error:
         return error
-    # No address, or another program has the port by now.
+    # The variables give no valid address, or another program has the port by now.
     except (http.client.HTTPException, ValueError) as error:
         return OSError(f"{type(error).__name__}: {error}")
     return None
 
 
 def own_name_is_here() -> bool:
-    """Whether the name of this host leads to an address on which Gloo can listen; it aborts where there is none."""
+    """Whether this host's name leads to an address on which Gloo can listen. Without one, Gloo aborts."""
     with contextlib.suppress(OSError, UnicodeError):
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-        # Of IPv6 also the scope.
+        # From its third item on, an IPv6 address holds its scope.
         return any(_is_here(str(address[0]), *address[2:], family=family) for family, _, _, _, address in found)
     return False
 

@@ -1,12 +1,13 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: in training they ask for a save and a stop, before and after it they end the process.
+"""SIGTERM, SIGUSR1 and Ctrl-C: during training they ask for a save and a stop, at other times they end the process.
 
-srun sends SIGTERM itself, to all ranks once one has failed, and reports the highest status of them all. So under srun
-a rank that SIGTERM ends before or after training says 1, and the job's status is that of the rank that failed: 75 would
-hide wrong input, and put a job into the queue that can only fail again. The batch scripts ask for a stop by SIGUSR1.
+Once one rank has failed, srun itself sends SIGTERM to all ranks, and reports the highest exit status. So under srun, a
+rank that SIGTERM ends before or after training exits with 1, and the job gets the status of the failed rank. With 75,
+wrong input would be hidden, and a job that can only fail again would be requeued. The batch scripts ask for a stop
+with SIGUSR1.
 
-Ctrl-C is a person's: what it ends says 130, which no batch script queues again, and the second ends at once.
+Ctrl-C comes from a person. The exit status is then 130, which no batch script requeues. The second one ends at once.
 
-Standard library only, so that they are heard before TensorFlow is loaded.
+Standard library only, so that signals are heard before TensorFlow is loaded.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ INTERRUPTED = 128 + signal.SIGINT
 class StopRequest:
     """Whether this process was told to stop.
 
-    A thread hears the signals. A handler in Python would wait for the main thread, which is in C++ most of the
-    time: for seconds while a step is compiled, for minutes in an exchange with a rank that hangs.
+    A thread hears the signals. A Python handler would wait for the main thread, which is in C++ most of the time:
+    for seconds while a step is compiled, for minutes in an exchange with a rank that hangs.
     """
 
-    #: Seconds in which a scheduler's one request may come again: to the rank, and through its launcher.
+    #: Seconds in which one request of a scheduler may arrive twice: directly, and through the launcher.
     ONE_REQUEST = 10.0
-    #: And in which one Ctrl-C may: from the terminal, and through the launcher.
+    #: Seconds in which one Ctrl-C may arrive twice: from the terminal, and through the launcher.
     ONE_PRESS = 1.0
 
     def __init__(self) -> None:
         self.told = False
-        #: With which this process ends once it was told and has saved.
+        #: The exit status of this process after it was told to stop and has saved.
         self.status = STOPPED
         self.training = False
 
     def listen(self) -> None:
-        """Take over the signals; from the main thread."""
+        """Take over the signals. Call from the main thread."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            # A shell has its background commands ignore Ctrl-C.
+            # A shell starts its background commands with Ctrl-C ignored. Leave it ignored.
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         threading.Thread(target=self._hear, args=(reader, writer), name="signals", daemon=True).start()
@@ -64,9 +65,9 @@ class StopRequest:
             if not self.told:
                 self.told, told_at = True, time.monotonic()
                 if not self.training:
-                    # What is done is saved, and what is not saved is begun anew by the same command.
+                    # Finished work is saved, and the same command starts the rest again.
                     by_srun = number == signal.SIGTERM and "SLURM_STEP_ID" in os.environ
                     os._exit(RunError.exit_status if by_srun else self.status)
             elif time.monotonic() - told_at > (self.ONE_PRESS if number == signal.SIGINT else self.ONE_REQUEST):
-                # After training all is saved: srun, or another launcher, ends the ranks that end after the first.
+                # After training all is saved. Keep the status: a launcher (or srun) ends ranks that outlive the first.
                 os._exit(128 + number if self.training else self.status)

@@ -1,4 +1,4 @@
-"""What srun tells its tasks, as the variables that Horovod reads. Standard library only."""
+"""Translate srun's variables for its tasks into those that Horovod reads. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Tasks on each node of a step, in the order of its nodes: ``2(x3),1`` is [2, 2, 2, 1].
+    """The number of tasks on each node of a step, in node order: ``2(x3),1`` is [2, 2, 2, 1].
 
-    Raises ValueError for anything that srun does not write.
+    Raises ValueError for text that srun does not write.
     """
     counts = []
     for part in text.split(","):
@@ -21,19 +21,19 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def binds_tasks(environ: Mapping[str, str]) -> bool:
-    """True where srun has bound each of its tasks to cores of its own.
+    """True if srun has bound each of its tasks to separate cores.
 
-    One mask in the list is that of all tasks together: so srun holds them in their step where it does not bind them.
+    A list with one mask does not bind single tasks: srun writes it to hold all tasks together in their step.
     """
     kind, cores = environ.get("SLURM_CPU_BIND_TYPE", ""), environ.get("SLURM_CPU_BIND_LIST", "")
     return kind.startswith("rank") or (kind.startswith(("mask_cpu", "map_cpu")) and len({*cores.split(",")}) > 1)
 
 
 def horovod_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Rank, size and host of this task of srun; empty where this process is none.
+    """Rank, size and host of this srun task. Empty if this process is no srun task.
 
-    srun alone sets SLURM_STEP_NUM_TASKS: a batch script has a SLURM_PROCID too, but is one process. Raises ValueError
-    where some of the variables are missing, or do not fit together.
+    Only srun sets SLURM_STEP_NUM_TASKS. A batch script has a SLURM_PROCID too, but is one process. Raises ValueError
+    if some of the variables are missing or do not fit together.
     """
     if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return {}

@@ -1,4 +1,4 @@
-"""This process among all processes of the run, as its launcher says, before anything is imported to ask."""
+"""The place of this process in the run, read from the launcher's variables before Horovod is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnnopt.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """The place of this process among all processes of the run."""
 
     rank: int = 0
     size: int = 1
@@ -22,15 +22,15 @@ class World:
 
     @property
     def first(self) -> bool:
-        """The one rank that writes and prints."""
+        """True for rank 0, the only rank that writes and prints."""
         return self.rank == 0
 
 
 class LaunchError(UserError):
-    """The ranks that started are not the ranks that were asked for; the message is one line."""
+    """The ranks that started are not the ranks that were asked for. The message is one line."""
 
 
-# What each launcher tells its processes: rank, size, local rank, local size.
+# The variables of each launcher for its processes: rank, size, local rank, local size.
 _LAUNCHERS = {
     "horovodrun": ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     "mpirun": (
@@ -40,16 +40,16 @@ _LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 }
-# Of MPICH and Intel MPI. srun sets the first two too, where it speaks their protocol.
+# The variables of MPICH and Intel MPI. srun also sets the first two if it speaks their protocol.
 _MPIEXEC = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _REMEDY = "start with horovodrun, cnnopt.launch, srun or mpirun, or unset the variables, if another job has left them"
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None]:
-    """What the launcher says of this process, and the launcher's name; one process and None without a launcher.
+    """The place that the launcher gave this process, and the launcher's name. Without one: one process and None.
 
-    Raises LaunchError where its variables are no whole: each process would take itself for another rank than it is,
-    or for the only one.
+    Raises LaunchError if the launcher's variables are incomplete or do not fit together. A process would otherwise
+    take itself for another rank, or for the only one.
     """
     for launcher, names in _LAUNCHERS.items():
         if world := _world(environ, names):
@@ -71,7 +71,7 @@ def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None
 
 
 def is_first(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is to do what one of a job does for all; so is one whose launcher is not there."""
+    """Whether this process does the work that one process does for all. Also true if its launcher is gone."""
     try:
         world, launcher = launched(environ)
     except LaunchError:
@@ -80,12 +80,12 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
-    """The place that these variables give; None where they give none. Raises LaunchError where they are no whole."""
+    """The place that these variables give; None without them. Raises LaunchError if they do not fit together."""
     if names[0] not in environ and names[1] not in environ:
         return None
     given = {name: environ.get(name) for name in names}
     if given[names[1]] == "1":
-        # One process needs no more to know its place.
+        # A size of 1 is enough: it settles the other three.
         given = {name: value or "01"[i % 2] for i, (name, value) in enumerate(given.items())}
     numbers = [int(value) if value and value.isdecimal() else -1 for value in given.values()]
     rank, size, local_rank, local_size = numbers
@@ -96,16 +96,16 @@ def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
 
 
 def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> int:
-    """Compute threads of this rank: as many as the user says, else its part of the cores that it sees."""
+    """The number of compute threads of this rank: the user's number, else its share of the cores that it sees."""
     if environ.get("TF_NUM_INTRAOP_THREADS", "").isdigit():
         return max(1, int(environ["TF_NUM_INTRAOP_THREADS"]))
     cores, asked = host.cores(), environ.get("SLURM_CPUS_PER_TASK", "")
-    # mpirun starts a rank for each task of the job, and binds it by itself.
+    # mpirun starts one rank for each task of the job, and binds the rank itself.
     is_task = "OMPI_COMM_WORLD_RANK" in environ
-    # Where another launcher has started this rank, those of srun may be incomplete.
+    # If another launcher has started this rank, srun's variables may be incomplete.
     with contextlib.suppress(ValueError):
         is_task = is_task or slurm.horovod_variables(environ).get("HOROVOD_LOCAL_SIZE") == str(world.local_size)
     if not (is_task and (asked.isdigit() or slurm.binds_tasks(environ))):
-        # It shares them with the other ranks of its host, or of a task of SLURM in which another launcher started it.
+        # This rank shares the cores with others: of its host, or of the SLURM task in which a launcher started them.
         cores = max(1, cores // world.local_size)
     return max(1, min(cores, int(asked))) if asked.isdigit() else cores

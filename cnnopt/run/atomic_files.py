@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what they hold. Standard library only."""
+"""Write files whole or not at all, and read JSON files. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cnnopt.errors import RunError, UserError
 
 
 class ReadError(UserError):
-    """A file that cannot be used: one line that names it and the remedy."""
+    """A file cannot be used. The message is one line that names the file and the remedy."""
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ReadError, with ``remedy``."""
+    """Return the object in a JSON file. Raises ReadError, with ``remedy``."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -28,16 +28,16 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 class WriteError(RunError):
-    """A file that cannot be written: one line that names it."""
+    """A file cannot be written. The message is one line that names the file."""
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write ``path`` whole; it keeps what it held until all of ``content`` is on the disk. Raises WriteError."""
+    """Write ``path`` whole. Its old content stays until all of ``content`` is on the disk. Raises WriteError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
             with temporary.open("wb") as file:
-                # The name of a folder may hold bytes that are no text in this locale.
+                # ``content`` may name a folder with bytes that are no text in this locale.
                 file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and verified before anything in them is believed.
+"""Checkpoints that are complete or absent, and that are verified before use.
 
 A checkpoint is a folder `step-00001234/` of three files:
 
@@ -6,8 +6,8 @@ A checkpoint is a folder `step-00001234/` of three files:
     state.json      {"format": 1, "step": 1234, "state": {...}}
     manifest.json   byte size and SHA-256 of the other two
 
-It appears by renaming a hidden folder whose files have reached the disk, so a job killed at any moment leaves
-no half-written checkpoint in sight. Models are unknown here: arrays and a JSON-able dict go in and come back.
+`save` writes to a hidden folder and renames it once its files have reached the disk. So a job killed at any moment
+leaves no half-written checkpoint in sight. No model is known here: arrays and a JSON-able dict go in and come back.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from cnnopt.errors import RunError, UserError
 
 FORMAT = 1
 _FILES = ("arrays.npz", "state.json")
-#: What files that are not as they were saved may raise, on the way to where their sums are compared.
+#: Errors that damaged files may raise before their checksums are compared.
 _DAMAGE = (ValueError, TypeError, KeyError, OSError, OverflowError, RecursionError)
 _STEP = re.compile(r"(?:\.old-)?step-([0-9]{8,})")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be trusted: one line that names the folder, the damage and the remedy."""
+    """A checkpoint cannot be trusted. The message is one line that names the folder, the damage and the remedy."""
 
 
 class SaveError(RunError):
-    """A save that failed and left earlier checkpoints as they were: one line that says why."""
+    """A save failed and left earlier checkpoints as they were. The message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def save(
 ) -> Path:
     """Write `folder/step-<step>` atomically, then delete all but the newest `keep` and the best.
 
-    The best has the largest finite `state["metric"]` of those that verify, and is the earliest of equals. Steps
-    beyond `step` are neither counted nor deleted: a run that went back must not lose what it just saved to an
-    abandoned future. Saving a step again replaces it. `folder` is created if its parent exists, and has one writer at
-    a time. The keys of `state` are strings.
-    Raises TypeError for arrays not of bools, integers or floats and for a state that is not JSON, ValueError
-    for a negative step, `keep` below 1 or an array name that no zip can hold, SaveError for the disk.
+    The best is the checkpoint with the largest finite `state["metric"]`, among those that verify; of equals, the
+    earliest. Checkpoints after `step` are neither counted nor deleted. A run that went back would otherwise lose its
+    new checkpoint to the ones that it abandoned. Saving a step again replaces it. `folder` is created if its parent
+    exists, and has one writer at a time. The keys of `state` are strings.
+    Raises TypeError for an array that is not bool, integer or float and for a state that is not JSON; ValueError for
+    a negative step, `keep` below 1 or an array name that no zip can hold; SaveError if the disk fails.
     """
     folder, step = Path(folder), int(step)
     if step < 0 or keep < 1:
@@ -77,22 +77,22 @@ def save(
     document = json.dumps({"format": FORMAT, "step": step, "state": dict(state)})
     files = {"arrays.npz": _pack(arrays), "state.json": document.encode()}
     sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    # A dict keeps its order, so the manifest is the last file to be written.
+    # A dict keeps its order, so the manifest is written last.
     files["manifest.json"] = json.dumps({"format": FORMAT, "files": sums}).encode()
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     try:
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)
-        # First, because what a dead writer left may be what fills the disk.
+        # Sweep first, because the disk may be full of files that a dead writer left.
         _sweep(folder)
         temporary.mkdir()
         for name, data in files.items():
             (temporary / name).write_bytes(data)
             _sync(temporary / name)
         _sync(temporary)
-        # A folder cannot be renamed over a full one. The one moved aside stays visible to `list_steps` until
-        # its successor has the name, so that a kill between the two renames loses neither.
+        # A folder cannot be renamed over a full one, so the old one is moved aside. `list_steps` sees it until its
+        # successor has the name, so that a kill between the two renames loses neither.
         if os.path.lexists(final):
             final.rename(folder / f".old-{final.name}")
         temporary.rename(final)
@@ -103,14 +103,14 @@ def save(
         raise SaveError(f"cannot save {final}: {error.strerror or error}; {remedy}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # The new checkpoint is safe by now: an old one that cannot be deleted costs space, not the run.
+    # The new checkpoint is safe by now. An old one that cannot be deleted costs only space.
     with contextlib.suppress(OSError, CheckpointError):
         _rotate(folder, step, keep)
     return final
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, executing and following nothing; CheckpointError unless each byte is as saved."""
+    """Read a checkpoint. Runs no code, follows no link. Raises CheckpointError unless each byte is as saved."""
     try:
         packed, document = _read_verified(path, *_FILES)
         content = json.loads(document)
@@ -120,7 +120,7 @@ def load(path: Path) -> Checkpoint:
         if type(content["step"]) is not int or (name and int(name[1]) != content["step"]):
             raise ValueError(f"it holds step {content['step']}, not the step in its name")
         return Checkpoint(path, content["step"], _unpack(packed), content["state"])
-    # Bytes that someone else chose can draw almost any exception from zipfile, json and numpy's parser.
+    # If someone else chose the bytes, zipfile, json and numpy's parser can raise almost any exception.
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
         raise CheckpointError(f"cannot use {path}: {detail}; resume from another checkpoint") from error
@@ -129,9 +129,9 @@ def load(path: Path) -> Checkpoint:
 def newest(
     folder: Path, *, accept: Callable[[Checkpoint], str | None] | None = None
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """Return the newest checkpoint that verifies and that `accept` has no objection to, or None.
+    """Return the newest checkpoint that verifies and that `accept` allows, or None, and a list of those skipped.
 
-    `accept` returns None or why to refuse. The list has (path, reason) of each passed over, newest first.
+    `accept` returns None, or a reason to refuse. The list has (path, reason) of each one skipped, newest first.
     """
     skipped: list[tuple[Path, str]] = []
     for path in reversed(list_steps(folder)):
@@ -147,7 +147,7 @@ def newest(
 
 
 def list_steps(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, unverified, by ascending step; none where there is no folder."""
+    """Return the checkpoints in `folder`, unverified, by ascending step. Empty if there is no folder."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -155,17 +155,17 @@ def list_steps(folder: Path) -> list[Path]:
     except OSError as error:
         # An unreadable folder must not pass for an empty one: the run would start again from step 0.
         raise CheckpointError(f"cannot list {folder}: {error.strerror}; check path and permissions") from error
-    # Hidden names sort first, so one moved aside shows only where its successor has no name yet.
+    # Hidden names sort first, so a checkpoint moved aside is listed only if its successor has no name yet.
     found = {int(match[1]): Path(folder, match[0]) for match in map(_STEP.fullmatch, sorted(names)) if match}
     return [found[step] for step in sorted(found)]
 
 
 def set_aside(folder: Path, *, after: int) -> None:
-    """Rename checkpoints of steps beyond `after` to `abandoned-step-...`, which nothing here reads or counts.
+    """Rename checkpoints of steps after `after` to `abandoned-step-...`, which nothing here reads or counts.
 
-    For a run that goes back on purpose: it must not go on from there when it is started again. What an earlier return
-    has set aside of the same steps is deleted.
-    Raises CheckpointError for the disk.
+    For a run that goes back on purpose: started again, it must not resume from those checkpoints. Checkpoints of the
+    same steps that were set aside earlier are deleted.
+    Raises CheckpointError if the disk fails.
     """
     for path in list_steps(folder):
         name = path.name.removeprefix(".old-")
@@ -175,19 +175,19 @@ def set_aside(folder: Path, *, after: int) -> None:
                 if aside.exists():
                     shutil.rmtree(aside)
                 path.rename(aside)
-                # Hidden by the other until now, where a second save of this step was killed.
+                # A second save of this step, if killed, left this older copy. The renamed one hid it until now.
                 shutil.rmtree(folder / f".old-{name}", ignore_errors=True)
             except OSError as error:
                 raise CheckpointError(f"cannot set {path} aside: {error.strerror}; move it away by hand") from error
 
 
 def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
-    # What numpy.savez does, which cannot store an array named "file".
+    # As numpy.savez does, which itself cannot store an array named "file".
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, value in arrays.items():
             array, info = np.asarray(value), zipfile.ZipInfo(f"{name}.npy")
-            # The kind alone would admit float8_e5m2 of ml_dtypes, which no npy header can name.
+            # The kind alone would accept float8_e5m2 of ml_dtypes, which no npy header can name.
             if array.dtype.kind not in "biuf" or array.dtype.type.__module__ != "numpy":
                 raise TypeError(f"array {name!r} is {array.dtype}: store it as bool, integer or numpy float")
             if info.filename != f"{name}.npy":
@@ -200,7 +200,7 @@ def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
 def _unpack(data: bytes) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # The sum, because entries may overlap: each smaller than the file, together a bomb.
+        # Check the sum, because entries may overlap: each is smaller than the file, but together they are a zip bomb.
         if sum(entry.file_size for entry in archive.infolist()) > len(data):
             raise ValueError("arrays.npz declares more bytes than it holds")
         for entry in archive.infolist():
@@ -219,7 +219,7 @@ def _read_verified(path: Path, *names: str) -> list[bytes]:
     manifest = json.loads(_read(path / "manifest.json"))
     if manifest["format"] != FORMAT or type(manifest["format"]) is not int:
         raise ValueError(f"it has format {manifest['format']}, and this program reads format {FORMAT}")
-    # Exactly these names: a manifest may point at no other file, inside the folder or out of it.
+    # Allow only these names: a manifest must not point at other files, inside or outside the folder.
     if set(manifest["files"]) != set(_FILES):
         raise ValueError(f"manifest.json must list {' and '.join(_FILES)}, nothing else")
     contents = [_read(path / name) for name in names]
@@ -258,7 +258,7 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     best = next((path for path in sorted(metrics, key=metrics.__getitem__, reverse=True) if _verifies(path)), None)
     for path in paths[:-keep]:
         if path != best:
-            # Renamed first, so that a kill half-way through leaves no damaged checkpoint in sight.
+            # Rename it first, so that a kill half-way through leaves no damaged checkpoint in sight.
             hidden = folder / f".tmp-{path.name.removeprefix('.old-')}-{os.getpid()}"
             shutil.rmtree(path.rename(hidden), ignore_errors=True)
 
@@ -273,7 +273,7 @@ def _sweep(folder: Path) -> None:
     for name in os.listdir(folder):
         superseded = name.startswith(".old-") and (folder / name.removeprefix(".old-")).exists()
         leftover = re.fullmatch(r"\.tmp-step-[0-9]+-([0-9]+)", name)
-        # A container starts again with the pid it had, so one of our own is a dead predecessor's.
+        # A restarted container gets the same pid, so a leftover with our own pid is from a dead predecessor.
         dead = leftover and (int(leftover[1]) == os.getpid() or not Path("/proc", leftover[1]).exists())
         if superseded or dead:
             shutil.rmtree(folder / name, ignore_errors=True)

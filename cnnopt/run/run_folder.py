@@ -1,4 +1,4 @@
-"""The run folder: what was asked, on what it ran, what came out. Standard library only, but for the lock."""
+"""The run folder: configuration, environment and results of a run. Standard library only, except for the lock."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cnnopt.config import ConfigError, TrainConfig, completed
 from cnnopt.distributed.host import cores, cpu, versions
 from cnnopt.run import atomic_files
 
-#: Seconds to wait for a folder that another process holds; NFS 4 keeps the lock of a host that is gone for 90.
+#: Seconds to wait for a folder that another process has locked. NFS 4 keeps the lock of a lost host for 90 s.
 PATIENCE = 120.0
 PACKAGES = ("horovod", "tensorflow", "tf-keras", "tensorflow-model-optimization", "numpy", "tensorboard")
 
 
 class RunFolder:
-    """``runs/<name>/``. Every file in it is replaced whole or appended to by whole lines."""
+    """``runs/<name>/``. Every file in it is replaced whole, or grows by whole lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:
-        """The folder that ``config`` names; nothing is made."""
+        """The folder that ``config`` names. Creates nothing."""
         assert config.name is not None
         try:
             return cls(Path(config.run_dir).expanduser() / config.name)
@@ -44,7 +44,7 @@ class RunFolder:
             raise ConfigError(f"--run-dir {config.run_dir}: no such home folder; give a path without ~") from None
 
     def identity(self, remedy: str) -> dict[str, Any]:
-        """What config.json holds of ``TrainConfig.identity``, completed. Raises ReadError, with ``remedy``."""
+        """The ``TrainConfig.identity`` in config.json, completed. Raises ReadError, with ``remedy``."""
         identity = atomic_files.read_json(self.config_file, remedy).get("identity")
         if not isinstance(identity, dict):
             raise atomic_files.ReadError(f"{self.config_file} is damaged: {remedy}")
@@ -55,7 +55,7 @@ class RunFolder:
         try:
             self._check(config)
         except OSError as error:
-            # Of Path.exists too, where a folder on the way may not be entered (before Python 3.14).
+            # Path.exists raises it too, if a folder on the way may not be entered (before Python 3.14).
             raise ConfigError(f"--run-dir {self.path.parent}: {error.strerror}; choose another folder") from None
 
     def _check(self, config: TrainConfig) -> None:
@@ -72,7 +72,7 @@ class RunFolder:
             place = place.parent
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
-        # A checkpoint that a run began from may be gone by the time that it is queued again with the same flags.
+        # A run may be requeued with the same flags after the checkpoint that it began from is gone.
         begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         if config.resume not in ("auto", "never") and not begun:
             try:
@@ -83,9 +83,9 @@ class RunFolder:
                 raise ConfigError(f"--resume {config.resume}: {fault}; give auto, never or a folder")
 
     def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
-        """Make the folder, keep other processes out of it until this one ends, and note what runs in it.
+        """Make the folder, lock it until this process ends, and write config.json and env.json.
 
-        Raises UserError; also where ``check`` does now, after another process has let go of the folder.
+        Raises UserError. ``check`` runs again under the lock, because another process may have used the folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ class RunFolder:
             raise ConfigError(f"--run-dir {self.path.parent}: {why}; choose another") from None
 
     def _keep_others_out(self) -> None:
-        import filelock  # here, because it takes a tenth of a second, and a mistake is to be answered at once
+        import filelock  # here, because it takes a tenth of a second, and wrong input must be answered sooner
 
         self._held = filelock.FileLock(self.path / ".lock", is_singleton=True, fallback_to_soft=False)
         trains = f"{self.path}: another process trains in it"
-        # A file system may know no locks: its users must look out for themselves.
+        # Some file systems have no locks. There, users must take care themselves.
         with contextlib.suppress(OSError):
             try:
                 self._held.acquire(blocking=False)
@@ -116,16 +116,16 @@ class RunFolder:
                     raise ConfigError(f"{trains}; {remedy}") from None
 
     def rewind(self, step: int, recorded: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Forget metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError.
+        """Remove metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError.
 
-        ``recorded``: the lines up to there as a checkpoint has them, which take the place of those of the file.
+        ``recorded``: the lines up to ``step`` as a checkpoint has them. They replace the lines of the file.
         """
         if recorded is not None or self.metrics_file.exists():
             kept = [line for line in (self.metrics() if recorded is None else recorded) if line["step"] <= step]
             atomic_files.replace(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, metrics: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl. Raises OSError, and leaves no part of the line."""
+        """Add one line to metrics.jsonl. Raises OSError, and then no part of the line is left."""
         line = json.dumps(dict(metrics)).encode() + b"\n"
         with self.metrics_file.open("ab", buffering=0) as file:
             size = file.tell()
@@ -138,7 +138,7 @@ class RunFolder:
                 raise
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, none where there is no such file; what a crash has cut off is left out.
+        """The lines of metrics.jsonl, up to a line that a crash has cut off. Empty if there is no such file.
 
         Raises ReadError.
         """
@@ -160,15 +160,15 @@ class RunFolder:
         return lines
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: its presence says that the run is complete. Raises WriteError."""
+        """Write result.json, which marks the run as complete. Raises WriteError."""
         atomic_files.replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """What ``finish`` wrote; None for a run that is not complete, or has lost lines of metrics.jsonl since.
+        """The result that ``finish`` wrote. None if the run is not complete, or has lost lines of metrics.jsonl since.
 
-        Those are in its last checkpoint, and the same command brings them back. Raises ReadError where that is not
-        there while earlier ones are, or nothing tells what was lost. That there is no checkpoint is no fault by itself:
-        they are large, and are deleted.
+        The last checkpoint holds the lost lines, and the same command restores them. Raises ReadError if earlier
+        checkpoints are there but not the last one, or if lines are lost and there is no checkpoint. A run without
+        checkpoints is no error by itself: they are large, and users delete them.
         """
         if not self.result_file.exists():
             return None
@@ -196,18 +196,18 @@ class RunFolder:
 
 
 def is_line(content: Any) -> bool:
-    """Whether ``content``, read from a file, can be what is known of a step."""
+    """Whether ``content``, read from a file, can be the record of a step."""
     return isinstance(content, dict) and type(content.get("step")) is int
 
 
 def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Of all steps, at the speed of their epoch: ``seconds`` of a resumed one are of its last part only."""
+    """Minutes of all steps, at their epoch's speed. ``seconds`` of a resumed epoch covers only its last part."""
     starts = [0, *(line["step"] for line in metrics)]
     return sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60
 
 
 def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
-    """The result of a run: its last epoch (never its best), its median speed, the sparsity of each kernel."""
+    """The result of a run: its last epoch (never its best), median speed, and the sparsity of each kernel."""
     last = metrics[-1]
     return {
         "accuracy": last["val_accuracy"],
@@ -222,7 +222,7 @@ def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) ->
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, Any]:
-    """Where and with what this process runs."""
+    """The host, the versions and the settings of this process."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
