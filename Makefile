@@ -1,14 +1,14 @@
-# ARGS is handed on: make train ARGS="--epochs 2 --name short", make test-single ARGS="-k schedules -x"
+# ARGS is passed on: make train ARGS="--epochs 2 --name short", make test-single ARGS="-k schedules -x"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-# One set-up, then one thing at a time: the tests measure time and fill the machine by themselves.
+# Targets run one after another: all need the set-up, and the tests measure time and fill the machine by themselves.
 .NOTPARALLEL:
 
-# VENV=.venv-3.11 PYTHON=python3.11 keeps an environment for another Python beside it; EXTRAS=1 adds the extra group.
+# VENV=.venv-3.11 PYTHON=python3.11 makes a second environment, for another Python. EXTRAS=1 adds the extra group.
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
-# horovodrun starts its workers with whatever `python` is first on PATH.
+# horovodrun starts its workers with the first `python` on PATH.
 test-single test-parallel: export PATH := $(BIN):$(PATH)
 
 .PHONY: help env train test test-single test-parallel test-cluster soak bench lint format lock clean
@@ -16,7 +16,7 @@ test-single test-parallel: export PATH := $(BIN):$(PATH)
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
-# It compares the lock, so that another TensorFlow is never run with the Horovod built for the last one.
+# make_env.sh compares the lock, so that TensorFlow never runs with a Horovod that was built for another TensorFlow.
 env:  ## build .venv from the lock: seconds, the first time minutes (it compiles Horovod)
 	@VENV=$(VENV) scripts/make_env.sh
 
@@ -34,7 +34,7 @@ test-parallel: env  ## the tests that start horovodrun -np 2
 test-cluster: env  ## the tests that start a cluster on this machine; they skip where its packages are missing
 	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
-# PyTorch is in an environment of its own, where it is at all (docs/benchmarks.md).
+# PyTorch is optional, and has a separate environment (docs/benchmarks.md).
 bench: env  ## this trainer beside its peers: 20 minutes; the other comparisons are in docs/benchmarks.md
 	$(BIN)/python benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
 

@@ -1,8 +1,8 @@
 """Several runs side by side: python -m cnnopt.compare runs/A runs/B ... [--output DIR]
 
-Prints a table of what each run was asked, what came out, and what ``cnnopt.quantize`` measured of its files. With
-``--output`` also DIR/comparison.md, .png and .html (accuracy by epoch; accuracy against compressed size). Reads the run
-folders alone. Exit status: 0 done, 1 failed, 2 wrong input.
+Prints a table of each run's settings, its results, and the measurements of its files by ``cnnopt.quantize``. With
+``--output`` also writes DIR/comparison.md, .png and .html (accuracy by epoch; accuracy against compressed size). Reads
+only the run folders. Exit status: 0 done, 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from cnnopt.export.render import SCHEMA
 from cnnopt.run import atomic_files
 from cnnopt.run.run_folder import RunFolder, minutes
 
-#: The files of a run whose accuracy and size are worth a line in a comparison.
+#: The files of a run that a comparison lists with accuracy and size.
 COMPARED = ("float32", "int8", "clustered-int8", "int8-qat", "clustered-int8-qat")
 COLUMNS = ("run", "epochs", "test %", "sparsity %", "images/s", "minutes", "settings of its own")
 FILE_COLUMNS = ("run", "file", "test %", "gzip KiB", "packed KiB", "smaller", "ms, 1 thread")
 
 
 class ComparisonError(UserError):
-    """Runs that cannot be compared: one line that names the folder and the remedy."""
+    """Runs that cannot be compared. The message is one line that names the folder and the remedy."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; ``card`` is its report.json, or None."""
+    """The content of a run folder. ``card`` is its report.json, or None."""
 
     name: str
     identity: dict[str, Any]
@@ -57,7 +57,7 @@ def read(path: Path) -> Run:
 
 
 def training_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """One row a run: its last epoch, and the settings in which it differs from the first run."""
+    """One row per run: its last epoch, and the settings that differ from those of the first run."""
     rows = []
     for run in runs:
         last = run.metrics[-1] if run.metrics else None
@@ -100,7 +100,7 @@ def file_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """comparison.md."""
+    """The text of comparison.md."""
     lines = [
         f"# {', '.join(run.name for run in runs)}",
         "",
@@ -124,12 +124,12 @@ def _table(columns: Sequence[str], rows: list[list[str]]) -> list[str]:
 
 
 def png(runs: Sequence[Run]) -> bytes:
-    """comparison.png: accuracy by epoch, and, where files were measured, accuracy against compressed size."""
+    """comparison.png: accuracy by epoch and, if files were measured, accuracy against compressed size."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not those of the user's matplotlibrc.
+    # Ignore the settings of the user's matplotlibrc.
     matplotlib.rcdefaults()
     measured = any(run.card for run in runs)
     figure = Figure(figsize=(13 if measured else 7, 5), layout="constrained")
@@ -160,7 +160,7 @@ def show(runs: Sequence[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    # $FORCE_COLOR would have a log hold a terminal's control codes.
+    # force_terminal overrides $FORCE_COLOR, which would write a terminal's control codes into a log.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False, markup=False)
     for columns, rows in ((COLUMNS, training_rows(runs)), (FILE_COLUMNS, file_rows(runs))):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -173,7 +173,7 @@ def show(runs: Sequence[Run]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; every expected failure is one line and an exit status."""
+    """Run a command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(
         prog="python -m cnnopt.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

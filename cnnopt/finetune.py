@@ -3,10 +3,10 @@
     horovodrun -np 2 python -m cnnopt.finetune runs/NAME 2 --clusters 0 16
     python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
 
-The second command exports what the first has made; it runs the first itself where that is not done. The network is
-that of ``cnnopt.export.qat``; the step, the exchange and the comparison of ranks are those of ``cnnopt.training``; the
-masks are those that the run ended with. Each fine-tuning is a run folder in runs/NAME/qat/, and goes on where it was
-stopped. Exit status as of train_hvd.py.
+The second command exports the result of the first, and runs the first command itself if needed. The network comes from
+``cnnopt.export.qat``. The step, the exchange and the comparison of ranks come from ``cnnopt.training``. The masks are
+the last ones of the run. Each fine-tuning is a run folder in runs/NAME/qat/, and continues at the point where it was
+stopped. The exit status is that of train_hvd.py.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from cnnopt.schedules import Timeline
     from cnnopt.training.step import SynchronousModel
 
-#: ``base_lr`` as a share of the run's, annealed by a cosine: what NVIDIA's pytorch-quantization recommends.
+#: ``base_lr`` as a share of the run's, annealed by a cosine. NVIDIA's pytorch-quantization recommends this.
 RATE = 0.01
 
 
 def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainConfig:
-    """The configuration of ``run``, but for what fine-tuning does otherwise. Raises TrainedError."""
+    """The configuration of ``run``, with the changes that fine-tuning needs. Raises TrainedError."""
     folder = run.fine_tuned(epochs, clusters)
     try:
         config = TrainConfig(**run.identity)
@@ -48,16 +48,16 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
     return dataclasses.replace(
         config,
         epochs=epochs,
-        # Muon's steps do not become smaller as the gradient does, and it has the rate of SGD.
+        # Muon's steps do not shrink with the gradient. SGD can take its place, because both have the same base_lr.
         optimizer="sgd" if config.optimizer == "muon" else config.optimizer,
         base_lr=config.base_lr * RATE,
         lr_schedule="cosine",
         lr_drops="",
         warmup="0e",
         ema=0.0,
-        # TensorFlow's fake quantization has no deterministic gradient on GPUs, and raises.
+        # TensorFlow's fake quantization has no deterministic gradient on GPUs, and would raise an error.
         deterministic=False,
-        # With 8 significant bits bfloat16 is as coarse as the levels that are to be learned.
+        # bfloat16 has 8 significant bits, so it is as coarse as the levels that are to be learned.
         precision="float32",
         wire_dtype="float32",
         sparsity_schedule="constant" if config.sparsity else "none",
@@ -71,8 +71,8 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
 def fine_tune(
     path: Path, epochs: int, codebooks: Sequence[int], data_dir: str | None, request: StopRequest, peers: PeerStatus
 ) -> int:
-    """Fine-tune the run in ``path`` once for each of ``codebooks``, clusters or 0; returns the exit status."""
-    # ---- Start the ranks; the first one reads the run, which the others need not have on their disks -------------
+    """Fine-tune the run in ``path`` for each number of clusters in ``codebooks`` (0: none); returns the exit status."""
+    # ---- Start the ranks. Only the first one reads the run: other hosts may not have the run on their disks ------
     launch_info, _ = launched()
     settings = collectives.prepare(launch_info, deterministic=False, verbose=False)
     world = collectives.start(verbose=False)
@@ -133,7 +133,7 @@ def _network(
     *,
     ranks: int,
 ) -> SynchronousModel:
-    """The fake-quantized network, with the weights and the masks of the run, and with centroids of these weights."""
+    """The fake-quantized network with the weights and the masks of the run, and with the centroids of these weights."""
     import numpy as np
 
     from cnnopt.export import clustering, qat
@@ -157,7 +157,7 @@ def _network(
 
 
 def main() -> int:
-    """Run a command line; every expected failure is one line and an exit status."""
+    """Run a command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(
         prog="python -m cnnopt.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

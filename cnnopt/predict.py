@@ -1,10 +1,10 @@
-"""Ask an exported network what is on images: python -m cnnopt.predict runs/NAME IMAGE...
+"""Classify images with an exported network: python -m cnnopt.predict runs/NAME IMAGE...
 
     python -m cnnopt.predict runs/NAME photo.jpg folder/ --file clustered-int8
     curl -s https://... | python -m cnnopt.predict runs/NAME - --json
 
-An image may have any size and any format that Pillow reads: the square in its middle is scaled to 32 x 32 pixels.
-Prints the five likeliest classes of each. Needs no data set, and no TensorFlow where ai-edge-litert is installed.
+An image may have any size and any format that Pillow reads. The square in its middle is scaled to 32 x 32 pixels.
+Prints the five likeliest classes of each image. Needs no data set, and no TensorFlow if ai-edge-litert is installed.
 Exit status: 0 done, 1 failed, 2 wrong input.
 """
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-#: Classes that are told of an image.
+#: The number of classes that are printed for an image.
 TOP = 5
-#: Who has the interpreter; the first loads ten times as fast.
+#: The packages that contain the interpreter. The first loads ten times as fast.
 PACKAGES = {"litert": "ai-edge-litert", "tf": "tensorflow"}
 
 
 class PredictError(UserError):
-    """What cannot be asked: one line that names the flag or the file and the remedy."""
+    """A request that cannot be answered. The message is one line that names the flag or the file and the remedy."""
 
 
 def exported(run: Path, name: str) -> tuple[Path, list[str]]:
-    """The file ``name`` of a run, and the classes of its data set. Raises UserError."""
+    """The path of file ``name`` of a run, and the classes of the run's data set. Raises UserError."""
     if not os.path.isdir(run):
         raise PredictError(f"{run}: no such run folder; name one that train_hvd.py made")
     path = run / "export" / f"{name}.tflite"
@@ -57,7 +57,7 @@ def exported(run: Path, name: str) -> tuple[Path, list[str]]:
 
 
 def choose_runtime(asked: str | None) -> str:
-    """``tf`` or ``litert``: what is asked for, or what is installed. Raises PredictError where it is not."""
+    """``tf`` or ``litert``: the runtime asked for, or else an installed one. Raises PredictError if it is missing."""
     for runtime in [asked] if asked else PACKAGES:
         if importlib.util.find_spec(PACKAGES[runtime].replace("-", "_")):
             return runtime
@@ -66,7 +66,7 @@ def choose_runtime(asked: str | None) -> str:
 
 
 def image_files(named: Sequence[str]) -> Iterator[str]:
-    """Each file named, in each folder named those that Pillow may read, ``-`` as it is. Raises PredictError."""
+    """The named files, the files in named folders that Pillow may read, and ``-`` unchanged. Raises PredictError."""
     from PIL import Image
 
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -81,7 +81,7 @@ def image_files(named: Sequence[str]) -> Iterator[str]:
 
 
 def read_image(name: str) -> np.ndarray:
-    """The middle square of an image, uint8 [32, 32, 3]; ``-`` is standard input. Raises PredictError."""
+    """The middle square of an image, uint8 [32, 32, 3]. ``-`` means standard input. Raises PredictError."""
     import warnings
 
     import numpy as np
@@ -94,12 +94,12 @@ def read_image(name: str) -> np.ndarray:
         raise PredictError(f"{name}: {why}; name an image or a folder") from None
     try:
         with warnings.catch_warnings():
-            # Of an image that would fill the memory; half of that is said in a warning.
+            # Pillow refuses an image that would fill the memory. From half that size on, it only warns.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content)) as image:
                 upright = ImageOps.exif_transpose(image)
                 fitted = ImageOps.fit(_rgb(upright), (32, 32), Image.Resampling.BICUBIC)
-    # Bytes that someone else chose can draw almost any exception from the decoders.
+    # Bytes from someone else can make the decoders raise almost any exception.
     except Exception as error:
         place = "standard input" if name == "-" else name
         detail = " ".join(str(error).split())[:120] if not isinstance(error, Image.UnidentifiedImageError) else ""
@@ -110,7 +110,7 @@ def read_image(name: str) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Three bytes a pixel; what is transparent is shown on white, and 16 bits are cut to 8."""
+    """The image with three bytes per pixel. Transparent parts are shown on white, and 16 bits are cut to 8."""
     import numpy as np
     from PIL import Image
 
@@ -125,9 +125,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 def predict(
     path: Path, classes: Sequence[str], names: Sequence[str], *, threads: int, runtime: str | None
 ) -> list[Any]:
-    """For each image its name and its likeliest classes with their probabilities, as ``--json`` prints them.
+    """The name of each image and its likeliest classes with their probabilities, in the form that ``--json`` prints.
 
-    Raises UserError for what cannot be read or run; the interpreter is loaded after all images are read.
+    Raises UserError if a file cannot be read or run. The interpreter is loaded after all images are read.
     """
     import numpy as np
 
@@ -166,7 +166,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; every expected failure is one line and an exit status."""
+    """Run a command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(
         prog="python -m cnnopt.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

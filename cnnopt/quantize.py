@@ -1,13 +1,13 @@
-"""Quantize a finished run and measure every file that comes out: python -m cnnopt.quantize runs/NAME
+"""Quantize a finished run and measure every exported file: python -m cnnopt.quantize runs/NAME
 
     python -m cnnopt.quantize runs/NAME --variants int8,clustered-int8 --clusters 16 --baseline runs/DENSE --pack
     horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
     python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
-``--qat`` runs ``cnnopt.finetune`` first, as a child process of each rank, unless what it would make is there already.
-Files go to runs/NAME/export/, the report to runs/NAME/report.json, .md, .png and .html, and to TensorBoard
-(docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 stopped by a signal while fine-tuning, and saved.
+``--qat`` runs ``cnnopt.finetune`` first, as a child process of each rank, unless its result is there already.
+Files go to runs/NAME/export/. The report goes to runs/NAME/report.json, .md, .png and .html, and to TensorBoard
+(docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 saved and stopped by a signal while fine-tuning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def writable(folder: Path, remedy: str) -> Path:
-    """Make ``folder`` if need be. Raises OptionError, with ``remedy``, where nothing can be written in it."""
+    """Make ``folder`` if needed. Raises OptionError, with ``remedy``, if nothing can be written in the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -46,7 +46,7 @@ def writable(folder: Path, remedy: str) -> Path:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, and can be done: ``variants`` of ``run``, beside the float32 file of ``baseline``."""
+    """A request that passed the checks: ``variants`` of ``run``, and the float32 file of ``baseline``."""
 
     options: Options
     run: TrainedRun
@@ -55,13 +55,13 @@ class Plan:
     folder: Path
 
     def fine_tuned(self) -> dict[str, Path]:
-        """For each variant that is fine-tuned, the run folder of that, which may not be there yet."""
+        """The run folder of each fine-tuned variant. The folder may not exist yet."""
         clusters = self.options.fine_tunings()
         return {variant: self.run.fine_tuned(self.options.qat or 0, n) for variant, n in clusters.items()}
 
 
 def check(options: Options) -> Plan:
-    """Refuse at once what cannot work; TensorFlow is not loaded yet. Raises UserError."""
+    """Refuse an impossible request at once, before TensorFlow is loaded. Raises UserError."""
     from cnnopt.data import datasets
     from cnnopt.export import trained
 
@@ -76,14 +76,14 @@ def check(options: Options) -> Plan:
 
 
 def fine_tune(options: Options, plan: Plan | None) -> int:
-    """Fine-tune where that is not done; returns the exit status. ``plan`` is what the first rank has, and no other.
+    """Fine-tune if that is not done yet; returns the exit status. Only the first rank has a ``plan``.
 
-    In a process of its own, as what is measured afterwards knows no Horovod and has all cores.
+    Fine-tuning runs in a child process, so that the measurements afterwards know no Horovod and have all cores.
     """
     from cnnopt.run.run_folder import RunFolder
 
     done = plan is not None and all(RunFolder(folder).result() is not None for folder in plan.fine_tuned().values())
-    # Other ranks cannot know that it is done, and wait to be told.
+    # Other ranks do not know that fine-tuning is done. They wait in cnnopt.finetune until the first rank tells them.
     if done and launched()[0].size == 1:
         return 0
     data_dir = ["--data-dir", options.data_dir] if options.data_dir else []
@@ -94,7 +94,7 @@ def fine_tune(options: Options, plan: Plan | None) -> int:
 
 def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
     """Export and measure the variants of a run; returns the content of report.json, and the images."""
-    # ---- Load: after the ranks have fine-tuned, as others would not wait for a download -----------------------------
+    # ---- Load: after fine-tuning, because the other ranks would not wait for a download -----------------------------
     from cnnopt.data import datasets
     from cnnopt.distributed import host
     from cnnopt.export import trained
@@ -109,7 +109,7 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
 
     import numpy as np
 
-    # Of the training split: a file calibrated on the test images has seen what it is measured with.
+    # Calibrate on training images: a file calibrated on test images has seen the images that measure it.
     chosen = np.random.default_rng(options.seed).choice(len(images.train_images), options.calibration, replace=False)
     chosen.sort()
 
@@ -141,7 +141,7 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
 
 
 def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> dict[str, Any]:
-    """Write the archive of an exported file beside it, and say how good it is."""
+    """Write the archive of an exported file beside it, and return how good the archive is."""
     from cnnopt.export import measure, pack, tflite_file
 
     archive = pack.pack(content, path)
@@ -149,21 +149,21 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
     atomic_files.replace(target, archive)
     coded = pack.stream_sizes(archive)
     weights = sum(coded[name] for name in ("mask.xz", "palette.xz", "values.xz"))
-    # A dynamic-range file has kernels in float32 too, which its archive holds among all else.
+    # A dynamic-range file also has float32 kernels. The archive stores those with the structure, not as kernels.
     ideal = measure.weights_entropy([k for k in tflite_file.kernels(content, path) if k.stored.dtype == "int8"])
     return {
         "file": f"export/{target.name}",
         "bytes": len(archive),
         "weights_bytes": weights,
         "over_entropy_bound": len(archive) / size["entropy_bound"] - 1,
-        # Kernels that are zero as a whole have none.
+        # Kernels that are entirely zero have entropy 0, which cannot be a divisor.
         "over_weights_entropy": weights / ideal - 1 if ideal else None,
         "times_smaller": reference / len(archive),
     }
 
 
 def archive_command(command: str, argv: Sequence[str]) -> None:
-    """``pack`` and ``unpack``: one file for each file named, beside it. Raises UserError."""
+    """``pack`` and ``unpack``: write one file beside each named file. Raises UserError."""
     from cnnopt.distributed import host
     from cnnopt.export import pack, tflite_file
 
@@ -205,7 +205,7 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; every expected failure is one line and an exit status."""
+    """Run a command line. Every expected failure prints one line and gives an exit status."""
     argv = sys.argv[1:] if argv is None else argv
     first = is_first()
     try:

@@ -1,4 +1,4 @@
-"""``python -m cnnopt.report`` has become ``python -m cnnopt.compare``: this says so, and is no module to import."""
+"""``python -m cnnopt.report`` is now ``python -m cnnopt.compare``. This file only says so, and cannot be imported."""
 
 import sys
 

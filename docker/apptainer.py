@@ -1,10 +1,10 @@
-"""Prints the Apptainer definition of the image that slurm/ runs in, made of the Dockerfile's own lines.
+"""Prints the Apptainer definition of the image for slurm/, made from the lines of the Dockerfile.
 
     python3 docker/apptainer.py cpu > cnnopt.def          # or gpu
     apptainer build --fakeroot cnnopt.sif cnnopt.def      # in the repository; neither Docker nor root is needed
 
-The image holds Python and the packages. cnnopt itself is the repository's, which slurm/common.sh binds into it; sshd is
-left out. Standard library only.
+The image holds Python and the packages. cnnopt itself comes from the repository, which slurm/common.sh binds into the
+image. sshd is left out. This script needs only the standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Instruction = tuple[str, str]
 
 
 def stages(text: str) -> dict[str, tuple[str, list[Instruction]]]:
-    """Of a Dockerfile: name of each stage -> what it starts from, and its instructions."""
+    """The stages of a Dockerfile by name: the image or stage that each starts from, and its instructions."""
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ").splitlines()
     found: dict[str, tuple[str, list[Instruction]]] = {}
     for line in filter(None, lines):
@@ -34,7 +34,7 @@ def stages(text: str) -> dict[str, tuple[str, list[Instruction]]]:
 
 
 def definition(text: str, target: str) -> str:
-    """The definition for ``target``, cpu or gpu: a stage that builds /opt/venv, and one that it is copied to."""
+    """The definition for ``target``, cpu or gpu: one stage builds /opt/venv, and the final stage gets a copy."""
     known = stages(text)
 
     def chain(name: str) -> tuple[str, list[Instruction]]:
@@ -45,7 +45,7 @@ def definition(text: str, target: str) -> str:
     image, build = chain(f"build-{target}")
     _, base = chain("base")
     environment = [rest for word, rest in chain(target)[1] if word == "ENV"]
-    # Images that something is copied from are stages too.
+    # An image from which files are copied is a stage too.
     sources = [rest.split()[0].removeprefix("--from=") for _, rest in build if rest.startswith("--from=")]
     parts = [_stage(source, f"source{i}", [], {}) for i, source in enumerate(sources)]
     named = {source: f"source{i}" for i, source in enumerate(sources)}
@@ -67,7 +67,7 @@ def _stage(image: str, name: str, instructions: list[Instruction], named: dict[s
             folder = PurePosixPath(rest)
             post.append(f"mkdir -p {rest} && cd {rest}")
         elif word == "COPY":
-            # Before all commands, where Docker copies between them; no command makes or changes what is copied.
+            # Apptainer copies before all commands, Docker between them. No command makes or changes the copied files.
             *copied, to = rest.split()
             lines.append(f"%files from {named[copied.pop(0)[7:]]}" if rest.startswith("--from=") else "%files")
             for path in copied:
@@ -84,7 +84,7 @@ def _assignments(rest: str) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the definition; anything but one target is one line."""
+    """Print the definition. Any other command line than one target gives one line of error."""
     if argv not in (["cpu"], ["gpu"]):
         print("apptainer.py: give the target, cpu or gpu", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # scripts/make_env.sh                    build .venv from requirements-dev.txt (make env)
-# scripts/make_env.sh python             print the Python that it is built with, which is fetched where none fits
+# scripts/make_env.sh python             print the Python for .venv; if none fits, fetch one
 # scripts/make_env.sh lock [--upgrade]   write requirements*.txt from pyproject.toml (make lock)
 #
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=FOLDER a folder other than .venv, EXTRAS=1 the packages of
@@ -8,34 +8,34 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# 0.9 is the first series in which Horovod's build settings in pyproject.toml are no preview feature.
+# Before uv 0.9, Horovod's build settings in pyproject.toml are a preview feature.
 readonly uv_least=0.9
 readonly venv=${VENV:-.venv} stamp=${VENV:-.venv}/.installed
 readonly remedy="apt-get install python3 python3-venv where that is 3.10 to 3.13, or set PYTHON=/path/to/python3.13"
 
-# From inside an activated .venv, its own python and uv would be found, and deleted while in use.
+# If .venv is activated, this script would find the python and the uv of .venv, and delete them while in use.
 PATH=${PATH//"$(realpath --canonicalize-missing "$venv")/bin:"/}
 unset VIRTUAL_ENV PYTHONHOME PYTHONPATH
-# Horovod's inner make would inherit ours (serial, as soon as `make train ARGS=...` sets a variable), or else run 8
-# compilers on any machine.
+# Horovod's inner make would inherit our MAKEFLAGS (serial, as soon as `make train ARGS=...` sets a variable). Without
+# MAKEFLAGS it would run 8 compilers on any machine.
 unset MAKEOVERRIDES MFLAGS
 MAKEFLAGS=-j$(nproc)
 export MAKEFLAGS
-# Horovod compiles against this TensorFlow with these two files (scripts/horovod/toolchain.cmake says why).
+# Horovod needs the two files in scripts/horovod to compile against this TensorFlow (toolchain.cmake says why).
 export CMAKE_TOOLCHAIN_FILE=$PWD/scripts/horovod/toolchain.cmake
-# Only fetch_python fetches one, and not where the user forbids it: what is built here is built with the Python that
+# Only fetch_python fetches a Python, and only if the user does not forbid it. Everything is built with the Python that
 # the checks below have seen.
 readonly may_fetch=${UV_PYTHON_DOWNLOADS:-manual}
 export UV_PYTHON_DOWNLOADS=never
 
 say() { echo "make_env: $*" >&2; }
 
-# The first of the candidates from Python 3.$1 to 3.$2 that can import the modules $3.
+# Prints the first candidate that is Python 3.$1 to 3.$2 and can import the modules $3.
 first_python() {
     local candidate
-    # Run, not merely looked up: a pyenv shim is on PATH for versions it then refuses to start.
+    # Run each candidate, do not only look it up: pyenv has shims on PATH for versions that it refuses to start.
     for candidate in "${@:4}"; do
-        # The base executable, because a venv made from another venv breaks when that one goes.
+        # Print the base executable, because a venv made from another venv breaks when the other one is deleted.
         "$candidate" -c "
 import $3
 if not (3, $1) <= sys.version_info[:2] <= (3, $2):
@@ -51,14 +51,14 @@ find_python() {
     first_python 10 13 sys "${candidates[@]}"
 }
 
-# Any Python that can fetch the locked uv.
+# Prints any Python that can fetch the locked uv.
 find_helper() {
     first_python 8 99 "sys, ensurepip, venv" ${PYTHON:+"$PYTHON"} python3 python3.{13,12,11,10,9,8,14}
 }
 
 find_compiler() {
     local compiler
-    # CMake's own order; TensorFlow's headers are C++17.
+    # CMake tries compilers in this order. TensorFlow's headers are C++17.
     for compiler in ${CXX:-c++ g++ clang++}; do
         echo 'int main() {}' | "$compiler" -std=c++17 -x c++ -fsyntax-only - 2>/dev/null && return
     done
@@ -77,7 +77,7 @@ find_uv() {
     return 1
 }
 
-# Ends with one line: what could not be fetched, the last words of the program that tried, and the remedy.
+# Ends with one line: the thing that could not be fetched, the last line of the program that tried, and the remedy.
 refused() {
     say "$1 could not be fetched ($(tail -n 1 <<<"$2" | sed -E 's/^ *(cause|hint|error): *//I')): $3"
     exit 2
@@ -108,18 +108,18 @@ fetch_python() {
 lock() {
     local compile=("$uv" pip compile pyproject.toml --universal --python-version 3.10 --generate-hashes
         --no-header --no-annotate --quiet)
-    # The versions already in an output file are kept while pyproject.toml allows them. Starting each file from the
-    # larger one gives all three the same versions.
+    # uv keeps the versions that are already in an output file, if pyproject.toml allows them. Each file starts as a
+    # copy of the larger one, so that all three have the same versions.
     "${compile[@]}" --group dev --group extra "$@" --output-file requirements-extra.txt >/dev/null
     cp requirements-extra.txt requirements-dev.txt
     "${compile[@]}" --group dev --output-file requirements-dev.txt >/dev/null
     cp requirements-dev.txt requirements.txt
     "${compile[@]}" --output-file requirements.txt >/dev/null
-    # With the upper bound in every line, pip on Python 3.13 would skip every package and call it success.
+    # Remove the upper bound: with it in every line, pip on Python 3.14 would skip every package and report success.
     sed -i "s/python_full_version < '3.14' and //" requirements.txt requirements-dev.txt requirements-extra.txt
 }
 
-# All that decides what is in an environment that is built from the file $1.
+# Prints a digest of everything that decides the content of an environment built from the file $1.
 inputs() {
     {
         cat "$1" scripts/horovod/*
@@ -129,13 +129,13 @@ inputs() {
 
 install() {
     say "building $venv with $("$python" --version); the first time Horovod is compiled, about 3 minutes on 2 cores"
-    # Anew each time: an interrupted set-up leaves nothing behind, and Horovod is never older than its TensorFlow.
+    # Always start empty: an interrupted set-up leaves nothing behind, and Horovod is never older than its TensorFlow.
     "$uv" venv --quiet --clear --python "$python" "$venv"
-    # Compiled ahead, because every rank imports TensorFlow, and with PYTHONDONTWRITEBYTECODE set (as in many
-    # containers) each of them would compile it again.
+    # Compile bytecode now, because every rank imports TensorFlow. With PYTHONDONTWRITEBYTECODE set (as in many
+    # containers) each rank would compile TensorFlow again.
     "$uv" pip install --python "$venv/bin/python" --require-hashes --compile-bytecode --requirement "$requirements"
     local output
-    # Loading it proves that it fits this TensorFlow.
+    # A successful import proves that Horovod fits this TensorFlow.
     if ! output=$("$venv/bin/python" -c '
 import sys
 import horovod.tensorflow
@@ -155,7 +155,7 @@ case ${1-} in
 lock | python) ;;
 "")
     if [ -e "$stamp" ]; then
-        # An environment with the extras serves where they are not asked for.
+        # An environment with the extras also serves users who do not ask for them.
         for file in "$requirements" requirements-extra.txt; do
             [ "$(<"$stamp")" != "$(inputs "$file")" ] || exit 0
         done

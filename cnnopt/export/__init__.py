@@ -1,1 +1,1 @@
-"""From a finished run to measured .tflite files. Never needs Horovod; ``python -m cnnopt.quantize`` is the way in."""
+"""Turns a finished run into measured .tflite files. ``python -m cnnopt.quantize`` starts this. Never needs Horovod."""

@@ -1,6 +1,6 @@
-"""Plain SVG: a small function for each chart, in units that stay readable at 360 pixels. Standard library only.
+"""Draws charts as plain SVG, one small function for each. Charts stay readable at 360 pixels. Standard library only.
 
-Colours are CSS variables of page.html, so that light and dark are one picture.
+Colours are CSS variables of page.html, so that one picture serves the light and the dark theme.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from html import escape
 
 WIDTH = 320
 LEFT, RIGHT, TOP, BOTTOM = 36, 8, 10, 34
-#: Of a dot, and how far apart dots stay.
+#: The radius of a dot, and the least distance between two dots (along x or y).
 RADIUS, APART = 8, 14
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement with its interval; ``label`` is what stands in the dot, ``title`` what the pointer shows."""
+    """A measurement with its interval. ``label`` is the text in the dot, ``title`` the text under the pointer."""
 
     x: float
     y: float
@@ -41,7 +41,7 @@ class Line:
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927), from how many of how many."""
+    """The 95% interval of the share ``correct`` / ``total`` (Wilson 1927)."""
     z, share = 1.96, correct / total
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
@@ -49,7 +49,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Those that no other is both smaller and better than, by size."""
+    """The Pareto front, sorted by size: the points for which no other point is both smaller and better."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, -p.y)):
         if not front or point.y > front[-1].y:
@@ -58,7 +58,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within a range, about ``count`` of them."""
+    """About ``count`` round numbers between ``low`` and ``high``."""
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
@@ -68,8 +68,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def scatter(points: Sequence[Point], x_label: str, y_label: str, *, fronts: Sequence[Sequence[Point]]) -> str:
     """Points with their intervals on a logarithmic x axis, and a line along each front.
 
-    The y axis is at least four intervals high, so that what is noise looks like noise. Dots that would lie upon each
-    other are moved to the right.
+    The y axis is at least four intervals high, so that noise looks like noise. A dot that would cover another one is
+    moved to the right.
     """
     low, high = min(p.low for p in points), max(p.high for p in points)
     least = 4 * max(p.high - p.low for p in points)
@@ -110,7 +110,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, *, fronts: Sequ
 
 
 def curves(lines: Sequence[Line], x_label: str, y_label: str) -> str:
-    """Lines over one x axis that begins at 0, in percent."""
+    """Lines in percent, over one x axis that begins at 0."""
     height = 200
     last = max((x for line in lines for x, _ in line.points), default=1) or 1
     across, up = _scale(0, last, LEFT, WIDTH - RIGHT), _scale(0, 100, height - BOTTOM, TOP)
@@ -130,14 +130,14 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str) -> str:
 
 
 def columns(values: Sequence[tuple[str, float]], y_label: str, level: float) -> str:
-    """A column in percent for each named value, in order; ``level`` is drawn across all."""
+    """One column in percent for each named value, in order. ``level`` is a line across all columns."""
     height = 180
     up = _scale(0, 100, height - BOTTOM, TOP)
     each = (WIDTH - LEFT - RIGHT) / len(values)
     groups: dict[str, list[float]] = {}
     for i, (name, _) in enumerate(values):
         groups.setdefault(name.split("_")[0], []).append(LEFT + (i + 0.5) * each)
-    # One layer alone has no room for its name.
+    # A group of one layer has no room for its name.
     marks = [(sum(places) / len(places), name) for name, places in groups.items() if len(places) > 1]
     parts = _frame(height, "layer, in the order of computation", y_label, marks,
                    [(up(mark), f"{mark:g}") for mark in (0, 25, 50, 75, 100)], grid=False)  # fmt: skip
@@ -151,8 +151,8 @@ def columns(values: Sequence[tuple[str, float]], y_label: str, level: float) -> 
 
 
 def matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """A confusion matrix: a row for each true class, a column for each answer, shaded by the share of the row."""
-    # On the right there must be room for the end of the last name.
+    """A confusion matrix: a row for each true class, a column for each answer. The shade is the share of the row."""
+    # The end of the last name needs room on the right.
     side, top, right = 72, 62, 20
     cell = (WIDTH - side - right) / len(names)
     height = int(top + cell * len(names) + 4)
@@ -169,7 +169,7 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
             if not count:
                 continue
             x, y, share = side + j * cell, top + i * cell, count / total
-            # By its root, as the mistakes are what is looked for.
+            # The shade follows the square root of the share: readers look for the mistakes, whose shares are small.
             kind = "right" if i == j else "wrong"
             light = ' class="light"' if math.sqrt(share) > 0.55 else ""
             parts.append(

@@ -1,10 +1,9 @@
-"""Weight clustering that holds the zeros: each kernel gets few distinct values, one of which is exactly zero.
+"""Weight clustering that keeps the zeros: each kernel gets few distinct values, one of which is exactly zero.
 
-Deep compression (Han et al. 2016, arXiv:1510.00149, section 3) shares one codebook per kernel. Here the codebook
-is shared after each output channel is divided by its largest magnitude, because int8 .tflite files have a scale
-for each output channel: with one symmetric outermost pair of centroids, the int8 codes of every channel are the
-same few numbers. A codebook of the undivided weights would turn into up to 255 codes, as every channel rounds it
-by its own scale.
+Deep compression (Han et al. 2016, arXiv:1510.00149, section 3) shares one codebook per kernel. This module first
+divides each output channel by its largest magnitude, because int8 .tflite files have a scale for each output channel.
+The outermost pair of centroids is symmetric, so the int8 codes of every channel are the same few numbers. A codebook
+of the undivided weights would turn into up to 255 codes, because every channel rounds the codebook by another scale.
 
 tfmot's ``cluster_weights(preserve_sparsity=True)`` refuses this model: "Please initialize `Cluster` with a
 supported layer ... You passed: <class 'cnnopt.model.resnet.Conv2D'>" (0.8.1).
@@ -14,16 +13,16 @@ from __future__ import annotations
 
 import numpy as np
 
-#: Least magnitude that a channel is divided by.
+#: The smallest number by which a channel is divided.
 SMALLEST = 1e-6
 
 
 def codebook(kernel: np.ndarray, clusters: int, gain: np.ndarray, *, per_channel: bool = True) -> np.ndarray:
-    """The ``clusters`` - 1 centroids of the weights of ``kernel`` [..., out] that are not zero: float32, ascending.
+    """The ``clusters`` - 1 centroids of the nonzero weights of ``kernel`` [..., out]: float32, ascending.
 
-    They are for the kernel divided by its largest magnitude, of each output channel or of all. ``gain`` float [out]:
-    what BatchNorm multiplies each channel by, so that the squared error is that of the network's output and not that
-    of a weight before its scale. Raises ValueError below 4 clusters.
+    The centroids are for the kernel divided by its largest magnitude, per output channel or in total. ``gain``, float
+    [out], is BatchNorm's factor for each channel. With this factor the squared error is that of the network's output,
+    and not that of a weight before its scale. Raises ValueError below 4 clusters.
     """
     if clusters < 4:
         raise ValueError(f"--clusters {clusters}: at least 4 (zero, one outermost pair, one between)")
@@ -35,36 +34,36 @@ def codebook(kernel: np.ndarray, clusters: int, gain: np.ndarray, *, per_channel
 
 
 def assign(kernel: np.ndarray, centroids: np.ndarray, *, per_channel: bool = True) -> np.ndarray:
-    """``kernel`` float32 [..., out], each weight replaced by the nearest centroid of ``codebook``; zeros stay zeros."""
+    """``kernel`` float32 [..., out] with each weight replaced by the nearest centroid of ``codebook``; zeros stay 0."""
     scale = _largest(kernel, per_channel)
     nearest = centroids[np.searchsorted(boundaries(centroids), kernel / scale)]
     return np.where(kernel == 0, np.float32(0), nearest * scale)
 
 
 def cluster(kernel: np.ndarray, clusters: int, gain: np.ndarray) -> np.ndarray:
-    """``kernel`` with at most ``clusters`` distinct values, zero among them, but for the scale of each channel."""
+    """``kernel`` with at most ``clusters`` distinct values, zero included, apart from the scale of each channel."""
     return assign(kernel, codebook(kernel, clusters, gain))
 
 
 def boundaries(centroids: np.ndarray) -> np.ndarray:
-    """Half-way from each centroid to the next."""
+    """The midpoints between neighbouring centroids."""
     return (centroids[1:] + centroids[:-1]) / 2
 
 
 def _largest(kernel: np.ndarray, per_channel: bool) -> np.ndarray:
     largest = np.abs(kernel).max(axis=tuple(range(kernel.ndim - 1)) if per_channel else None)
-    # A channel that is pruned as a whole has none.
+    # A fully pruned channel has the largest magnitude 0, which cannot be a divisor.
     return np.maximum(largest, np.float32(SMALLEST))
 
 
 def _lloyd(values: np.ndarray, weight: np.ndarray, count: int, iterations: int = 100) -> np.ndarray:
-    """Weighted k-means in one dimension, ascending; the first and the last centroid are kept opposite numbers."""
+    """Weighted k-means in one dimension, ascending. The first and the last centroid stay opposite numbers."""
     centroids = np.linspace(-1, 1, count)
     for _ in range(iterations):
         nearest = np.searchsorted(boundaries(centroids), values)
         mass = np.bincount(nearest, weight, count)
         sums = np.bincount(nearest, weight * values, count)
-        # An empty cluster stays where it is; another iteration may fill it.
+        # An empty cluster keeps its centroid, because another iteration may fill the cluster.
         moved = np.where(mass > 0, sums / np.where(mass > 0, mass, 1), centroids)
         tails = mass[0] + mass[-1]
         outermost = (sums[-1] - sums[0]) / tails if tails else 1.0

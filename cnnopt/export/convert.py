@@ -1,4 +1,4 @@
-"""Float network -> .tflite bytes, in each variant. Import after ``environment.prepare``."""
+"""Converts the float network to the .tflite bytes of each variant. Import after ``host.prepare``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from cnnopt.export.trained import CENTROIDS, TrainedError, TrainedRun
 from cnnopt.model.resnet import FLOAT, Parts, resnet
 from cnnopt.model.topology import layer_names
 
-#: Below this many weights the converter leaves a kernel in float32 in dynamic-range files.
+#: In dynamic-range files the converter leaves a kernel with fewer weights in float32.
 DYNAMIC_MINIMUM = 1024
 
 
 class ConversionError(RunError):
-    """The converter failed, or made a file that is not what its name says."""
+    """The converter failed, or the content of its file does not match the file's name."""
 
 
 def float_model(run: TrainedRun) -> keras.Model:
-    """The network of ``run`` in float32 with its last weights: raw pixels [batch, 32, 32, 3] to logits."""
+    """The network of ``run`` in float32 with its last weights. Input: raw pixels [batch, 32, 32, 3]; output: logits."""
     return _network(run, FLOAT)
 
 
 def fine_tuned_model(run: TrainedRun) -> keras.Model:
-    """The fake-quantized network of a run of ``cnnopt.finetune``, with its ranges and its weights as they were used."""
+    """The fake-quantized network of a run of ``cnnopt.finetune``, with its ranges and the weights that it used."""
     model = _network(run, qat.parts())
     for layer in layer_names(run.depth):
         centroids = run.weights.get(f"{layer}/{CENTROIDS}")
@@ -41,7 +41,7 @@ def fine_tuned_model(run: TrainedRun) -> keras.Model:
 
 
 def _network(run: TrainedRun, parts: Parts) -> keras.Model:
-    # The network that is exported must not depend on whether this machine has a GPU.
+    # The exported network must not depend on whether this machine has a GPU.
     tf.config.set_visible_devices([], "GPU")
     mean, std = run.weights["mean:0"], run.weights["std:0"]
     model = resnet(run.depth, run.num_classes, mean=mean, std=std, parts=parts)
@@ -62,15 +62,15 @@ def clustered_model(run: TrainedRun, clusters: int) -> keras.Model:
 
 
 def kernels_of(model: keras.Model, depth: int) -> dict[str, np.ndarray]:
-    """The prunable kernels that ``model`` really holds, by layer name."""
+    """The prunable kernels by layer name, read from ``model`` itself."""
     return {layer: model.get_layer(layer).kernel.numpy() for layer in layer_names(depth)}
 
 
 def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
-    """The .tflite of ``variant`` (a key of ``cnnopt.export.options.VARIANTS``), input [1, 32, 32, 3], output logits.
+    """The .tflite of ``variant``, a key of ``cnnopt.export.options.VARIANTS``: input [1, 32, 32, 3], output logits.
 
-    ``calibration`` uint8 [n, 32, 32, 3] sets the ranges of activations of the int8 variants. int8 files take
-    and give int8, all others float32. Raises ConversionError.
+    ``calibration``, uint8 [n, 32, 32, 3], sets the activation ranges of the int8 variants. The input and the output
+    are int8 for int8 files, and float32 for all others. Raises ConversionError.
     """
     encoding, _, numbers = variant.rpartition("-")
     optimizations = []
@@ -91,12 +91,12 @@ def convert(model: keras.Model, variant: str, calibration: np.ndarray) -> bytes:
         converter.representative_dataset = representative
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     if numbers in ("int8", "qat"):
-        # Fake-quantized networks hold their ranges themselves.
+        # A fake-quantized network already holds its ranges, and needs no calibration.
         converter.inference_input_type = converter.inference_output_type = tf.int8
     try:
         with quiet_stderr():
             return converter.convert()
-    # The converter raises ConverterError, RuntimeError or ValueError, as its passes please.
+    # The converter raises ConverterError, RuntimeError or ValueError, depending on the pass that fails.
     except Exception as error:
         detail = " ".join(str(error).split())[:200]
         raise ConversionError(f"{variant}: TensorFlow's converter failed: {detail}") from error
@@ -112,9 +112,9 @@ def _converter(model: keras.Model) -> tf.lite.TFLiteConverter:
 def file_kernels(
     data: bytes, path: Path, variant: str, layers: Mapping[str, np.ndarray]
 ) -> dict[str, tflite_file.Kernel]:
-    """The kernels of an exported file by layer name. Raises ConversionError where it is not what ``variant`` says.
+    """The kernels of an exported file by layer name. Raises ConversionError if the file does not match ``variant``.
 
-    The original study measured a "quantized" file that was float32 within; this is where that would stop.
+    The original study measured a "quantized" file that was float32 inside. This check would have stopped that.
     """
     found = tflite_file.kernels(data, path)
     shapes = [kernel.weights.shape for kernel in found]

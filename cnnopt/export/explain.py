@@ -1,4 +1,4 @@
-"""Sentences for what a reader of the report would wonder about, each said only where the figures show it."""
+"""Notes that answer a reader's likely questions about a report. A note appears only if the figures support it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def notes(content: dict[str, Any]) -> list[str]:
-    """The sentences that belong to the content of a report.json."""
+    """The notes for the content of a report.json."""
     files = {entry["name"]: entry for entry in content["files"]}
     return [
         *_reference(content),
@@ -60,7 +60,7 @@ def _int8_speed(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
     if not {"int8", "float32"} <= files.keys():
         return []
     exact, int8 = (files[name]["latency"][0]["median_ms"] for name in ("float32", "int8"))
-    # Where int8 is about as slow as float32, a reader wonders; a small gain needs no excuse.
+    # Readers wonder only if int8 is about as slow as float32. Even a small gain needs no explanation.
     if int8 < 0.8 * exact:
         return []
     sentence = (

@@ -1,4 +1,4 @@
-"""report.png: accuracy against compressed size, latency, sparsity and quantization error by layer."""
+"""report.png: accuracy against compressed size, latency, and the sparsity and the quantization error of each layer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def png(content: dict[str, Any]) -> bytes:
 
     files = content["files"]
     names = [entry["name"] for entry in files]
-    # Twenty colours in pairs of a hue; the strong ones first.
+    # tab20 has twenty colours, a strong and a pale one of each hue. The strong ones come first.
     palette = matplotlib.colormaps["tab20"](range(20))
     colors = [*palette[::2], *palette[1::2]][: len(files)]
     with matplotlib.style.context("default"):
         figure = Figure(figsize=(13, 9), layout="constrained")
-        # A figure of its own canvas needs no display and leaves pyplot's state alone.
+        # A figure with a separate canvas needs no display and does not touch pyplot's state.
         FigureCanvasAgg(figure)
         (size, bars), (sparsity, error) = figure.subplots(2, 2)
         run = content["run"]

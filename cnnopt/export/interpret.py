@@ -1,4 +1,4 @@
-"""Run a .tflite file with TensorFlow Lite's interpreter: TensorFlow's, after ``environment.prepare``, or LiteRT's."""
+"""Run a .tflite file with TensorFlow Lite's interpreter, from TensorFlow (after ``host.prepare``) or from LiteRT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cnnopt.export.tflite_file import TfliteError
 
 @dataclass(frozen=True)
 class Session:
-    """An interpreter, the delegate that computes for it, and why it is not XNNPACK where it is not."""
+    """An interpreter, the delegate that computes for it, and the reason if that delegate is not XNNPACK."""
 
     interpreter: Any
     delegate: str
@@ -25,7 +25,7 @@ class Session:
 
 
 def _library(runtime: str) -> tuple[Any, Any]:
-    """Interpreter and OpResolverType of TensorFlow (``tf``) or LiteRT (``litert``), which are the same code."""
+    """Interpreter and OpResolverType of TensorFlow (``tf``) or LiteRT (``litert``). Both have the same code."""
     if runtime == "litert":
         from ai_edge_litert import interpreter
 
@@ -36,24 +36,24 @@ def _library(runtime: str) -> tuple[Any, Any]:
 
 
 def start(data: bytes, path: Path, *, threads: int, batch: int = 1, runtime: str = "tf") -> Session:
-    """An interpreter with its tensors allocated for ``batch`` images. Raises TfliteError naming ``path`` where the
+    """An interpreter with its tensors allocated for ``batch`` images. Raises TfliteError, which names ``path``, if the
     file is damaged.
 
-    XNNPACK refuses some graphs (sparse int8 weights under float activations); they run on TFLite's own kernels.
+    XNNPACK refuses some graphs (sparse int8 weights under float activations). TFLite's own kernels run those graphs.
     """
     interpreter_of, resolver = _library(runtime)
     reasons = []
     for kind in (resolver.AUTO, resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
         try:
             with quiet_stderr(), warnings.catch_warnings():
-                # It announces that tf.lite.Interpreter moves to another package in TensorFlow 2.20.
+                # TensorFlow warns that tf.lite.Interpreter moves to another package in TensorFlow 2.20.
                 warnings.simplefilter("ignore")
                 interpreter = interpreter_of(
                     model_content=data, num_threads=threads, experimental_op_resolver_type=kind
                 )
                 source = interpreter.get_input_details()[0]
-                # Before the tensors are allocated: dynamic-range files crash in XNNPACK (TensorFlow 2.18.1) when
-                # they are resized after it.
+                # Resize before the tensors are allocated: XNNPACK crashes on dynamic-range files that are resized
+                # afterwards (TensorFlow 2.18.1).
                 interpreter.resize_tensor_input(source["index"], [batch, *source["shape"][1:]])
                 interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
@@ -65,7 +65,7 @@ def start(data: bytes, path: Path, *, threads: int, batch: int = 1, runtime: str
 
 
 def quantized(images: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Pixels uint8 [n, 32, 32, 3] as the input tensor of the file takes them."""
+    """Pixels uint8 [n, 32, 32, 3], converted to the type and the scale of the file's input tensor."""
     if details["dtype"] == np.float32:
         return images.astype(np.float32)
     scale, zero = details["quantization"]
@@ -93,15 +93,15 @@ def logits(
 ) -> np.ndarray:
     """Logits float32 [n, classes] of images uint8 [n, 32, 32, 3].
 
-    Each of ``threads`` threads has an interpreter of its own and takes the next batch, which keeps all cores busy
-    where small layers do not divide over them; ``advance`` is told how many images are done. Raises TfliteError.
+    Each of ``threads`` threads has a separate interpreter and takes the next batch. This keeps all cores busy, even if
+    small layers do not divide over them. ``advance`` gets the size of each finished batch. Raises TfliteError.
     """
     batch = min(batch, len(images))
     starts = iter(range(0, len(images), batch))
     lock = threading.Lock()
     results: dict[int, np.ndarray] = {}
     errors: list[BaseException] = []
-    # quiet_stderr works on the process, so interpreters are made one after the other.
+    # quiet_stderr changes the whole process, so interpreters are made one after the other.
     count = min(threads, -(-len(images) // batch))
     sessions = [start(data, path, threads=1, batch=batch, runtime=runtime) for _ in range(count)]
 
@@ -115,14 +115,14 @@ def logits(
                 if first is None:
                     return
                 part = images[first : first + batch]
-                # The last batch is filled up, as its size may not change.
+                # The last batch is filled up, because the batch size may not change.
                 full = part if len(part) == batch else np.concatenate([part, images[: batch - len(part)]])
                 interpreter.set_tensor(source["index"], quantized(full, source))
                 interpreter.invoke()
                 results[first] = dequantized(interpreter.get_tensor(sink["index"])[: len(part)], sink)
                 with lock:
                     advance(len(part))
-        # Of any kind: a thread that ends without its batches would leave a hole that nobody counts.
+        # Catch every kind of error: a thread that ends early would leave a gap in the results that nobody notices.
         except BaseException as error:
             errors.append(error)
 

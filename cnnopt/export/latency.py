@@ -1,9 +1,9 @@
-"""Latency of .tflite files at batch 1, each in a process of its own.
+"""Measure the latency of .tflite files at batch 1, each file in a separate process.
 
     python -m cnnopt.export.latency --threads 1,2 FILE...
 
-Prints a JSON list. A process of its own, because peak memory belongs to a process, because a damaged file can
-crash the interpreter, and because threads that TensorFlow has started would take part.
+Prints a JSON list. The processes are separate, because peak memory belongs to a process, because a damaged file can
+crash the interpreter, and because threads that TensorFlow has started would take part in the measurement.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ WARM_UP = 20
 
 
 class LatencyError(RunError):
-    """The measuring process has failed."""
+    """The measuring process failed."""
 
 
 def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2.0) -> list[list[dict[str, Any]]]:
-    """For each file a list with one dict for each number of threads; see ``one`` for its keys. Raises LatencyError.
+    """A list for each file, with one dict for each number of threads. ``one`` lists the keys. Raises LatencyError.
 
     A new process imports the interpreter once and forks for each file.
     """
@@ -49,11 +49,11 @@ def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2
 
 
 def one(path: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Latency of one image, in milliseconds, and memory, in bytes, of this process.
+    """Latency of one image, in milliseconds, and memory of this process, in bytes.
 
-    Times are of ``invoke`` alone, after ``WARM_UP`` calls, over ``seconds`` and at least 20 calls. ``peak_rss``
-    is the largest resident size since before the interpreter was made, and ``added_rss`` what that is above the
-    size then: TensorFlow's libraries are hundreds of megabytes that a device would not carry.
+    Times are for ``invoke`` alone, after ``WARM_UP`` calls, over ``seconds`` and at least 20 calls. The measurement of
+    memory starts before the interpreter is made. ``peak_rss`` is the largest resident size. ``added_rss`` is its excess
+    over the size at the start, because a device would not carry the hundreds of megabytes of TensorFlow's libraries.
     """
     from cnnopt.export import interpret
 
@@ -89,7 +89,7 @@ def one(path: Path, threads: int, seconds: float) -> dict[str, Any]:
 
 
 def _reset_peak() -> None:
-    # proc(5): 5 sets VmHWM to the size of now. Where it is not allowed, the peak of the import stays in it.
+    # Writing 5 sets VmHWM to the current size (proc(5)). If that is not allowed, VmHWM keeps the peak of the import.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -109,7 +109,7 @@ def _child(connection: Connection, path: Path, threads: Sequence[int], seconds: 
 
 
 def _measured(path: Path, threads: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """``one`` for each number of threads, in a process of its own."""
+    """``one`` for each number of threads, in a separate process."""
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
     process = fork.Process(target=_child, args=(send, path, threads, seconds))
@@ -134,7 +134,7 @@ def _counts(text: str) -> list[int]:
 
 
 def main() -> int:
-    """Measure the files of the command line; every expected failure is one line and an exit status."""
+    """Measure the files of the command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--threads", type=_counts, default=[1, host.cores()], help="numbers, with commas")

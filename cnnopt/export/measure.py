@@ -1,4 +1,4 @@
-"""Size, zeros, accuracy and agreement of a file as exported. Latency is in ``cnnopt.export.latency``. NumPy only."""
+"""Size, zeros, accuracy and agreement of an exported file. NumPy only. Latency is in ``cnnopt.export.latency``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cnnopt.export.tflite_file import Kernel
 
 
 def sizes(data: bytes, kernels: Sequence[Kernel]) -> dict[str, int]:
-    """Bytes of a file: ``raw``, as ``gzip -9`` and ``xz -9`` leave it, ``entropy_bound`` and ``weights_entropy``.
+    """Bytes of a file: ``raw``, ``gzip`` (``gzip -9``), ``xz`` (``xz -9``), ``entropy_bound`` and ``weights_entropy``.
 
-    ``entropy_bound`` is what an ideal coder with one static model for each kernel would need for the kernels'
-    stored values, plus every other byte of the file (structure, biases, scales, sparse indices) as it is stored:
-    sum over kernels of n H / 8 with H the Shannon entropy in bits of the empirical distribution of the n values.
-    The models themselves are not counted, as is usual. ``weights_entropy`` is the sum alone: a coder that also
-    compresses the rest of the file can be below ``entropy_bound``, but not below this by much.
+    An ideal coder with one static model for each kernel needs ``weights_entropy`` for the kernels' stored values: the
+    sum over kernels of n H / 8. H is the Shannon entropy in bits of the empirical distribution of the n values. The
+    models themselves are not counted, as is usual. ``entropy_bound`` adds every other byte of the file (structure,
+    biases, scales, sparse indices) as it is stored. A coder that also compresses these other bytes can get below
+    ``entropy_bound``, but not far below ``weights_entropy``.
     """
     coded = weights_entropy(kernels)
     other = len(data) - sum(kernel.nbytes for kernel in kernels)
     return {
         "raw": len(data),
-        # No time stamp and no name, so that the size is a property of the content.
+        # Without a time stamp and a name, the size depends on the content alone.
         "gzip": len(gzip.compress(data, 9, mtime=0)),
         "xz": len(lzma.compress(data, preset=9)),
         "entropy_bound": other + coded,
@@ -34,12 +34,12 @@ def sizes(data: bytes, kernels: Sequence[Kernel]) -> dict[str, int]:
 
 
 def weights_entropy(kernels: Sequence[Kernel]) -> int:
-    """Bytes that an ideal coder needs for the stored values of kernels, with one static model for each."""
+    """Bytes that an ideal coder needs for the stored values of ``kernels``, with one static model for each kernel."""
     return int(np.ceil(sum(entropy(kernel.stored) * kernel.stored.size for kernel in kernels) / 8))
 
 
 def entropy(values: np.ndarray) -> float:
-    """Shannon entropy in bits per value of the empirical distribution of ``values``, compared bit by bit."""
+    """Shannon entropy, in bits per value, of the empirical distribution of ``values``. Compares values bit by bit."""
     if not values.size:
         return 0.0
     counts = np.unique(values.view(f"u{values.itemsize}"), return_counts=True)[1]
@@ -48,10 +48,10 @@ def entropy(values: np.ndarray) -> float:
 
 
 def weights(kernels: Mapping[str, Kernel], exact: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Count, zeros and stored type of the weights of a file, as a whole and by layer.
+    """Count, zeros and stored type of the weights of a file, in total and by layer.
 
-    ``exact``: float32 kernels by layer that the file was quantized from, in the same layout. ``error`` is the
-    root of the mean squared difference over that of the weights.
+    ``exact``: the float32 kernels from which the file was quantized, by layer, in the same layout. ``error`` is the
+    root mean square of the difference, divided by the root mean square of the ``exact`` weights.
     """
     layers = {}
     for layer, kernel in kernels.items():
@@ -71,11 +71,11 @@ def weights(kernels: Mapping[str, Kernel], exact: Mapping[str, np.ndarray]) -> d
 
 
 def ledger(stages: Mapping[str, Mapping[str, np.ndarray]], masks: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Where zeros were lost on the way to a file.
+    """Find the stages at which zeros were lost on the way to a file.
 
-    ``stages``: kernels by layer for each stage, in order; ``masks``: True where a weight is kept. A pruned
-    weight that is not zero at a stage is lost there; counting zeros alone would let those that rounding adds
-    hide those that were lost. Without masks (a dense run) the zeros of the first stage are those to hold.
+    ``stages``: kernels by layer for each stage, in order; ``masks``: True where a weight is kept. A pruned weight that
+    is not zero at a stage is lost there. A mere count of zeros is not enough: zeros that rounding adds would hide lost
+    ones. A dense run has no masks, so the zeros of the first stage must stay zero.
     """
     held = {
         layer: ~masks[layer] if layer in masks else kernel == 0 for layer, kernel in next(iter(stages.values())).items()
@@ -102,7 +102,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 20) -> list[dict[str, Any]]:
-    """The images that were given a wrong class with the highest probability: their index, both classes, and that."""
+    """The images with the most probable wrong answers: index, true class, predicted class, probability."""
     predicted, shares = logits.argmax(axis=1), probabilities(logits).max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     return [
@@ -114,8 +114,8 @@ def mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 20) -> list[di
 def accuracy(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     """Top-1 accuracy, cross-entropy, confusion matrix [true][predicted], mistakes, agreement with ``reference``.
 
-    ``logits`` and ``reference`` float32 [n, classes], ``labels`` int64 [n]; ``reference`` are the logits of the
-    float32 network in TensorFlow, and ``agreement`` is the share of images on which both name the same class.
+    ``logits`` and ``reference`` are float32 [n, classes], ``labels`` int64 [n]. ``reference`` holds the logits of the
+    float32 network in TensorFlow. ``agreement`` is the share of images for which both predict the same class.
     """
     wide = logits.astype(np.float64)
     shifted = wide - wide.max(axis=1, keepdims=True)
@@ -134,6 +134,6 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> d
 
 
 def ratios(size: Mapping[str, int], reference: Mapping[str, int]) -> dict[str, float]:
-    """How many times smaller each size is than the dense float32 file as it is, and gzip against gzip."""
+    """How many times smaller each size is than the raw dense float32 file; ``gzip_to_gzip`` compares gzip with gzip."""
     times = {name: reference["raw"] / value for name, value in size.items() if name != "weights_entropy"}
     return {**times, "gzip_to_gzip": reference["gzip"] / size["gzip"]}

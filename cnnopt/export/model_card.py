@@ -11,7 +11,7 @@ from cnnopt.export import page
 from cnnopt.run import atomic_files
 from cnnopt.run.run_folder import RunFolder
 
-#: What hubs call the data sets.
+#: The names of the data sets on model hubs.
 HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 
 USE = """\
@@ -40,7 +40,7 @@ def save(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def markdown(content: Mapping[str, Any], command: str) -> str:
-    """The card of the content of a report.json; ``command`` is what trained the network."""
+    """The card for the content of a report.json. ``command`` is the command that trained the network."""
     run, machine = content["run"], content["machine"]
     name = Path(run["path"]).name
     rows = [
@@ -89,12 +89,12 @@ def markdown(content: Mapping[str, Any], command: str) -> str:
 
 
 def own(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The files of this run; a baseline's are of another network."""
+    """The files of this run, without the baseline's, which hold another network."""
     return [entry for entry in content["files"] if entry["run"] == content["run"]["path"]]
 
 
 def header(content: Mapping[str, Any], name: str) -> list[str]:
-    """The lines of YAML between the rules; values are JSON, which YAML contains."""
+    """The lines of YAML between the rules. The values are JSON, which is a part of YAML."""
     data = content["run"]["dataset"]
     results = [
         {

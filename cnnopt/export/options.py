@@ -1,4 +1,4 @@
-"""The command line of ``cnnopt.quantize``. Standard library only, so that a mistake is answered at once."""
+"""The command line of ``cnnopt.quantize``. Standard library only, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from cnnopt.command_line import Parser, nearest
 from cnnopt.errors import UserError
 
-#: What can be exported. Names end in the numbers that weights are stored as.
+#: The files that can be exported. The end of a name says how the file stores its weights.
 VARIANTS = {
     "float32": "weights and arithmetic in float32",
     "float16": "weights stored in float16, arithmetic in float32",
@@ -23,22 +23,22 @@ VARIANTS = {
     "int8-qat": "int8 after --qat epochs of quantization-aware fine-tuning",
     "clustered-int8-qat": "clustered-int8 after --qat epochs of fine-tuning as such",
 }
-#: The flags without which a variant cannot be made.
+#: The flags that a variant needs.
 NEEDS = {"clustered-int8": ("clusters",), "int8-qat": ("qat",), "clustered-int8-qat": ("clusters", "qat")}
-#: What --pack packs: int8 files that store their zeros.
+#: The variants that --pack packs: int8 files that store their zeros.
 PACKED = ("dynamic", "int8", *NEEDS)
 MIN_CALIBRATION = 32
-#: Values that a kernel may have.
+#: Allowed numbers of distinct values of a kernel.
 CLUSTERS = range(4, 257)
 
 
 class OptionError(UserError):
-    """A flag that cannot be; the message is one line that names it and the remedy."""
+    """A flag that is wrong. The message is one line that names the flag and the remedy."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of a quantization."""
+    """The parsed command line of ``cnnopt.quantize``."""
 
     run: Path
     variants: tuple[str, ...] | None
@@ -51,25 +51,25 @@ class Options:
     pack: bool
 
     def asked(self) -> list[str]:
-        """The variants that --variants names, or all whose flags are given."""
+        """The variants that --variants names. Without --variants, all variants whose flags are given."""
         if self.variants is not None:
             return list(self.variants)
         given = {flag for flag in ("clusters", "qat") if getattr(self, flag) is not None}
         return [name for name in VARIANTS if given.issuperset(NEEDS.get(name, ()))]
 
     def check_calibration(self, dataset: str, images: int) -> None:
-        """Raise OptionError where ``dataset`` has fewer training images than are asked for."""
+        """Raise OptionError if ``dataset`` has fewer training images than --calibration asks for."""
         if self.calibration > images:
             raise OptionError(f"--calibration {self.calibration}: {dataset} has {images} training images")
 
     def fine_tunings(self) -> dict[str, int]:
-        """The variants that are fine-tuned, and the clusters of each; 0 is none."""
+        """The variants that are fine-tuned, with the number of clusters of each. 0 means no clustering."""
         needs = {name: NEEDS.get(name, ()) for name in self.asked()}
         return {name: (self.clusters or 0) * ("clusters" in flags) for name, flags in needs.items() if "qat" in flags}
 
 
 def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
-    """The options that a command line asks for; ``description`` is what ``--help`` begins with.
+    """The options of a command line. ``description`` is the first text that ``--help`` prints.
 
     Raises UserError; SystemExit(0) for ``--help``.
     """
@@ -130,8 +130,8 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
 
 
 def choose(options: Options, sparsity: float) -> tuple[str, ...]:
-    """The variants to make of a run of this sparsity. Raises OptionError for one that cannot be made of it."""
-    # Below this share of zeros the converter leaves a kernel dense (measured: docs/quantize.md, "Variants").
+    """The variants to make from a run with this sparsity. Raises OptionError if one of them cannot be made from it."""
+    # With a smaller share of zeros, the converter leaves a kernel dense (measured: docs/quantize.md, "Variants").
     sparse_enough = sparsity >= 0.4
     if options.variants is None:
         return tuple(name for name in options.asked() if sparse_enough or not name.startswith("sparse-"))

@@ -1,16 +1,16 @@
-"""A lossless archive of a .tflite file near the entropy of its weights; restored bit for bit.
+"""A lossless archive of a .tflite file, near the entropy of its weights. The file is restored bit for bit.
 
-The container is a ZIP, the coder is LZMA2 in .xz, both of Python's standard library and readable by `unzip` and
-`xz`. LZMA on its own is 3% to 18% above the entropy of sparse int8 kernels, as it spends bits on short runs of
-zeros. So each int8 kernel is split into one bit a weight (zero or not) and the values that are not zero, each as its
-rank among the values that the kernel uses, so that clustered kernels share one small alphabet. The streams then are
+The container is a ZIP and the coder is LZMA2 in .xz. Python's standard library has both; `unzip` and `xz` read them.
+LZMA alone is 3% to 18% above the entropy of sparse int8 kernels, because it spends bits on short runs of zeros. So each
+int8 kernel is split into one bit per weight (zero or not) and the nonzero values. A value is stored as its rank among
+the values that the kernel uses, so that clustered kernels share one small alphabet. With this split the streams are
 within 4% of the entropy (docs/quantize.md, "Packed").
 
     manifest.json   format, name, bytes and SHA-256 of the file, [offset, length] of each int8 kernel in it
     structure.xz    the file without these ranges
     mask.xz         numpy.packbits(kernel != 0) of each kernel
     palette.xz      for each kernel 256 bits: which of -128..127 it uses, zero left out
-    values.xz       the rank in its kernel's palette of each weight that is not zero, of all kernels
+    values.xz       for all kernels: the rank of each nonzero weight in the kernel's palette
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from cnnopt.export import tflite_file
 
 FORMAT = "cnnopt-packed-1"
 SUFFIX = ".packed.zip"
-#: No file of these networks is near it; a larger claim is damage or an attack.
+#: The files of these networks are much smaller. An archive that claims more is damaged, or an attack.
 MAX_BYTES = 1 << 30
 _STREAMS = ("structure.xz", "mask.xz", "palette.xz", "values.xz")
 _INT8 = np.arange(-128, 128, dtype=np.int8)
 
 
 class PackError(UserError):
-    """An archive that cannot be restored: one line that names it, the damage and the remedy."""
+    """An archive that cannot be restored. The message is one line: the archive's name, the damage and the remedy."""
 
 
 def pack(data: bytes, path: Path) -> bytes:
-    """The archive of a .tflite file's bytes; ``path`` is its name in messages and in the archive.
+    """The archive of a .tflite file's bytes. ``path`` is the file's name in messages and in the archive.
 
-    Raises tflite_file.TfliteError where the file is damaged, RunError where the archive would not give it back.
+    Raises tflite_file.TfliteError if the file is damaged, RunError if the archive would not restore the file.
     """
     found = {
         (kernel.offset, kernel.nbytes)
@@ -73,10 +73,10 @@ def pack(data: bytes, path: Path) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as entries:
         contents = [json.dumps(manifest).encode(), *(_compress(stream.tobytes()) for stream in streams)]
         for name, content in zip(("manifest.json", *_STREAMS), contents, strict=True):
-            # A fixed date, so that one file has one archive.
+            # ZipInfo sets a fixed date, so that equal files have equal archives.
             entries.writestr(zipfile.ZipInfo(name), content)
     archive = buffer.getvalue()
-    # Not an assertion, which python -O leaves out.
+    # This check is no assert statement, because python -O removes those.
     try:
         lossless = _unpack(archive) == (path.name, data)
     except ValueError:
@@ -87,13 +87,13 @@ def pack(data: bytes, path: Path) -> bytes:
 
 
 def unpack(archive: bytes, path: Path) -> tuple[str, bytes]:
-    """Name and bytes of the .tflite file in an archive, proven by its SHA-256; ``path`` is for messages.
+    """Name and bytes of the .tflite file in an archive, checked by SHA-256. ``path`` is for messages.
 
     Raises PackError.
     """
     try:
         return _unpack(archive)
-    # Bytes that someone else chose can draw almost any exception from zipfile, lzma and json.
+    # Bytes from someone else can make zipfile, lzma and json raise almost any exception.
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:160]
         raise PackError(
@@ -102,13 +102,13 @@ def unpack(archive: bytes, path: Path) -> tuple[str, bytes]:
 
 
 def stream_sizes(archive: bytes) -> dict[str, int]:
-    """Bytes of each entry of an archive, by its name."""
+    """Bytes of each entry of an archive, by the entry's name."""
     with zipfile.ZipFile(io.BytesIO(archive)) as entries:
         return {entry.filename: entry.file_size for entry in entries.infolist()}
 
 
 def _compress(data: bytes) -> bytes:
-    # lc, lp, pb: neither the byte before a weight nor its place tells what it is, and fewer models learn faster.
+    # lc, lp, pb are 0: the byte before a weight and its place do not predict the weight, and fewer models learn faster.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
     return lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters)
 
@@ -132,7 +132,7 @@ def _unpack(packed: bytes) -> tuple[str, bytes]:
         if type(size) is not int or not 0 <= size <= MAX_BYTES:
             raise ValueError(f"a file of {size} bytes")
         kernels = manifest["kernels"]
-        # The palettes are the one stream whose size is not bounded by the file's.
+        # The size of the file bounds the size of every stream except the palettes.
         most = max(size, 32 * len(kernels))
         structure, mask, palette, values = (_decompress(archive, stream, most) for stream in _STREAMS)
     data = np.zeros(size, np.uint8)
@@ -152,7 +152,7 @@ def _unpack(packed: bytes) -> tuple[str, bytes]:
     restored = data.tobytes()
     if tflite_file.digest(restored) != manifest["sha256"]:
         raise ValueError("SHA-256 differs from the packed file's")
-    # The name is only a name: it must not lead out of the folder that the user has chosen.
+    # Keep only the last part of the name, because it must not lead out of the folder that the user has chosen.
     name = Path(str(name)).name
     if not name.isprintable() or name in ("", "..") or len(os.fsencode(name)) > 255:
         raise ValueError(f"{name!r} is no name for a file")

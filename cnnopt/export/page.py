@@ -1,7 +1,7 @@
-"""report.html and comparison.html: what was measured as one file that asks nothing of any network.
+"""report.html and comparison.html: the measurements in one file, which loads nothing from any network.
 
-Charts are plain SVG (``cnnopt.export.charts``). A page of one run also holds the best int8 file itself, which
-network.js runs in the reader's browser.
+Charts are plain SVG (``cnnopt.export.charts``). The page of one run also contains the best int8 file itself;
+network.js runs that file in the reader's browser.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 #: Files that network.js can run.
 RUNNABLE = ("int8", "clustered-int8", "int8-qat", "clustered-int8-qat")
-#: Test images that lie beside the network, one of each of the first classes.
+#: The number of test images beside the network: one for each of the first classes.
 SAMPLES = 10
-#: A page with a larger network would be too large to send; it says so instead.
+#: Bytes of the largest network in a page. With a larger one the page is too large to send, and says so instead.
 MAX_NETWORK = 1_600_000
-#: Colours of page.html, which runs take in turn.
+#: The number of colours in page.html. Runs take the colours in turn.
 COLORS = 8
-#: Up to this many classes a confusion matrix has room for its numbers.
+#: The most classes for which a confusion matrix has room for its numbers.
 MATRIX_CLASSES = 20
 HERE = Path(__file__).parent
 
 
 def smallest(entry: Mapping[str, Any]) -> tuple[int, float]:
-    """Bytes of a file packed, or through gzip where it is not, and how many times smaller than its reference."""
+    """Bytes of a file, packed or else through gzip, and how many times smaller than the reference that is."""
     if packed := entry["packed"]:
         return packed["bytes"], packed["times_smaller"]
     return entry["size"]["gzip"], entry["times_smaller"]["gzip"]
@@ -51,9 +51,9 @@ def reference(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The smallest int8 file whose accuracy is within the reference's 95% interval; else the most accurate one.
+    """The smallest int8 file whose accuracy is within the reference's 95% interval, or else the most accurate one.
 
-    Of all files, where there is no int8 one.
+    If there is no int8 file, the choice is among all files.
     """
     entries = [entry for entry in content["files"] if entry["name"] in RUNNABLE] or content["files"]
     test = reference(content)["test"]
@@ -65,7 +65,7 @@ def best(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline(content: Mapping[str, Any]) -> str:
-    """What the best file is worth against the reference, in one line."""
+    """One line that compares the best file with the reference."""
     entry, against = best(content), reference(content)
     lost = 100 * (against["test"]["accuracy"] - entry["test"]["accuracy"])
     speed = against["latency"][0]["median_ms"] / entry["latency"][0]["median_ms"]
@@ -80,7 +80,7 @@ def save(content: Mapping[str, Any], folder: Path, images: Dataset) -> None:
 
 
 def run_page(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
-    """The page of one run. ``content`` is its report.json; ``images`` are those that it was measured with."""
+    """The page of one run. ``content`` is its report.json; ``images`` is the data set of the measurements."""
     run, entry = content["run"], best(content)
     record = RunFolder(folder)
     metrics = record.metrics() if record.metrics_file.exists() else []
@@ -145,7 +145,7 @@ def _page(title: str, line: str, summary: str, sections: Iterable[str]) -> str:
     page = (HERE / "page.html").read_text()
     for name, value in (("title", escape(title)), ("headline", escape(line)), ("summary", escape(summary))):
         page = page.replace(f"[[{name}]]", value)
-    # Last, as what they hold may look like a place to fill.
+    # Sections come last, because their text may look like a placeholder.
     return page.replace("[[sections]]", "\n".join(filter(None, sections)))
 
 
@@ -159,7 +159,7 @@ def _percent(test: Mapping[str, Any]) -> str:
 
 
 def _accuracy(cards: Sequence[tuple[str, Mapping[str, Any]]], colors: Mapping[str, int] | None = None) -> str:
-    """All files of all cards; the front of each card is a line. Without ``colors`` a front has one of its own."""
+    """All files of all cards, with the front of each card as a line. Without ``colors``, all have the first colour."""
     everything, fronts = [], []
     for name, card in cards:
         color = colors[name] if colors else 0
@@ -228,7 +228,7 @@ def _files(content: Mapping[str, Any]) -> str:
 
 def _latency(entries: Iterable[tuple[str, Mapping[str, Any], int]]) -> str:
     timings = [(name, entry["latency"][0], color) for name, entry, color in entries]
-    # A tail may be many medians long; what matters is the median.
+    # The median matters and sets the scale. A tail may be many medians long.
     longest = 1.3 * max(timing["median_ms"] for _, timing, _ in timings)
     rows = []
     for name, timing, color in timings:
@@ -272,7 +272,7 @@ def _mistakes(found: Sequence[Mapping[str, Any]], images: Dataset) -> str:
 
 
 def _picture(pixels: np.ndarray, name: str) -> str:
-    """An image uint8 [32, 32, 3] as an element that holds it."""
+    """An <img> element that contains the image uint8 [32, 32, 3]."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -326,11 +326,11 @@ def _origin(content: Mapping[str, Any], folder: Path, metrics: Sequence[Mapping[
 
 
 def command(identity: Mapping[str, Any]) -> str:
-    """The shortest ``train_hvd.py`` command of a run of this identity."""
+    """The shortest ``train_hvd.py`` command for a run with this identity."""
     usual = TrainConfig().identity()
     flags = []
     for name, value in identity.items():
-        # These two follow from the optimizer where they are not given.
+        # The defaults of these two depend on the optimizer.
         if name in ("base_lr", "weight_decay") and "optimizer" in identity:
             usual |= {name: TrainConfig(optimizer=identity["optimizer"]).identity()[name]}
         if name in usual and value != usual[name] and not (name == "sparsity_schedule" and value == "none"):
@@ -340,7 +340,7 @@ def command(identity: Mapping[str, Any]) -> str:
 
 
 def _network(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
-    """The best file, to be tried on ten test images and on the reader's own."""
+    """The section in which readers try the best file on ten test images and on their own pictures."""
     from cnnopt.export import tflite_file
 
     entry = best(content)
@@ -352,7 +352,7 @@ def _network(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
     if len(packed) > MAX_NETWORK:
         return _section("Try it", f"<p>{escape(entry['name'])} is too large for a page that can be sent.</p>", "wide")
     held = {"network": description, "constants": packed, "classes": list(images.class_names)}
-    # No name of a class may end the element.
+    # A class name with "</script>" must not end the element.
     data = json.dumps(held, separators=(",", ":")).replace("<", "\\u003c")
     samples = "".join(
         f'<button type="button" class="sample">{_picture(images.test_images[i], images.class_names[label])}'

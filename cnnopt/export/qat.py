@@ -1,15 +1,15 @@
-"""The network as int8 arithmetic computes it, to be fine-tuned: its weights and activations are fake-quantized.
+"""The network in int8 arithmetic, for fine-tuning: its weights and activations are fake-quantized.
 
-Jacob et al. 2018 (arXiv:1712.05877), section 3. Weights are symmetric about zero, so a pruned weight is exactly zero in
-int8 too. Convolutions have a scale for each output channel, so what BatchNorm multiplies a channel by cancels: the int8
-codes of a kernel are those of the kernel with BatchNorm folded into it, as the file has it. The classifier has one
-scale, as the converter refuses more there ("'tfl.transpose' op has mismatched quantized axes", TensorFlow 2.18.1).
+Source: Jacob et al. 2018 (arXiv:1712.05877), section 3. Weights are symmetric about zero, so a pruned weight is exactly
+zero in int8 too. Convolutions have a scale for each output channel, so BatchNorm's factor for a channel cancels: a
+kernel has the same int8 codes before and after BatchNorm is folded into it, as the file does. The classifier has one
+scale, because the converter refuses more there ("'tfl.transpose' op has mismatched quantized axes", TensorFlow 2.18.1).
 
-Where it is to be clustered too, each weight is replaced by the nearest of its kernel's centroids
-(``cnnopt.export.clustering``) before it is rounded. The centroids stay as they are and the weights move between them.
+With clustering, each weight is first replaced by the nearest of its kernel's centroids (``cnnopt.export.clustering``)
+and then rounded. The centroids stay fixed, and the weights move between them.
 
-tfmot's scheme that holds zeros (``Default8BitPrunePreserveQuantizeScheme``, 0.8.1) takes neither this network's layers
-nor mixed precision: docs/quantize.md, "Fine-tuning".
+tfmot's scheme that keeps zeros (``Default8BitPrunePreserveQuantizeScheme``, 0.8.1) supports neither this network's
+layers nor mixed precision: docs/quantize.md, "Fine-tuning".
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from cnnopt.model import resnet
 
 
 class FakeQuantize(layers.Layer):
-    """Rounds activations to 256 levels, one of which is zero, of a range that follows those of the batches."""
+    """Rounds activations to 256 levels, one of which is zero. The range of the levels follows that of the batches."""
 
     momentum = 0.99
 
     def build(self, shape: tf.TensorShape) -> None:
-        """Make the range; it is empty until a batch is seen."""
+        """Make the range, which is empty until the first batch."""
         self.low, self.high = (
             self.add_weight(name.removesuffix(":0"), (), initializer="zeros", trainable=False) for name in RANGE
         )
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """The inputs, rounded. Gradients pass as if they were not, but not those of values outside the range."""
+        """The rounded inputs. Gradients pass through the rounding unchanged; values outside the range get none."""
         if training:
             momentum = tf.where(self.low == self.high, 0.0, self.momentum)
             batch = tf.stop_gradient(tf.stack([tf.reduce_min(inputs), tf.reduce_max(inputs)]))
@@ -50,14 +50,14 @@ class FakeQuantize(layers.Layer):
 
 
 def _limit(kernel: tf.Tensor, per_channel: bool) -> tf.Tensor:
-    """The largest magnitude of each output channel of a kernel [..., out], or of all."""
+    """The largest magnitude of a kernel [..., out], for each output channel or in total."""
     largest = tf.reduce_max(tf.abs(kernel), axis=list(range(len(kernel.shape) - 1)) if per_channel else None)
-    # A channel that is pruned as a whole has no range of its own.
+    # A fully pruned channel has no range.
     return tf.stop_gradient(tf.maximum(largest, SMALLEST))
 
 
 def fake_quantized(kernel: tf.Tensor, *, per_channel: bool) -> tf.Tensor:
-    """A kernel [..., out] rounded to -127..127 times a scale, one for each output channel or one for all."""
+    """A kernel [..., out] rounded to -127..127 times a scale. Each output channel has one scale, or all share one."""
     limit = _limit(kernel, per_channel)
     if per_channel:
         return tf.quantization.fake_quant_with_min_max_vars_per_channel(kernel, -limit, limit, narrow_range=True)
@@ -65,7 +65,7 @@ def fake_quantized(kernel: tf.Tensor, *, per_channel: bool) -> tf.Tensor:
 
 
 def clustered(kernel: tf.Tensor, centroids: tf.Tensor, *, per_channel: bool) -> tf.Tensor:
-    """``clustering.assign`` of a kernel [..., out]. Gradients pass as if each weight were what it is replaced by."""
+    """``clustering.assign`` of a kernel [..., out]. Gradients pass through the replacement unchanged."""
 
     @tf.grad_pass_through
     def assign(kernel: tf.Tensor) -> tf.Tensor:
@@ -77,7 +77,7 @@ def clustered(kernel: tf.Tensor, centroids: tf.Tensor, *, per_channel: bool) -> 
 
 
 class _Rounded(layers.Layer):
-    """A layer whose kernel is fake-quantized, and clustered before that where ``clusters`` is not 0."""
+    """A layer with a fake-quantized kernel. If ``clusters`` is not 0, the kernel is clustered first."""
 
     per_channel: bool
 
@@ -86,14 +86,14 @@ class _Rounded(layers.Layer):
         self.clusters = clusters
 
     def build(self, shape: tf.TensorShape) -> None:
-        """Make the kernel and, where it is clustered, its centroids, to be set before a batch is seen."""
+        """Make the kernel and, with clustering, its centroids, which must be set before the first batch."""
         super().build(shape)
         if self.clusters:
             name = CENTROIDS.removesuffix(":0")
             self.centroids = self.add_weight(name, [self.clusters - 1], initializer="zeros", trainable=False)
 
     def rounded(self, kernel: tf.Tensor) -> tf.Tensor:
-        """The kernel as the int8 file will have it."""
+        """The kernel with the values that the int8 file will have."""
         if self.clusters:
             kernel = clustered(kernel, self.centroids.read_value(), per_channel=self.per_channel)
         return fake_quantized(kernel, per_channel=self.per_channel)
@@ -133,9 +133,9 @@ class Dense(_Rounded, layers.Dense):
 
 
 def parts(clusters: int = 0) -> resnet.Parts:
-    """For ``cnnopt.model.resnet.resnet``, with kernels of at most ``clusters`` values; 0: as many as int8 has.
+    """The parts for ``cnnopt.model.resnet.resnet``. Kernels have at most ``clusters`` values; 0 allows all of int8.
 
-    BatchNorm and ReLU need no rounding between them: the file has one operator for both.
+    No rounding is needed between BatchNorm and ReLU, because the file has one operator for both.
     """
     return resnet.Parts(
         Standardize,
@@ -146,7 +146,7 @@ def parts(clusters: int = 0) -> resnet.Parts:
 
 
 def gain(model: keras.Model, layer: str) -> np.ndarray:
-    """What BatchNorm multiplies each output channel of a kernel by, float [out]; 1 for the classifier."""
+    """BatchNorm's factor for each output channel of a kernel, float [out]; 1 for the classifier."""
     if layer == "classifier":
         return np.ones(model.get_layer(layer).kernel.shape[-1])
     norm = model.get_layer(f"{layer}_bn")

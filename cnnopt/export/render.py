@@ -1,4 +1,4 @@
-"""report.json, report.md and report.png of a run, and its table on the terminal, from measurements alone."""
+"""Writes report.json, report.md and report.png of a run, and prints its table, from the measurements alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from cnnopt.run import atomic_files
 
-#: Of report.json. Raised when a key changes its meaning or goes; a new key does not raise it.
+#: The version of report.json. It rises when a key changes its meaning or is removed, but not for a new key.
 SCHEMA = 2
 COLUMNS = (
     "file", "raw", "gzip", "xz", "bound", "packed", "smaller, gzip", "nonzero", "top-1 %", "loss", "agree %",
@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 def rows(content: dict[str, Any]) -> list[list[str]]:
-    """The table of a report, one row a file; sizes in KiB, latencies as median/p90/p99."""
+    """The table of a report, one row per file. Sizes are in KiB; a latency is median/p90/p99."""
     table = []
     for entry in content["files"]:
         size, test, timings = entry["size"], entry["test"], entry["latency"]
@@ -41,7 +41,7 @@ def rows(content: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """report.md."""
+    """The text of report.md."""
     run, machine, reference = content["run"], content["machine"], content["reference"]
     trained = f"{100 * run['trained_accuracy']:.2f}%" if run["trained_accuracy"] is not None else "not known"
     lines = [
@@ -97,9 +97,9 @@ def show(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    # $FORCE_COLOR would have a log hold a terminal's control codes.
+    # force_terminal overrides $FORCE_COLOR, which would write a terminal's control codes into a log.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False, markup=False, soft_wrap=True)
-    # What fits into 80 columns; report.md has all of it.
+    # These columns fit into 80 characters. report.md has all columns.
     columns = ("raw", "gzip", "bound", "packed", "less", "top-1", "agree", "ms")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("file", *columns):

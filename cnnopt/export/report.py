@@ -1,4 +1,4 @@
-"""The report of a run: every measurement of every exported file, as report.json holds it."""
+"""The report of a run: every measurement of every exported file, in the form of report.json."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cnnopt.export.render import SCHEMA
 from cnnopt.export.trained import TrainedRun
 from cnnopt.export.variants import Export, Kernels
 
-#: Flags of /proc/cpuinfo (the last two: ARM) for which XNNPACK has kernels that sum int8 products as they are.
+#: CPU flags in /proc/cpuinfo for which XNNPACK has kernels that sum int8 products directly. The last two are ARM's.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
 
 def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) -> dict[str, Any]:
-    """The content of report.json but for calibration and archives (docs/quantize.md, "report.json").
+    """The content of report.json, except calibration and archives (docs/quantize.md, "report.json").
 
-    ``exports``: the files of one run, float32 among them, and perhaps the float32 file of a baseline, to which sizes
-    are then compared. Raises RunError where two files are the same bytes, TfliteError, LatencyError.
+    ``exports``: the files of one run, including float32, and optionally the float32 file of a baseline. If there is a
+    baseline, sizes are compared with it. Raises RunError if two files are equal, TfliteError, LatencyError.
     """
     _check_that_files_differ(exports)
     own = next(export for export in exports if export.variant.label == "float32")
@@ -44,7 +44,7 @@ def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) 
     with Progress(*columns, console=Console(stderr=True), disable=not os.isatty(2), transient=True) as progress:
         for export in exports:
             variant = export.variant
-            # From the disk, so that what is measured is what is there.
+            # Read from the disk, so that the measured file is the one that a user will find.
             data = tflite_file.read(export.path)
             size = measure.sizes(data, list(export.kernels.values()))
             files.append(
@@ -63,7 +63,7 @@ def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) 
                 }
             )
     print("  latency, one file after the other")
-    # One thread first, as everybody compares that.
+    # One thread comes first, because that is the usual comparison.
     counts = sorted({1, threads})
     for entry, timings in zip(files, latency.measure([e.path for e in exports], counts), strict=True):
         entry["latency"] = timings
@@ -97,7 +97,7 @@ def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) 
 
 
 def _check_that_files_differ(exports: Sequence[Export]) -> None:
-    # The original study's table holds one file under two names; equal bytes cannot be two measurements.
+    # The original study's table lists one file under two names. Two files with equal bytes are not two measurements.
     names: dict[str, str] = {}
     for export in exports:
         name = export.variant.label
@@ -107,7 +107,7 @@ def _check_that_files_differ(exports: Sequence[Export]) -> None:
 
 
 def _quantized_from(export: Export, exports: Sequence[Export]) -> Kernels:
-    """The float kernels that a file was quantized from: those of the float32 file of its run, or as fine-tuned."""
+    """The float kernels from which a file was quantized: those of its run's float32 file, or the fine-tuned ones."""
     variant = export.variant
     if variant.tuned:
         return {layer: kernel * qat.gain(variant.source, layer) for layer, kernel in variant.tuned.kernels().items()}
@@ -115,7 +115,7 @@ def _quantized_from(export: Export, exports: Sequence[Export]) -> Kernels:
 
 
 def _stages(export: Export, own: Export) -> Mapping[str, Kernels]:
-    """The kernels of a file at each stage on the way to it; ``own`` is the float32 file of its run."""
+    """The kernels at each stage on the way to a file. ``own`` is the float32 file of its run."""
     variant = export.variant
     stages = dict(variant.stages)
     if variant.source is own.variant.source:
@@ -128,7 +128,7 @@ def _stages(export: Export, own: Export) -> Mapping[str, Kernels]:
 def _test(
     export: Export, data: bytes, images: Dataset, expected: np.ndarray, threads: int, progress: Progress
 ) -> dict[str, Any]:
-    """Accuracy on the test images, and how long it took."""
+    """Accuracy on the test images, and the seconds that the test took."""
     task = progress.add_task(export.variant.label, total=len(images.test_images))
     begin = time.perf_counter()
     advance = functools.partial(progress.advance, task)
@@ -143,7 +143,7 @@ def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the latencies were measured on."""
+    """The machine on which the latencies were measured."""
     flags = host.cpu_flags()
     return {
         "host": platform.node(),

@@ -1,4 +1,4 @@
-"""The card of a run in TensorBoard, in tb/quantize: a point for each file, the figure, and the text of report.md."""
+"""The report of a run in TensorBoard (tb/quantize): one point per file, the figure, and the text of report.md."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cnnopt.run.atomic_files import WriteError
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
-    """Write the content of a report.json, whose report.png lies in ``folder``, to ``folder``/tb/quantize.
+    """Write the content of a report.json to ``folder``/tb/quantize. The figure is ``folder``/report.png.
 
-    The files of an earlier card are deleted, so that there is one point for each file. Raises WriteError.
+    The event files of an earlier report are deleted, so that each file has one point. Raises WriteError.
     """
     place, step = folder / "tb" / "quantize", content["run"]["step"]
     try:
         for old in place.glob("events.out.tfevents.*"):
             old.unlink()
-        # As bytes: C++ takes text for UTF-8, whatever the locale says of the names of files.
+        # Pass bytes: C++ encodes text as UTF-8, even if the locale uses another encoding for file names.
         writer = tf.summary.create_file_writer(os.fsencode(place))
         with writer.as_default(step):
             for entry in content["files"]:
@@ -36,7 +36,7 @@ def save(content: dict[str, Any], folder: Path) -> None:
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """What is drawn of one file of a report.json, by tag: a group for each quantity, a curve's name for each file."""
+    """The values to draw for one file of a report.json, by tag. A tag is a group (quantity) and a curve (file)."""
     size, test, timing = entry["size"], entry["test"], entry["latency"][0]
     values = {
         "accuracy": test["accuracy"],

@@ -1,4 +1,4 @@
-"""Read a .tflite file itself: which kernels it stores, in which type, where, and which of their weights are zero."""
+"""Read the bytes of a .tflite file: the kernels that it stores, their type and place, and which weights are zero."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from cnnopt.errors import UserError
 
 IDENTIFIER = b"TFL3"
-#: The operators that network.js knows, and where the schema keeps the options of each.
+#: The operators that network.js knows, each with the schema's table of its options.
 OPERATORS = {
     "CONV_2D": "Conv2DOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
@@ -28,16 +28,16 @@ OPERATORS = {
 
 
 class TfliteError(UserError):
-    """A file that is no usable .tflite: one line that names it, the damage and the remedy."""
+    """A file that is not a usable .tflite. The message is one line: the file's name, the damage and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """The constant filter of one convolution or dense layer.
 
-    ``stored``: 1-D, the values that the file holds (only the kept ones where it is sparse-encoded).
-    ``dense``: the same in full, in the file's layout [out, h, w, in] or [out, in], undecoded.
-    ``scale``: float32 [out] or [1] for int8, empty otherwise. ``offset``, ``nbytes``: its place in the file.
+    ``stored``: 1-D, the values in the file (only the kept ones if the kernel is sparse-encoded).
+    ``dense``: all values, in the file's layout [out, h, w, in] or [out, in], without applying ``scale``.
+    ``scale``: float32 [out] or [1] for int8, empty otherwise. ``offset``, ``nbytes``: the kernel's place in the file.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Kernel:
 
     @property
     def weights(self) -> np.ndarray:
-        """Float32 [h, w, in, out] or [in, out], the layout of Keras: what the interpreter computes with."""
+        """The values that the interpreter computes with: float32 [h, w, in, out] or [in, out], the layout of Keras."""
         values = self.dense.astype(np.float32)
         if self.scale.size:
             values = values * self.scale.reshape(-1, *[1] * (values.ndim - 1))
@@ -59,12 +59,12 @@ class Kernel:
 
     @property
     def nonzero(self) -> int:
-        """Weights that are not zero."""
+        """The number of weights that are not zero."""
         return int(np.count_nonzero(self.dense))
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a .tflite file. Raises TfliteError unless it can be opened and begins as one must."""
+    """The bytes of a .tflite file. Raises TfliteError if it cannot be opened or does not begin as a .tflite file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -82,20 +82,20 @@ def digest(data: bytes) -> str:
 def kernels(data: bytes, path: Path) -> list[Kernel]:
     """The filters of all CONV_2D and FULLY_CONNECTED operators, in the order of computation.
 
-    A filter that is unpacked or widened at run time (DENSIFY, DEQUANTIZE) is traced back to what is stored.
-    Raises TfliteError naming ``path`` where the file is damaged.
+    If an operator unpacks or widens a filter at run time (DENSIFY, DEQUANTIZE), the filter is the stored one.
+    Raises TfliteError, which names ``path``, if the file is damaged.
     """
     with _damage(path):
         return _kernels(data)
 
 
 def network(data: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
-    """An int8 file as ``network.js`` runs it: what JSON can hold of it, and the bytes of its constants.
+    """An int8 file in the form that ``network.js`` runs: a description for JSON, and the bytes of its constants.
 
-    The former has ``input`` and ``output`` (numbers of tensors), ``tensors`` (each ``shape``, ``type``, ``scale``,
-    ``zero`` and, of a constant, ``at``: offset and length) and ``operators`` in the order of computation (each
-    ``name``, ``inputs``, ``output``, ``relu``, and of a window ``stride`` and ``same``). Raises TfliteError naming
-    ``path`` where the file is damaged, or has an operator or a type that ``network.js`` does not know.
+    The description has ``input`` and ``output`` (tensor numbers), ``tensors`` (each ``shape``, ``type``, ``scale``,
+    ``zero`` and, for a constant, ``at``: offset and length) and ``operators`` in the order of computation (each
+    ``name``, ``inputs``, ``output``, ``relu``, and for a window ``stride`` and ``same``). Raises TfliteError, which
+    names ``path``, if the file is damaged or has an operator or a type that ``network.js`` does not know.
     """
     with _damage(path):
         return _network(data)
@@ -105,7 +105,7 @@ def network(data: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
-    # Bytes that someone else chose can draw almost any exception from the generated flatbuffer code.
+    # Bytes from someone else can make the generated flatbuffer code raise almost any exception.
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise TfliteError(f"{path} is a damaged .tflite file ({detail}); export it again") from error
@@ -212,11 +212,11 @@ def _kernel(operator: str, tensor: Any, model: Any, data: bytes, schema: Any) ->
 
 
 def _densify(stored: np.ndarray, shape: np.ndarray, sparsity: Any, schema: Any) -> np.ndarray:
-    """Undo TFLite's sparse encoding; FormatConverter::Populate in tensorflow/lite/kernels/internal/utils."""
+    """Undo TFLite's sparse encoding. Source: FormatConverter::Populate in tensorflow/lite/kernels/internal/utils."""
     rank = len(shape)
     order = sparsity.TraversalOrderAsNumpy()
     blocks = sparsity.BlockMapAsNumpy() if sparsity.BlockMapLength() else np.zeros(0, int)
-    # One row for each path through the levels so far; `position` is its place within the level.
+    # `paths` has one row for each path through the levels so far. `position` is the place of a path within the level.
     paths: np.ndarray = np.zeros((1, 0), np.int64)
     position: np.ndarray = np.zeros(1, np.int64)
     sizes = []

@@ -1,4 +1,4 @@
-"""A finished run as arrays: which weights it ended with, and that they are whole. Needs no TensorFlow."""
+"""Reads a finished run as arrays: its last weights, checked to be complete. Needs no TensorFlow."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from cnnopt.model.topology import layer_names, weight_shapes
 from cnnopt.run import atomic_files, checkpoint
 from cnnopt.run.run_folder import RunFolder
 
-#: What the ranges of activations are called in a fine-tuned run. As BatchNorm's statistics they move, and are averaged
-#: over ranks with them.
+#: The names of the activation ranges in a fine-tuned run. Like BatchNorm's statistics they are moving averages, and the
+#: ranks average both together.
 RANGE = ("moving_min:0", "moving_max:0")
-#: What the centroids of a clustered kernel are called there.
+#: The name of a clustered kernel's centroids in a fine-tuned run.
 CENTROIDS = "centroids:0"
 
-#: What of a run's identity is read here and by what exports it.
+#: The fields of a run's identity that this module and the exporting code read, with their types.
 NEEDED = {"dataset": str, "depth": int, "seed": int, "batch_size": int}
 
 
 class TrainedError(UserError):
-    """A run folder that cannot be exported: one line that names the file and the remedy."""
+    """A run folder that cannot be exported. The message is one line that names the file and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
     """The last state of a finished run.
 
-    ``weights``: float32 arrays by variable name ("stem/kernel:0"), averaged ones where the run had ``--ema``. Those of
-    a fine-tuned run hold the ranges of activations too, and the centroids of its kernels where they are clustered.
+    ``weights``: float32 arrays by variable name ("stem/kernel:0"), the averaged ones if the run had ``--ema``. For a
+    fine-tuned run they include the activation ranges and, with clustering, the centroids of the kernels.
     ``masks``: bool arrays by layer name, True where a weight is kept; empty for a dense run.
     """
 
@@ -48,12 +48,12 @@ class TrainedRun:
 
     @property
     def depth(self) -> int:
-        """Layers of the ResNet."""
+        """The number of layers of the ResNet."""
         return self.identity["depth"]
 
     @property
     def num_classes(self) -> int:
-        """Logits of the network."""
+        """The number of logits of the network."""
         return len(self.weights["classifier/bias:0"])
 
     def kernels(self) -> dict[str, np.ndarray]:
@@ -67,18 +67,18 @@ class TrainedRun:
         return sum(int(np.sum(k == 0)) for k in kernels) / sum(k.size for k in kernels)
 
     def fine_tuned(self, epochs: int, clusters: int = 0) -> Path:
-        """Where ``cnnopt.finetune`` keeps what ``epochs`` epochs make of exactly these weights, clustered or not."""
+        """The folder for ``cnnopt.finetune`` of exactly these weights, for ``epochs`` and ``clusters`` (0: none)."""
         digest = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(self.weights)))
         kind = f"{epochs}e-{clusters}c" if clusters else f"{epochs}e"
         return self.path / "qat" / f"{kind}-{digest.hexdigest()[:8]}"
 
 
 def read(path: Path) -> TrainedRun:
-    """The run in folder ``path``. Raises UserError, in well under a second, where it cannot be exported."""
+    """The run in folder ``path``. Raises UserError, in well under a second, if the run cannot be exported."""
     folder = RunFolder(path)
     try:
         is_folder = path.is_dir()
-    # Too long a name, or a folder on the way that may not be entered.
+    # The name is too long, or a folder on the way may not be entered.
     except OSError as error:
         raise TrainedError(f"{path}: {error.strerror}; name a run folder that this user may read") from None
     if not is_folder:
@@ -122,7 +122,7 @@ def read_baseline(path: Path, run: TrainedRun) -> TrainedRun:
 
 
 def _select(found: checkpoint.Checkpoint, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and masks of a checkpoint by plain name; TrainedError where it is of another model."""
+    """Weights and masks of a checkpoint by plain name. Raises TrainedError if the checkpoint is of another model."""
 
     def group(name: str) -> list[tuple[str, np.ndarray]]:
         return [(key.split("/", 2)[2], found.arrays[key]) for key in sorted(found.arrays) if key.startswith(f"{name}/")]

@@ -1,4 +1,4 @@
-"""Which files are made of a run, from which network, and through which stages. Import after ``host.prepare``."""
+"""Decides which files a run gives, from which network and through which stages. Import after ``host.prepare``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Variant:
     """A file to make.
 
     ``name``: a key of ``options.VARIANTS``, which says how ``source`` is converted. ``label``: name of the file.
-    ``run``: the run whose weights it holds. ``stages``: the kernels at each stage on the way to ``source``.
-    ``tuned``: the fine-tuning of ``run`` that ``source`` is the result of.
+    ``run``: the run whose weights the file holds. ``stages``: the kernels at each stage on the way to ``source``.
+    ``tuned``: the fine-tuning of ``run`` that gave ``source``.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """A variant that was written: its file, the bytes of it, and its kernels by layer."""
+    """A variant that was written: its file, the bytes of the file, and the kernels by layer."""
 
     variant: Variant
     path: Path
@@ -45,12 +45,12 @@ class Export:
 
     @property
     def weights(self) -> Kernels:
-        """The kernels as the file computes with them."""
+        """The kernels with the values that the file computes with."""
         return {layer: kernel.weights for layer, kernel in self.kernels.items()}
 
 
 def float32(run: TrainedRun, label: str = "float32") -> Variant:
-    """The network of a run as it is."""
+    """The unchanged network of a run."""
     source = convert.float_model(run)
     stages = {"trained": run.kernels(), "loaded": convert.kernels_of(source, run.depth)}
     return Variant(label, "float32", run, source, stages)
@@ -59,7 +59,7 @@ def float32(run: TrainedRun, label: str = "float32") -> Variant:
 def of_run(
     run: TrainedRun, names: Sequence[str], *, clusters: int | None, tuned: Mapping[str, TrainedRun]
 ) -> Iterator[Variant]:
-    """float32, with which the others are compared, and the variants ``names``; ``tuned``: those that are fine-tuned."""
+    """The float32 variant, for comparison, and the variants ``names``. ``tuned``: the fine-tuned run of a variant."""
     exact = float32(run)
     yield exact
     for name in names:
@@ -82,11 +82,11 @@ def of_run(
 
 
 def write(variant: Variant, folder: Path, calibration: np.ndarray) -> Export:
-    """Make the file in ``folder``; ``calibration`` as of ``convert.convert``. Raises ConversionError, WriteError."""
+    """Make the file in ``folder``. ``convert.convert`` explains ``calibration``. Raises ConversionError, WriteError."""
     file = folder / f"{variant.label}.tflite"
     content = convert.convert(variant.source, variant.name, calibration)
     kernels = convert.file_kernels(content, file, variant.name, variant.run.kernels())
     atomic_files.replace(file, content)
-    # The archive of an earlier file; --pack makes it anew.
+    # Delete the archive of an earlier file. --pack makes a new one.
     file.with_name(file.name + pack.SUFFIX).unlink(missing_ok=True)
     return Export(variant, file, content, kernels)

@@ -1,4 +1,4 @@
-"""Headless Chromium, as a reader opens a page; what it loads comes from the page alone."""
+"""Opens a page in headless Chromium, as a reader does. All requests come from the page, none from Chromium itself."""
 
 import base64
 import shutil
@@ -13,7 +13,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-#: Makes a file of base64 and drops it where the page takes pictures.
+#: Makes a file from base64 and drops the file on the page's field for pictures.
 DROP = """
 const [name, type, content] = arguments;
 const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
@@ -25,7 +25,7 @@ document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransf
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[Any]:
-    """A driver of Chromium whose profile is in ``folder``; skips the test where there is none."""
+    """A driver of Chromium with its profile in ``folder``. Skips the test if Chromium is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is for tests of pages only")
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in programs:

@@ -21,7 +21,7 @@ def dataset_of(layout: Layout) -> str:
 
 @dataclass
 class Copy:
-    """What a copy holds: pixels [N, 3072] and labels of each file, and the bytes of every file."""
+    """The content of a copy: pixels [N, 3072] and labels of each image file, and the bytes of every file."""
 
     layout: Layout
     pixels: dict[str, np.ndarray] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def batch(layout: Layout, pixels: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def python2_pickle(value: dict) -> bytes:
-    """Protocol 2 as Python 2's cPickle and numpy 1 wrote it: strings are bytes, the dtype's flags integers."""
+    """Protocol 2 as Python 2's cPickle and numpy 1 wrote it: strings are bytes, the dtype's flags are integers."""
     count = 0
 
     def put() -> bytes:

@@ -1,4 +1,4 @@
-"""A small finished run as train_hvd.py writes it, and its files as cnnopt.quantize makes them."""
+"""Makes a small finished run, as train_hvd.py writes it, and exports it with cnnopt.quantize."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from cnnopt.run import checkpoint
 from tests.helpers import ROOT
 
 STEP = 7
-# matplotlib may live beside the environment; without TensorFlow's GPU search the import is quicker.
+# Keep the variables, because matplotlib may be outside .venv. Without a search for GPUs TensorFlow imports faster.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
 
 
 def make_run(
     path: Path, *, sparsity: float = 0.6, seed: int = 0, dataset: str = "synthetic", **settings: object
 ) -> Path:
-    """A complete run folder of an untrained ResNet-8 for ``dataset``, its kernels pruned to ``sparsity``."""
+    """A complete run folder of an untrained ResNet-8 for ``dataset``, with kernels pruned to ``sparsity``."""
     config = TrainConfig(dataset=dataset, depth=8, sparsity=sparsity, seed=seed, **settings)
     rng = np.random.default_rng(seed)
     arrays = {"mean:0": np.full(3, 128, np.float32), "std:0": np.full(3, 50, np.float32)}
@@ -56,7 +56,7 @@ def quantize(*arguments: object, **environment: str) -> subprocess.CompletedProc
 
 
 def forge(run: Path, **changes: object) -> Path:
-    """Save the run's checkpoint again with some arrays replaced, or left out where the value is None."""
+    """Save the run's checkpoint again with some arrays replaced. The value None leaves an array out."""
     found = checkpoint.load(run / "checkpoints" / f"step-{STEP:08d}")
     arrays = {name: changes.get(name.split("/", 2)[-1], value) for name, value in found.arrays.items()}
     arrays = {name: value for name, value in arrays.items() if value is not None}

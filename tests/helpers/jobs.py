@@ -15,12 +15,12 @@ import pytest
 
 from tests.helpers import ROOT
 
-# Without --gloo it imports TensorFlow three times before it starts a rank, to see how Horovod was built.
+# Without --gloo, horovodrun imports TensorFlow three times before it starts a rank, to see how Horovod was built.
 HOROVODRUN = (str(Path(sys.executable).with_name("horovodrun")), "--gloo", "-np", "{ranks}")
 
 
 def assert_pruned(arrays: Mapping[str, np.ndarray], sparsity: float) -> None:
-    """The eight kernels of a ResNet-8 together hold the zeros that ``--sparsity`` asks for, to the weight."""
+    """The eight kernels of a ResNet-8 together hold exactly the number of zeros that ``--sparsity`` asks for."""
     kernels = [array for name, array in arrays.items() if name.startswith("weights/") and name.endswith("kernel:0")]
     assert len(kernels) == 8
     size = sum(kernel.size for kernel in kernels)
@@ -28,7 +28,7 @@ def assert_pruned(arrays: Mapping[str, np.ndarray], sparsity: float) -> None:
 
 
 class Job:
-    """One launcher in a process group of its own, with its output in a file."""
+    """One launcher in a separate process group, with its output in a file."""
 
     def __init__(self, launcher: list[str], command: list[str], log: Path) -> None:
         self.log = log
@@ -66,20 +66,20 @@ class Job:
         found = {}
         for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                # The shells that horovodrun puts around a rank have the same environment.
+                # horovodrun starts each rank in shells, which have the same environment as the rank.
                 if "python" in process.name() and "horovodrun" not in " ".join(process.cmdline()):
                     found[int(process.environ().get("HOROVOD_RANK", -1))] = process
         return [found[rank] for rank in sorted(found) if rank >= 0]
 
     def _processes(self) -> Iterator[psutil.Process]:
-        """What the launcher has started, directly or not."""
+        """The processes that the launcher has started, directly or not."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if process.pid != os.getpid() and process.environ().get("CNNOPT_TEST_JOB") == str(self.log):
                     yield process
 
     def end(self) -> None:
-        """Kill the launcher, and what it or its launchers have started in sessions of their own."""
+        """Kill the launcher, and all that it started, directly or not, even in other sessions."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -90,7 +90,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """``start(ranks, *command)`` gives a running Job, of horovodrun unless told otherwise; all end with the module."""
+    """``start(ranks, *command)`` gives a running Job, by default of horovodrun. All jobs end with the module."""
     jobs = []
 
     def begin(ranks: int, *command: str, launcher: tuple[str, ...] = HOROVODRUN) -> Job:

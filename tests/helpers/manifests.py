@@ -1,4 +1,4 @@
-"""The manifests as a cluster gets them: rendered by the real kustomize, and the pods that they describe."""
+"""The manifests as a cluster gets them, rendered by the real kustomize, and the pods that they describe."""
 
 import copy
 import functools
@@ -14,12 +14,12 @@ import yaml
 from tests.helpers import ROOT
 
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
-#: That of Kubeflow Trainer; the others are for the MPI Operator.
+#: The overlay for Kubeflow Trainer. The others are for the MPI Operator.
 TRAINJOB = "trainjob"
 
 
 def kustomize() -> list[str]:
-    """The command that renders a folder; skips the test where there is none."""
+    """The command that renders a folder. Skips the test if no such command is installed."""
     for name, command in (("kubectl", ["kubectl", "kustomize"]), ("kustomize", ["kustomize", "build"])):
         if shutil.which(name):
             return command
@@ -35,13 +35,13 @@ def _rendered(overlay: str) -> list[dict[str, Any]]:
 def render(folder: Path) -> list[dict[str, Any]]:
     """All documents of a kustomization."""
     done = subprocess.run([*kustomize(), str(folder)], capture_output=True, text=True, check=False)
-    # What kustomize deprecates, it says here.
+    # kustomize prints warnings of deprecated fields on standard error.
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
 
 def render_plan(folder: Path, text: str) -> list[dict[str, Any]]:
-    """All documents of an overlay that cnnopt.launch_plan has printed, beside copies of the others in ``folder``."""
+    """All documents of an overlay that cnnopt.launch_plan has printed. ``folder`` also gets copies of the others."""
     shutil.copytree(ROOT / "k8s", folder)
     (folder / "overlays/mine").mkdir()
     (folder / "overlays/mine/kustomization.yaml").write_text(text)
@@ -49,7 +49,7 @@ def render_plan(folder: Path, text: str) -> list[dict[str, Any]]:
 
 
 class Manifests:
-    """The documents of an overlay, by kind and name; and what the MPI Operator makes of its MPIJob."""
+    """The documents of an overlay, by kind and name, and the things that the MPI Operator makes from its MPIJob."""
 
     def __init__(self, overlay: str, documents: list[dict[str, Any]] | None = None) -> None:
         self.overlay = overlay
@@ -93,18 +93,18 @@ class Manifests:
 
     @property
     def domain(self) -> str:
-        """What follows the name of a pod in the hostfile."""
+        """The part that follows a pod's name in the hostfile."""
         return f"{self.name}.default.svc"
 
-    #: Of the job's private key, which is root's and the group's (fsGroup) where it is mounted.
+    #: The mode of the job's private key. The mounted key belongs to root and to the group of fsGroup.
     key_mode = 0o644
 
     def hostfile(self) -> str:
-        """As the controller writes it."""
+        """The hostfile as the controller writes it."""
         return "".join(f"{self.worker(i)}.{self.domain} slots={self.slots}\n" for i in range(self.workers))
 
     def variables(self, role: str) -> dict[str, str]:
-        """The environment of a container: of the manifest, and of the controller."""
+        """The environment of a container: variables of the manifest and of the controller."""
         added = {"K_MPI_JOB_ROLE": role.lower()}
         if role == "Launcher":
             added |= {
@@ -133,9 +133,9 @@ class Manifests:
 
 
 class TrainJob(Manifests):
-    """The same of a TrainJob: the jobs that Kubeflow Trainer 2.3 makes of it and of its runtime.
+    """The same for a TrainJob: the jobs that Kubeflow Trainer 2.3 makes from it and from its runtime.
 
-    As its source does: pkg/runtime/core/trainingruntime.go (newRuntimeInfo), pkg/runtime/framework/plugins/mpi/mpi.go
+    Source: pkg/runtime/core/trainingruntime.go (newRuntimeInfo), pkg/runtime/framework/plugins/mpi/mpi.go
     (EnforceMLPolicy, buildHostFileConfigMap), and plugins/jobset/{builder,jobset}.go (Trainer, SyncParallelCount).
     """
 
@@ -218,5 +218,5 @@ class TrainJob(Manifests):
 
 
 def of(overlay: str) -> Manifests:
-    """An overlay, for the controller that it is for."""
+    """The manifests of an overlay, in the class for the overlay's controller."""
     return TrainJob(overlay) if overlay == TRAINJOB else Manifests(overlay)

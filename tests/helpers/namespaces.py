@@ -1,7 +1,7 @@
-"""A small cluster on one machine: pods as network, mount and process namespaces on one bridge.
+"""A small cluster on one machine: pods are network, mount and process namespaces on one bridge.
 
-A pod here has what the operator and the kubelet give it: the image's files and variables (from the Dockerfile), a
-read-only root, the volumes of the manifest, a uid without privileges, the job's key, the hostfile, a name. It has no
+A pod gets the same as from the operator and the kubelet: the image's files and variables (from the Dockerfile), a
+read-only root, the manifest's volumes, a uid without privileges, the job's key, the hostfile and a name. A pod has no
 seccomp and no memory or CPU limits. Names come from a hosts file, because there is no DNS.
 """
 
@@ -24,8 +24,8 @@ import psutil
 from tests.helpers import ROOT
 from tests.helpers.manifests import Manifests
 
-#: Runs in the pod's own namespaces: "$1" is the folder of the layer, "$2" the pod's name, the rest the command, which
-#: becomes process 1. For MOUNTS stand the mount commands of its volumes.
+#: Runs in the pod's namespaces. "$1" is the folder of the layer, "$2" is the pod's name, and the rest is the command,
+#: which becomes process 1. The mount commands of the pod's volumes replace MOUNTS.
 CONTAINER = """
 hostname "$2"
 mount -t tmpfs -o mode=755 tmpfs /mnt
@@ -40,13 +40,13 @@ MOUNTS
 shift 2
 exec chroot /mnt/root "$@"
 """
-#: What the manifest's security context comes to.
+#: The command that has the effect of the manifest's security context.
 USER = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--"]
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why this machine cannot act as a cluster; None if it can."""
+    """The reason why this machine cannot act as a cluster, or None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     needed = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "nft": "nftables", "pkill": "procps"}
@@ -66,7 +66,7 @@ def missing() -> str | None:
 
 
 def image() -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """What the stage ``runtime`` of the Dockerfile copies into the image, and its variables."""
+    """The files that the Dockerfile's stage ``runtime`` copies into the image, and the variables of that stage."""
     text = (ROOT / "docker/Dockerfile").read_text()
     stage = text.split(" AS runtime\n")[1].split("\nFROM ")[0]
     copied = [(source, target) for source, target in re.findall(r"^COPY (\S+) (\S+)$", stage, re.MULTILINE)]
@@ -76,7 +76,7 @@ def image() -> tuple[list[tuple[str, str]], dict[str, str]]:
 
 
 class Pod:
-    """One pod: a network namespace that stays, and what runs in it, again and again."""
+    """One pod: a network namespace that stays, and a container in it that can start again and again."""
 
     def __init__(self, cluster: "Cluster", name: str, address: str, key: Path) -> None:
         self.cluster, self.name, self.address, self.key = cluster, name, address, key
@@ -86,7 +86,7 @@ class Pod:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, pod: dict[str, Any], command: Sequence[str], environment: dict[str, str]) -> None:
-        """Run ``command`` as the container of the manifest's ``pod`` would, as process 1."""
+        """Run ``command`` as process 1, as the container of the manifest's ``pod`` would."""
         assert self.process is None or self.process.poll() is not None
         variables = [f"{name}={value}" for name, value in environment.items()]
         script = "set -eu\n" + CONTAINER.replace("MOUNTS", "\n".join(self.mounts(pod)))
@@ -107,7 +107,7 @@ class Pod:
             str(self.cluster.hosts): "etc/hosts",
             str(self.key): "home/mpiuser/.ssh",
             sys.prefix: "opt/venv",
-            # Where its interpreter says that it is.
+            # The interpreter of the virtual environment says that it is in this folder.
             sys.base_prefix: sys.base_prefix[1:],
         }
         lines = []
@@ -120,16 +120,16 @@ class Pod:
             elif "secret" in volume:
                 assert bound[str(self.key)] == target
             elif "configMap" in volume:
-                # The hostfile, which lies in the layer.
+                # The hostfile, which is already in the layer.
                 assert target == "etc/mpi"
             else:
                 bound[str(self.cluster.volume(volume["persistentVolumeClaim"]["claimName"]))] = target
         return lines + [f"mount --bind {shlex.quote(source)} {shlex.quote(to)}" for source, to in bound.items()]
 
     def kill(self) -> None:
-        """End everything in the pod at once, as when its node is lost."""
+        """End everything in the pod at once, as if its node were lost."""
         if self.process is not None and self.process.poll() is None:
-            # Process 1, with which the kernel ends all others; unshare's own --kill-child does not outlast setpriv.
+            # Kill process 1: the kernel then ends all others. unshare's --kill-child has no effect after setpriv.
             for first in psutil.Process(self.process.pid).children():
                 first.kill()
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -142,11 +142,11 @@ class Pod:
         return first
 
     def terminate(self) -> None:
-        """Send SIGTERM to process 1, as for a pod that is deleted."""
+        """Send SIGTERM to process 1, as when a pod is deleted."""
         self.first().send_signal(signal.SIGTERM)
 
     def execute(self, command: Sequence[str]) -> int:
-        """Run a command beside process 1, as the kubelet runs hooks; returns its status."""
+        """Run a command beside process 1, as the kubelet runs hooks. Returns the command's status."""
         enter = ["nsenter", "--target", str(self.first().pid), "--pid", "--mount", "--root", "--net"]
         return subprocess.run([*enter, *USER, *command], timeout=120).returncode
 
@@ -163,16 +163,16 @@ class Pod:
             time.sleep(0.2)
 
     def on_network(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """A command of this machine on the pod's network."""
+        """Run a command of this machine on the pod's network."""
         return ip("netns", "exec", self.network, *command, check=check)
 
     def accepts(self, caller: "Pod", port: int) -> bool:
-        """Whether ``caller`` can open a connection: the kubelet's tcpSocket probe, or a foreign one."""
+        """Whether ``caller`` can open a connection, as the kubelet's tcpSocket probe or as a stranger."""
         probe = f"exec 3<>/dev/tcp/{self.address}/{port}"
         return caller.on_network("timeout", "3", "bash", "-c", probe, check=False).returncode == 0
 
     def limit(self, rate: str) -> None:
-        """Hold what the pod sends to ``rate``, with 2 ms of delay where the kernel has netem."""
+        """Limit the pod's sending to ``rate``, with 2 ms of delay if the kernel has netem."""
         self.on_network("tc", "qdisc", "del", "dev", "eth0", "root", check=False)
         shape = ["tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
         self.on_network("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", *shape)
@@ -180,14 +180,14 @@ class Pod:
         self.on_network("tc", "qdisc", "add", "dev", "eth0", *delay, check=False)
 
     def sent(self) -> tuple[int, int]:
-        """Bytes that went through the limit, and how often it held something back."""
+        """Bytes that went through the limit, and the number of times that the limit held something back."""
         done = self.on_network("tc", "-s", "-j", "qdisc", "show", "dev", "eth0", "root")
         (shaped, *_) = json.loads(done.stdout)
         return shaped["bytes"], shaped["overlimits"]
 
 
 class Cluster:
-    """The pods of one MPIJob or TrainJob, those of strangers, and the bridge between them."""
+    """The pods of one MPIJob or TrainJob, the pods of strangers, and the bridge between them."""
 
     def __init__(self, folder: Path, manifests: Manifests) -> None:
         self.folder, self.manifests = folder, manifests
@@ -208,7 +208,7 @@ class Cluster:
         self.workers = [self.add(manifests.worker(i)) for i in range(manifests.workers)]
 
     def _layer(self, copied: list[tuple[str, str]]) -> Path:
-        """The image's own files, to lie over those of this machine."""
+        """A folder with the image's files, which will cover those of this machine."""
         layer = self.folder / "layer"
         for name in ("data", "runs", "opt/venv", "etc/mpi", "home/mpiuser/.ssh"):
             (layer / name).mkdir(parents=True)
@@ -224,14 +224,14 @@ class Cluster:
             kept = [other for other in Path("/etc", name).read_text().splitlines() if ":1000:" not in other]
             (layer / "etc" / name).write_text("\n".join([*kept, line]) + "\n")
         (layer / "etc/mpi/hostfile").write_text(self.manifests.hostfile())
-        # The interpreter may live in a folder that only root may enter, the home of root for one.
+        # The interpreter may be below a folder that only root may enter, such as the home of root.
         for prefix in (sys.prefix, sys.base_prefix):
             for parent in list(Path(prefix).resolve().parents)[:-1]:
                 (layer / str(parent)[1:]).mkdir(parents=True, exist_ok=True)
         return layer
 
     def make_key(self, name: str) -> Path:
-        """A key pair as the controller makes it, in a folder as the kubelet mounts it: root's and the group's."""
+        """A key pair as the controller makes it, in a folder as the kubelet mounts it: owned by root and the group."""
         folder = self.folder / f"key-{name}"
         folder.mkdir()
         private = folder / "id_rsa"
@@ -244,7 +244,7 @@ class Cluster:
         return folder
 
     def volume(self, claim: str) -> Path:
-        """The folder that stands for a claim, writable for the pods' group."""
+        """The folder that represents a claim. The pods' group can write to it."""
         folder = self.folder / claim
         if not folder.exists():
             folder.mkdir()
@@ -252,7 +252,7 @@ class Cluster:
         return folder
 
     def add(self, name: str, *, key: Path | None = None) -> Pod:
-        """A pod that is on the network, and runs nothing yet; nobody knows its name."""
+        """A pod that is on the network and runs nothing yet. The other pods do not know its name yet."""
         pod = Pod(self, name, f"10.0.0.{len(self.pods) + 1}", key or self.key)
         self.pods[name] = pod
         port = f"port{len(self.pods)}"
@@ -265,12 +265,12 @@ class Cluster:
         return pod
 
     def publish(self, pod: Pod) -> None:
-        """Give the pod its names: its own host name, and that of the job's Service."""
+        """Add the pod's names to the hosts file: its host name, and its name under the job's Service."""
         with self.hosts.open("a") as hosts:
             hosts.write(f"{pod.address} {pod.name}.{self.manifests.domain} {pod.name}\n")
 
     def start_worker(self, pod: Pod) -> None:
-        """sshd, as the manifest starts it; returns when the readiness probe succeeds."""
+        """Start sshd as the manifest does. Returns when the readiness probe succeeds."""
         container = self.manifests.container("Worker")
         (ssh,) = container["ports"]
         template = self.manifests.replica("Worker")["template"]["spec"]
@@ -283,18 +283,18 @@ class Cluster:
             time.sleep(0.2)
 
     def start_launcher(self, arguments: Sequence[str], variables: dict[str, str]) -> None:
-        """The manifest's launcher with more flags and variables, under what the image and the operator set."""
+        """Start the manifest's launcher with more flags and variables. ``variables`` override all others."""
         container = self.manifests.container("Launcher")
         environment = {**self.environment, **self.manifests.variables("Launcher"), **variables}
         template = self.manifests.replica("Launcher")["template"]["spec"]
         self.launcher.start(template, [*container["command"], *container["args"], *arguments], environment)
 
     def logs(self) -> str:
-        """What all pods have said."""
+        """The logs of all pods."""
         return "\n".join(f"---- {pod.name}\n{pod.log.read_text(errors='replace')}" for pod in self.pods.values())
 
     def end(self) -> None:
-        """Nothing of it is left: neither processes, nor namespaces; mounts go with them."""
+        """Remove all processes and namespaces. The mounts disappear with the namespaces."""
         for pod in self.pods.values():
             pod.kill()
             ip("netns", "del", pod.network, check=False)
@@ -302,7 +302,7 @@ class Cluster:
 
 
 def ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """iproute2's command."""
+    """Run the ``ip`` command of iproute2."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     assert not check or done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
     return done

@@ -1,16 +1,16 @@
-"""Commands that permissions stop, although the tests may run as root, whom none stops."""
+"""Makes permissions stop a command even if the tests run as root, whom permissions do not stop."""
 
 import os
 import shutil
 
 import pytest
 
-#: Root without what lets it pass by permissions. Another user may not be able to reach this Python.
+#: Root without the capabilities that bypass permissions. Another user may not be able to reach this Python.
 _AS_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
 
 
 def stopped_by_permissions(command: list[str]) -> list[str]:
-    """``command``, for which folders that their owner has closed are closed. Skips where that cannot be had."""
+    """``command`` without access to folders that their owner has closed. Skips the test if that is not possible."""
     if os.geteuid():
         return command
     if shutil.which("setpriv") is None:

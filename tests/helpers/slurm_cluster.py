@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in its own folder, on free ports."""
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in a temporary folder, on free ports."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no SLURM here; None if there can."""
+    """The reason why SLURM cannot run here, or None if it can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     return f"no {', '.join(absent)} here: {INSTALL}" if absent else None
 
@@ -66,11 +66,11 @@ def until(done: Callable[[], object], what: Callable[[], str], timeout: float = 
 
 
 class Cluster:
-    """Start and end the daemons, submit jobs, look at them. ``environment`` is that of a user at the login node."""
+    """Starts and ends the daemons, submits and inspects jobs. ``environment`` is a user's at the login node."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # The repository as a user has it, with logs and runs of its own.
+        # The repository as a user has it, but with separate folders for logs and runs.
         self.home = folder / "cnnopt"
         (self.home / "logs").mkdir(parents=True)
         for name in ("cnnopt", "slurm", "train_hvd.py"):
@@ -94,7 +94,7 @@ class Cluster:
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         text = CONFIG.format(host=host, ports=ports, folder=folder, user=user, nodes=self.nodes)
         (folder / "slurm.conf").write_text(text)
-        # GPUs for SLURM, which wants devices and numbers them by their names; TensorFlow will find none.
+        # SLURM wants devices for GPUs, and numbers them by the devices' names. TensorFlow finds no GPU.
         for number in range(2):
             (folder / f"gpu{number}").symlink_to("/dev/null")
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
@@ -122,7 +122,7 @@ class Cluster:
             )
 
     def stop(self) -> None:
-        """End all jobs, then the daemons, the last started first."""
+        """End all jobs, then the daemons in the reverse order of their start."""
         try:
             if jobs := self.jobs():
                 self.run("scancel", "--signal=KILL", "--full", *jobs)
@@ -138,7 +138,7 @@ class Cluster:
                     daemon.wait()
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A command of a user in the repository on the login node."""
+        """Run a command as a user does, in the repository on the login node."""
         environment = {**self.environment, **variables}
         return subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=150)
 
@@ -165,7 +165,7 @@ class Job:
 
     def show(self, field: str) -> str:
         shown = self.cluster.run("scontrol", "show", "job", self.number).stdout
-        # Empty, where the daemon did not answer.
+        # The result is empty if the daemon did not answer.
         return next((part.partition("=")[2] for part in shown.split() if part.startswith(f"{field}=")), "")
 
     def log(self) -> str:
@@ -176,7 +176,7 @@ class Job:
         until(lambda: text in self.log(), lambda: f"no '{text}' in: {self.log()}", timeout)
 
     def wait(self, timeout: float = 600) -> str:
-        """The state in which the job ended: COMPLETED, FAILED, ..."""
+        """Wait until the job has ended. Returns the last state: COMPLETED, FAILED, ..."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         until(lambda: self.show("JobState") in ended, lambda: f"{self.show('JobState')}: {self.log()}", timeout)
         return self.show("JobState")

@@ -1,4 +1,4 @@
-"""The program's model, stream and loop with a ResNet-8 and a few synthetic images."""
+"""The real model, stream and loop of the program, with a ResNet-8 and a few synthetic images."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -44,7 +44,7 @@ def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def fit(model: SynchronousModel, config: TrainConfig, callbacks: Sequence) -> None:
-    """From the model's step to the end of the run."""
+    """Train from the model's current step to the end of the run."""
     with stream(config, int(model.run.global_step.numpy())) as batches:
         loop.fit(model, batches, timeline_of(config), callbacks)
 
