@@ -104,8 +104,8 @@ def test_a_run_decays_each_kernel_once_and_nothing_else(float32_policy):
 
 
 def test_the_digest_is_of_every_shape_that_is_orthogonalized(monkeypatch, float32_policy):
-    kernels = [v for v in small_runs.build(small_runs.settings(depth=20)).trainable_variables if muon.orthogonalizes(v)]
-    shapes = {(int(np.prod(kernel.shape[:-1])), int(kernel.shape[-1])) for kernel in kernels}
+    runs = small_runs.build(small_runs.settings(depth=20)).vectors.runs()
+    shapes = {(shape[:-1].num_elements(), shape[-1]) for _, shape in runs if shape is not None}
     assert len(shapes) == 6
     here, orthogonalized = muon.digest(), muon.orthogonalized
     for shape in shapes:
