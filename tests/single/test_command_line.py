@@ -273,7 +273,7 @@ def test_a_complete_run_is_measured_by_the_same_command(complete, shell, tmp_pat
     report = json.loads((tmp_path / "tiny/report.json").read_text())
     made = {entry["name"] for entry in report["files"]}
     assert made == {"float32", "float16", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "sparse-int8"}
-    assert {path.suffix for path in (tmp_path / "tiny/export").iterdir()} == {".tflite"}
+    assert {path.suffix for path in (tmp_path / "tiny/export").iterdir()} == {".tflite", ".md"}
 
 
 def test_metrics_have_one_line_an_epoch(complete):
