@@ -82,6 +82,11 @@ FOUND = {
         2,
         "train_hvd.py: HOROVOD_GLOO_IFACE=none0: has no IPv4 address here; there are ",
     ),
+    "a local rank without a rank": (
+        Case(environment=(("HOROVOD_LOCAL_RANK", "1"),)),
+        2,
+        "train_hvd.py: HOROVOD_RANK is not set, HOROVOD_SIZE is not set, HOROVOD_LOCAL_RANK=1, ",
+    ),
     "more threads than there can be": (
         Case(environment=(("TF_NUM_INTEROP_THREADS", "99999"),)),
         2,
