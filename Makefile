@@ -39,7 +39,9 @@ bench: env  ## this trainer beside its peers: 20 minutes; the other comparisons 
 	$(BIN)/python benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
 
 FAULTS ?= 100
-soak: env  ## 100 faults, or FAULTS=n, in runs of two ranks; prints the table of docs/reliability.md
+STARTS ?= 2000
+soak: env  ## 2,000 starts (STARTS=n) of every kind, 100 faults (FAULTS=n) in runs of two ranks; prints what came of them
+	$(BIN)/python tests/helpers/start_fuzz.py $(STARTS)
 	$(BIN)/python tests/parallel/fault_driver.py $(FAULTS)
 
 lint: env  ## ruff and mypy

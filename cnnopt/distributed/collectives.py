@@ -16,7 +16,7 @@ import numpy as np
 from cnnopt.distributed import cpu_tuning, host, rendezvous, slurm
 from cnnopt.distributed.gpus import too_new
 from cnnopt.distributed.peer_status import PeerStatus
-from cnnopt.distributed.world import LaunchError, World, launched, threads_per_rank
+from cnnopt.distributed.world import LaunchError, World, count, launched, threads_per_rank
 from cnnopt.errors import RunError
 
 if TYPE_CHECKING:
@@ -53,9 +53,13 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
         others |= {**host.QUIET, "HOROVOD_LOG_LEVEL": "error"}
     settings = host.prepare({**numbers, **others})
     for name, default in numbers.items():
-        # Horovod silently reads a word that is no number as 0.
-        if not settings[name].isdecimal():
-            raise LaunchError(f"{name}={settings[name]}: must be a whole number; without it {default} is taken")
+        # Horovod silently reads a word that is no number as 0. TensorFlow aborts if it cannot start its threads.
+        number, most = count(settings[name]), 1024 if name.endswith("_THREADS") else 10**9
+        if number is None or number > most:
+            below = "" if number is None else f" up to {most:,}"
+            raise LaunchError(
+                f"{name}={settings[name][:20]}: must be a whole number{below}; without it {default} is taken"
+            )
     return settings
 
 

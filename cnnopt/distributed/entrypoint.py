@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cnnopt.command_line import python_m
-from cnnopt.distributed import collectives
+from cnnopt.distributed import collectives, host
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import INTERRUPTED, StopRequest
 from cnnopt.distributed.world import LaunchError, World, launched
@@ -29,6 +29,7 @@ def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
         # ``body`` reports this error itself, unless it only prints help or refuses a flag.
         world = World()
     try:
+        host.check_limits()
         return body(request, peers)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -110,8 +110,11 @@ def owner(address: str, port: int) -> int | None:
     return None
 
 
-def address_of(interface: str | None) -> str:
-    """The IPv4 address of ``interface``. If that is None, of this host's name, on which Gloo listens too."""
+def address_of(interface: str | None, named: str = "--interface ") -> str:
+    """The IPv4 address of ``interface``, which ``named`` has given. If that is None, of this host's name.
+
+    Gloo listens on the latter too. Raises UserError.
+    """
     if interface is None:
         name = socket.gethostname()
         try:
@@ -123,7 +126,7 @@ def address_of(interface: str | None) -> str:
             answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", os.fsencode(interface)[:15]))
     except OSError:
         names = ", ".join(name for _, name in socket.if_nameindex())
-        raise UserError(f"--interface {interface}: has no IPv4 address here; there are {names}") from None
+        raise UserError(f"{named}{interface}: has no IPv4 address here; there are {names}") from None
     return socket.inet_ntoa(answer[20:24])
 
 
@@ -132,6 +135,9 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
 
     Horovod itself would try for minutes, print "Connection refused", or abort in C++. ``patience`` is in seconds.
     """
+    if interface := environ.get("HOROVOD_GLOO_IFACE"):
+        # Also for one process, which Gloo would end in C++.
+        address_of(interface, "HOROVOD_GLOO_IFACE=")
     size = environ.get("HOROVOD_SIZE", "1")
     if size == "1" or not {_ADDRESS, "HOROVOD_RANK"} & environ.keys():
         return

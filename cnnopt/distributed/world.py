@@ -81,31 +81,37 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
 
 def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
     """The place that these variables give; None without them. Raises LaunchError if they do not fit together."""
-    if names[0] not in environ and names[1] not in environ:
+    # Horovod reads its local ones also without a rank, and Gloo aborts.
+    telling = names if names == _LAUNCHERS["horovodrun"] else names[:2]
+    if environ.keys().isdisjoint(telling):
         return None
     given = {name: environ.get(name) for name in names}
     if given[names[1]] == "1":
         # A size of 1 is enough: it settles the other three.
         given = {name: value or "01"[i % 2] for i, (name, value) in enumerate(given.items())}
-    numbers = [int(value) if value and value.isdecimal() else -1 for value in given.values()]
-    rank, size, local_rank, local_size = numbers
+    rank, size, local_rank, local_size = (-1 if (n := count(value)) is None else n for value in given.values())
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         said = ", ".join(f"{name} is not set" if value is None else f"{name}={value}" for name, value in given.items())
         raise LaunchError(f"{said}: {_REMEDY}")
     return World(rank, size, local_rank, local_size)
 
 
+def count(text: str | None) -> int | None:
+    """The number that a variable gives; None where it is none, or is none of ranks, threads or seconds."""
+    return int(text) if text and text.isdecimal() and len(text) < 10 else None
+
+
 def threads_per_rank(world: World, environ: Mapping[str, str] = os.environ) -> int:
     """The number of compute threads of this rank: the user's number, else its share of the cores that it sees."""
-    if environ.get("TF_NUM_INTRAOP_THREADS", "").isdigit():
-        return max(1, int(environ["TF_NUM_INTRAOP_THREADS"]))
-    cores, asked = host.cores(), environ.get("SLURM_CPUS_PER_TASK", "")
+    if (chosen := count(environ.get("TF_NUM_INTRAOP_THREADS"))) is not None:
+        return max(1, chosen)
+    cores, asked = host.cores(), count(environ.get("SLURM_CPUS_PER_TASK"))
     # mpirun starts one rank for each task of the job, and binds the rank itself.
     is_task = "OMPI_COMM_WORLD_RANK" in environ
     # If another launcher has started this rank, srun's variables may be incomplete.
     with contextlib.suppress(ValueError):
         is_task = is_task or slurm.horovod_variables(environ).get("HOROVOD_LOCAL_SIZE") == str(world.local_size)
-    if not (is_task and (asked.isdigit() or slurm.binds_tasks(environ))):
+    if not (is_task and (asked is not None or slurm.binds_tasks(environ))):
         # This rank shares the cores with others: of its host, or of the SLURM task in which a launcher started them.
         cores = max(1, cores // world.local_size)
-    return max(1, min(cores, int(asked))) if asked.isdigit() else cores
+    return cores if asked is None else max(1, min(cores, asked))

@@ -14,10 +14,19 @@ class ReadError(UserError):
     """A file cannot be used. The message is one line that names the file and the remedy."""
 
 
+def read_text(path: Path) -> str:
+    """What a file holds, with a mark for each byte that is no text; nothing for a pipe, whose other end may never come.
+
+    Raises OSError.
+    """
+    with open(path, errors="replace", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        return file.read()
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ReadError, with ``remedy``."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
     except OSError as error:
         raise ReadError(f"{path}: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError):

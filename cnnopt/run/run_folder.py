@@ -67,11 +67,16 @@ class RunFolder:
                 )
             if config.resume == "never" and self.checkpoints.exists() and any(self.checkpoints.iterdir()):
                 raise ConfigError(f"--resume never: {self.path} holds this run already; give --name, or delete it")
-        place = self.path
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
+        for place in (self.path, self.checkpoints, self.tensorboard):
+            while not place.exists() and place != place.parent:
+                place = place.parent
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                raise ConfigError(f"--run-dir {self.path.parent}: cannot write in {place}; choose another folder")
+        from cnnopt.run import checkpoint  # here, because NumPy takes a tenth of a second to import
+
+        # What the run reads once TensorFlow is loaded.
+        self.metrics()
+        checkpoint.list_steps(self.checkpoints)
         # A run may be requeued with the same flags after the checkpoint that it began from is gone.
         begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         if config.resume not in ("auto", "never") and not begun:
@@ -144,7 +149,7 @@ class RunFolder:
         """
         lines: list[dict[str, Any]] = []
         try:
-            texts = self.metrics_file.read_text(errors="replace").splitlines()
+            texts = atomic_files.read_text(self.metrics_file).splitlines()
         except FileNotFoundError:
             return lines
         except OSError as error:
@@ -173,7 +178,7 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         result = atomic_files.read_json(self.result_file, remedy := "delete it, and the same command writes it anew")
-        if not is_line(result):
+        if not (is_line(result) and isinstance(result.get("line"), str)):
             raise atomic_files.ReadError(f"{self.result_file} is damaged: {remedy}")
         from cnnopt.run import checkpoint  # here, because NumPy takes a tenth of a second to import
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,8 +69,10 @@ def start_table(
 def tensorboard_command(folder: RunFolder) -> str:
     """The command that starts TensorBoard, to type in the folder from which the run was started."""
     program = Path(sys.executable).with_name("tensorboard")
-    if program.is_relative_to(Path.cwd()):
-        program = program.relative_to(Path.cwd())
+    # The folder of the start may be gone by now.
+    with contextlib.suppress(OSError):
+        if program.is_relative_to(Path.cwd()):
+            program = program.relative_to(Path.cwd())
     return f"TensorBoard: {program} --logdir {folder.tensorboard}"
 
 

@@ -100,8 +100,11 @@ class Record(Callback):
         self.waiting: list[dict[str, float]] = []
         #: All lines of the run, including the waiting ones.
         self.recorded = folder.metrics()
-        for name in ("train", "validation", "pruning", "hparams"):
-            _continue_at(folder.tensorboard / name, first_step)
+        try:
+            for name in ("train", "validation", "pruning", "hparams"):
+                _continue_at(folder.tensorboard / name, first_step)
+        except OSError as error:
+            raise WriteError(f"{error.filename}: cannot be written ({error.strerror}); check the folder") from None
         self.writers = {
             # The path goes to C++ as bytes. Text would become UTF-8, even if the locale encodes file names otherwise.
             name: tf.summary.create_file_writer(os.fsencode(folder.tensorboard / name))

@@ -108,7 +108,8 @@ def test_all_ranks_take_the_word_of_the_first_whether_a_run_is_complete(start, t
     complete = RunFolder.of(config)
     complete.path.mkdir(parents=True)
     complete.config_file.write_text(json.dumps({"identity": config.identity()}))
-    complete.finish({"line": "as it was"})
+    complete.append({"step": 1})
+    complete.finish({"step": 1, "line": "as it was"})
     code = "import os, runpy, sys; sys.argv[1:1] = ['--run-dir', sys.argv.pop(1) + '/' + os.environ['HOROVOD_RANK']]; "
     code += "sys.path.insert(0, '.'); sys.argv[0] = 'train_hvd.py'; runpy.run_path('train_hvd.py', run_name='__main__')"
     job = start(2, "-c", code, str(tmp_path), *TINY, "--name", "run", launcher=OWN)

@@ -491,7 +491,8 @@ def test_a_complete_run_below_a_folder_with_a_colon_is_quantized(shell, tmp_path
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
     folder.config_file.write_text(json.dumps({"identity": config.identity()}))
-    folder.finish({"line": "as it was"})
+    folder.append({"step": 1})
+    folder.finish({"step": 1, "line": "as it was"})
     done = subprocess.run(
         [sys.executable, str(copy / PROGRAM.name), *flags], env=shell, capture_output=True, text=True, cwd="/"
     )

@@ -109,7 +109,7 @@ def test_what_is_no_line_ends_the_metrics(folder, damage):
 def test_a_result_says_that_the_run_is_complete(folder):
     assert folder.result() is None
     folder.append(line(1, 0.5))
-    folder.finish(summarize(folder.metrics(), {"total": 0.6}))
+    folder.finish({**summarize(folder.metrics(), {"total": 0.6}), "line": "as it was"})
     assert folder.result()["accuracy"] == 0.5
     assert {path.name for path in folder.path.iterdir()} == {"metrics.jsonl", "result.json"}
 

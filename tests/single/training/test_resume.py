@@ -373,7 +373,7 @@ def test_epochs_between_saves_are_counted(tmp_path):
 def finished(path: Path, **changes: object) -> RunFolder:
     """A run of three epochs with its result, as train_hvd.py leaves it."""
     folder, _ = run(path, save_every="1e", **changes)
-    folder.finish(run_folder.summarize(folder.metrics(), {"total": 0.6}))
+    folder.finish({**run_folder.summarize(folder.metrics(), {"total": 0.6}), "line": "as it was"})
     assert folder.result() is not None
     return folder
 
