@@ -78,8 +78,8 @@ def pack(data: bytes, path: Path) -> bytes:
     archive = buffer.getvalue()
     # This check is no assert statement, because python -O removes those.
     try:
-        lossless = _unpack(archive) == (path.name, data)
-    except ValueError:
+        lossless = unpack(archive, path) == (path.name, data)
+    except PackError:
         lossless = False
     if not lossless:
         raise RunError(f"{path}: its archive would not give it back; keep the file as it is, and report this")
