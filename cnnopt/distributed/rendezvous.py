@@ -214,7 +214,8 @@ def _fault(environ: Mapping[str, str]) -> OSError | None:
     try:
         # No proxy, because the address is inside this cluster.
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError as error:
+        error.close()
         return None  # It answers, but has no such key.
     except urllib.error.URLError as error:
         return error.reason if isinstance(error.reason, OSError) else OSError(error.reason)

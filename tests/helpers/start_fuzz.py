@@ -51,7 +51,8 @@ LOCALES = {False: {"LC_ALL": "C.UTF-8"}, True: {"LC_ALL": "C", "PYTHONUTF8": "0"
 LATE = (
     r"no checkpoint in .* can be used", r"--resume .*", r".*training images; use at most",
     r".*(data_batch|test_batch|batches\.meta|python\.tar\.gz).*",
-    r"--run-dir .*: cannot be written", r"--run-dir .*(Permission denied|Not a directory|File exists)", r"SLURM gave",
+    r"--run-dir .*: cannot be written", r"SLURM gave",
+    r"--run-dir .*(Permission denied|Not a directory|File exists|No such file)",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.start_fuzz import ENDINGS, Case, Starts, Tally, draw_cases, fuzz, try_case
 
 pytestmark = pytest.mark.timeout(900)
-CASES = int(os.environ.get("CNNOPT_TEST_STARTS", "200"))
+CASES = int(os.environ.get("CNNOPT_TEST_STARTS", "60"))
 
 
 @pytest.fixture(scope="module")
