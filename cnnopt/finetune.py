@@ -95,7 +95,7 @@ def fine_tune(
     from cnnopt.run import run_folder
     from cnnopt.schedules import Timeline
     from cnnopt.training import resume, session
-    from cnnopt.training.console import make_console
+    from cnnopt.training.console import final_line, make_console
 
     console = make_console(quiet=not world.first)
     rank = session.Rank(world, console, request, peers)
@@ -119,7 +119,8 @@ def fine_tune(
             return request.status
         model.pruner.verify_final()
         if world.first:
-            folder.finish(run_folder.summarize(folder.metrics(), model.pruner.sparsities()))
+            result = run_folder.summarize(folder.metrics(), model.pruner.sparsities())
+            folder.finish({**result, "line": final_line(result, folder)})
     collectives.shutdown()
     return 0
 
