@@ -30,6 +30,9 @@ from cnnopt.data import datasets  # noqa: E402
 from cnnopt.distributed import entrypoint, host  # noqa: E402
 from cnnopt.run import checkpoint, run_folder  # noqa: E402, F401
 
+# A start under another user may be unable to read Python's own folder.
+codecs.lookup("ascii")
+
 
 class Tripwire:
     """An import hook that ends the process in the place of an import of TensorFlow, Horovod or scikit-learn."""
@@ -53,6 +56,7 @@ def load() -> None:
         import tf_keras
 
         sys.modules["keras"] = tf_keras
+        import filelock  # noqa: F401
         import horovod.tensorflow.keras  # noqa: F401
 
         from cnnopt.training import callbacks, console, loop, metrics, resume, session, step  # noqa: F401

@@ -121,7 +121,9 @@ def test_every_start_ends_in_a_run_or_in_one_line_or_after_its_signal(tally):
 
 def test_the_endings_are_of_every_kind_and_a_third_trains(tally):
     # Few fail while they run: those that the fuzz has found are above.
-    assert {ENDINGS[status] for status in (0, 2, 75, 130)} <= set(tally.endings)
+    # How a start ends after a signal depends on how far it has come.
+    assert {ENDINGS[status] for status in (0, 2)} <= set(tally.endings)
+    assert {ENDINGS[status] for status in (75, 130)} & set(tally.endings)
     assert 3 * tally.trained >= CASES
     assert tally.early >= CASES / 5
-    assert tally.real >= 4
+    assert tally.real >= CASES / 60
