@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cnnopt.errors import UserError
+from cnnopt.errors import CnnoptError, UserError
+
+
+def one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make the ``main`` of command ``name`` answer an expected failure with one line and its exit status."""
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def answered(*arguments: Any) -> int:
+            try:
+                return main(*arguments)
+            except CnnoptError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return error.exit_status
+
+        return answered
+
+    return decorate
 
 
 def python_m(module: str) -> list[str]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnnopt.command_line import Parser
-from cnnopt.errors import CnnoptError, UserError
+from cnnopt.command_line import Parser, one_line
+from cnnopt.errors import UserError
 from cnnopt.export import page
 from cnnopt.export.render import SCHEMA
 from cnnopt.run import atomic_files
@@ -172,6 +172,7 @@ def show(runs: Sequence[Run]) -> None:
             console.print(table)
 
 
+@one_line("cnnopt.compare")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(
@@ -179,21 +180,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one to compare with first")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md, .png and .html go")
-    try:
-        given = parser.parse_args(argv)
-        runs = [read(path) for path in given.runs]
-        show(runs)
-        if given.output:
-            try:
-                given.output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ComparisonError(f"--output {given.output}: {error.strerror}; name another folder") from None
-            atomic_files.replace(given.output / "comparison.md", markdown(runs))
-            atomic_files.replace(given.output / "comparison.png", png(runs))
-            atomic_files.replace(given.output / "comparison.html", page.comparison_page(runs))
-    except CnnoptError as error:
-        print(f"cnnopt.compare: {error}", file=sys.stderr)
-        return error.exit_status
+    given = parser.parse_args(argv)
+    runs = [read(path) for path in given.runs]
+    show(runs)
+    if given.output:
+        try:
+            given.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ComparisonError(f"--output {given.output}: {error.strerror}; name another folder") from None
+        atomic_files.replace(given.output / "comparison.md", markdown(runs))
+        atomic_files.replace(given.output / "comparison.png", png(runs))
+        atomic_files.replace(given.output / "comparison.html", page.comparison_page(runs))
     return 0
 
 

@@ -19,9 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, one_line
 from cnnopt.config import ConfigError, TrainConfig, parse_args
-from cnnopt.errors import CnnoptError, RunError
+from cnnopt.errors import RunError
 from cnnopt.output import outlive_readers
 from cnnopt.run import checkpoint
 from cnnopt.run.run_folder import RunFolder
@@ -160,6 +160,7 @@ def end(job: subprocess.Popen) -> None:
         os.killpg(job.pid, signal.SIGKILL)
 
 
+@one_line("cnnopt.elastic")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and has an exit status."""
     parser = Parser(
@@ -187,9 +188,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(options, config, flags)
     except KeyboardInterrupt:
         return 130
-    except CnnoptError as error:
-        print(f"cnnopt.elastic: {error}", file=sys.stderr)
-        return error.exit_status
 
 
 if __name__ == "__main__":

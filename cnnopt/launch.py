@@ -18,10 +18,10 @@ import sys
 import time
 from types import FrameType
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, one_line
 from cnnopt.distributed.rendezvous import Rendezvous, address_of, check_own_name
 from cnnopt.distributed.signals import INTERRUPTED, STOPPED
-from cnnopt.errors import CnnoptError, UserError
+from cnnopt.errors import UserError
 from cnnopt.output import outlive_readers
 
 #: Seconds that ranks have to end by themselves after one has failed, and as many again after SIGTERM.
@@ -81,6 +81,7 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
     return INTERRUPTED if pressed and (status == STOPPED or status > 128) else status
 
 
+@one_line("cnnopt.launch")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, serve, start, wait."""
     parser = Parser(prog="python -m cnnopt.launch", description=__doc__.split("\n\n")[0])
@@ -88,11 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--interface", metavar="IF", help="network of the rendezvous [that of this host's name]")
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous [any free one]")
     parser.add_argument("command", nargs="+", help="after --: srun python train_hvd.py ..., or python train_hvd.py ...")
-    try:
-        return launch(parser.parse_args(argv))
-    except CnnoptError as error:
-        print(f"cnnopt.launch: {error}", file=sys.stderr)
-        return error.exit_status
+    return launch(parser.parse_args(argv))
 
 
 def launch(options: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, one_line
 from cnnopt.config import TrainConfig, parse_args
-from cnnopt.errors import CnnoptError, UserError
+from cnnopt.errors import UserError
 
 
 class PlanError(UserError):
@@ -170,13 +170,10 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     return plan, given.only
 
 
+@one_line("launch_plan")
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan. Every wrong input prints one line. Returns the exit status."""
-    try:
-        plan, only = parse_plan(sys.argv[1:] if argv is None else argv)
-    except CnnoptError as error:
-        print(f"launch_plan: {error}", file=sys.stderr)
-        return error.exit_status
+    plan, only = parse_plan(sys.argv[1:] if argv is None else argv)
     if only:
         print(LAUNCHERS[only](plan))
         return 0

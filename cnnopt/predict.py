@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnnopt.command_line import Parser
+from cnnopt.command_line import Parser, one_line
 from cnnopt.distributed import host
-from cnnopt.errors import CnnoptError, UserError
+from cnnopt.errors import UserError
 from cnnopt.run import atomic_files
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+@one_line("cnnopt.predict")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(
@@ -191,9 +192,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(results)
     except KeyboardInterrupt:
         return 130
-    except CnnoptError as error:
-        print(f"cnnopt.predict: {error}", file=sys.stderr)
-        return error.exit_status
     return 0
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnopt.command_line import Parser, python_m
+from cnnopt.command_line import Parser, one_line, python_m
 from cnnopt.distributed import host
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.export import tflite_file
@@ -133,21 +133,18 @@ def _counts(text: str) -> list[int]:
     return [int(count) for count in counts]
 
 
+@one_line("cnnopt.export.latency")
 def main() -> int:
     """Measure the files of the command line. Every expected failure prints one line and gives an exit status."""
     parser = Parser(prog="cnnopt.export.latency", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--threads", type=_counts, default=[1, host.cores()], help="numbers, with commas")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    try:
-        given = parser.parse_args()
-        host.prepare({**host.TENSORFLOW, **host.QUIET})
-        with host.quiet_stderr():
-            import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
-        print(json.dumps([_measured(path, given.threads, given.seconds) for path in given.files]))
-    except CnnoptError as error:
-        print(f"cnnopt.export.latency: {error}", file=sys.stderr)
-        return error.exit_status
+    given = parser.parse_args()
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
+    with host.quiet_stderr():
+        import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
+    print(json.dumps([_measured(path, given.threads, given.seconds) for path in given.files]))
     return 0
 
 
