@@ -40,7 +40,7 @@ class PeerStatus:
     def open(self, environ: Mapping[str, str] = os.environ) -> Place:
         """Begin to answer. Returns this rank's place. Then set ``places`` to the places of all ranks, by rank."""
         self._server = socket.create_server((_address(environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")), 0))
-        threading.Thread(target=self._answer, name="presence", daemon=True).start()
+        threading.Thread(target=self._answer, name="peers", daemon=True).start()
         host = environ.get("HOROVOD_HOSTNAME") or platform.node()
         return Place(host, os.getpid(), self._server.getsockname()[:2])
 
