@@ -52,7 +52,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
     settings = collectives.prepare(launch_info, deterministic=config.deterministic, verbose=config.verbose)
-    world = collectives.start(verbose=config.verbose)
+    world = collectives.start(verbose=config.verbose, share_gpus=config.share_gpus)
     config.check_ranks(world.size)
     collectives.exchange_addresses(peers)
     # Horovod: rank 0's answer counts for all ranks, because the ranks may not see the same disk.

@@ -127,6 +127,7 @@ class TrainConfig:
     keep: int = _flag(3, "checkpoints kept, besides the best", identity=False)
     strict_save: bool = _flag(False, "stop when a checkpoint cannot be written", identity=False)
     expect_ranks: int | None = _flag(None, "fail unless this many ranks have started", identity=False)
+    share_gpus: bool = _flag(False, "let several ranks compute on one GPU, for tests", identity=False)
     quantize: bool = _flag(False, "when done, export, quantize and measure the run (docs/quantize.md)", identity=False)
     verbose: bool = _flag(False, "show TensorFlow's and Horovod's own messages", identity=False)
 

@@ -75,7 +75,8 @@ def fine_tune(
     # ---- Start the ranks. Only the first one reads the run: other hosts may not have the run on their disks ------
     launch_info, _ = launched()
     settings = collectives.prepare(launch_info, deterministic=False, verbose=False)
-    world = collectives.start(verbose=False)
+    # Training has refused ranks that share a GPU, unless the user allowed it.
+    world = collectives.start(verbose=False, share_gpus=True)
     collectives.exchange_addresses(peers)
     outcome: tuple[trained.TrainedRun, list[int]] | str | None = None
     if world.first:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnopt.distributed import cpu_tuning, host, rendezvous, slurm
-from cnnopt.distributed.gpus import too_new
+from cnnopt.distributed import cpu_tuning, gpus, host, rendezvous, slurm
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.world import LaunchError, World, count, launched, threads_per_rank
 from cnnopt.errors import RunError
@@ -23,9 +22,10 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, str]:
+def prepare(world: World, *, deterministic: bool, verbose: bool, compiles: bool = False) -> dict[str, str]:
     """Set the environment variables that TensorFlow and Horovod read at start. Call before importing either.
 
+    ``compiles``: whether XLA will compile the step. If it cannot do so for a GPU, one line says what is missing.
     A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError if this rank
     and the others cannot reach each other, LaunchError if a variable that must be a whole number is not one.
     """
@@ -47,6 +47,11 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
     if host.has_gpu():
         # A step takes milliseconds, and Horovod looks for work every millisecond. 0.1 is NVIDIA's setting in MLPerf.
         others["HOROVOD_CYCLE_TIME"] = "0.1"
+        variables, lacking = gpus.for_xla(threads)
+        os.environ.update(variables)
+        others["XLA_FLAGS"] = variables["XLA_FLAGS"]
+        if lacking and compiles and world.local_rank == 0:
+            print(f"cnnopt: {platform.node()}: {lacking}", file=sys.stderr, flush=True)
     if deterministic:
         others["TF_DETERMINISTIC_OPS"] = "1"
     if not verbose:
@@ -63,15 +68,16 @@ def prepare(world: World, *, deterministic: bool, verbose: bool) -> dict[str, st
     return settings
 
 
-def start(*, verbose: bool) -> World:
+def start(*, verbose: bool, share_gpus: bool = False) -> World:
     """Import TensorFlow and Horovod, start Horovod, and pin this rank to its GPU.
 
     On CPUs, Horovod's threads give way to the compute threads, and ranks that have the same cores divide them.
 
     Raises LaunchError if the world is not as large as the launcher said. N lone jobs look like one job of N ranks,
-    and no other check would notice.
+    and no other check would notice. Raises LaunchError also if two ranks have one GPU, unless ``share_gpus``.
     """
-    with contextlib.nullcontext() if verbose else host.quiet_stderr(), host.uncollected():
+    quiet = contextlib.nullcontext if verbose else host.quiet_stderr
+    with quiet(), host.uncollected():
         import tensorflow as tf
         import tf_keras
 
@@ -98,35 +104,64 @@ def start(*, verbose: bool) -> World:
             f"{launcher or 'no launcher'} started {launch_info.size} processes but Horovod joined {world.size}: "
             "start it with horovodrun or cnnopt.launch, or build Horovod with the launcher's MPI (docs/slurm.md)"
         )
-    _pin(world)
+    check_gpus(_pin(world), share=share_gpus)
+    if device() == "GPU":
+        with quiet():
+            _wake_gpu()
     mine = cpu_tuning.Given(hostname(), host.ALLOWED, int(os.environ["TF_NUM_INTRAOP_THREADS"]), device())
     # Gathering is collective, so ranks on GPUs take part too.
     cpu_tuning.tune(gather_objects(mine), world.rank, waiting=horovods)
     return world
 
 
-def _pin(world: World) -> None:
-    """Show TensorFlow one GPU of the host, chosen by local rank. TensorFlow takes its memory only as needed."""
+def _pin(world: World) -> str | None:
+    """Show TensorFlow one GPU of the host, chosen by local rank. TensorFlow takes its memory only as needed.
+
+    Returns the GPU's identity, or None on CPUs.
+    """
     import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
+    found = tf.config.list_physical_devices("GPU")
     given, visible = os.environ.get("SLURM_GPUS_ON_NODE", "0"), os.environ.get("CUDA_VISIBLE_DEVICES")
     # A user hides all GPUs with an empty CUDA_VISIBLE_DEVICES or with -1.
-    if not gpus and given != "0" and visible not in ("", "-1"):
+    if not found and given != "0" and visible not in ("", "-1"):
         of_these = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
         raise LaunchError(
             f"SLURM gave {given} GPU on each node, but TensorFlow finds none{of_these}: look for the driver with "
             "nvidia-smi and for a TensorFlow with CUDA (docs/slurm.md), or train on CPUs with --gpus-per-node=0"
         )
-    if gpus:
-        # Horovod: pin one GPU to each rank of a host.
-        mine = gpus[world.local_rank % len(gpus)]
-        tf.config.set_visible_devices(mine, "GPU")
-        tf.config.experimental.set_memory_growth(mine, True)
-        capability = tf.config.experimental.get_device_details(mine).get("compute_capability")
-        line = too_new(capability, tf.sysconfig.get_build_info().get("cuda_compute_capabilities", []))
-        if line and world.local_rank == 0:
-            print(f"cnnopt: {platform.node()}: {line}", file=sys.stderr, flush=True)
+    if not found:
+        return None
+    # Horovod: pin one GPU to each rank of a host.
+    mine = found[world.local_rank % len(found)]
+    tf.config.set_visible_devices(mine, "GPU")
+    tf.config.experimental.set_memory_growth(mine, True)
+    capability = tf.config.experimental.get_device_details(mine).get("compute_capability")
+    line = gpus.too_new(capability, tf.sysconfig.get_build_info().get("cuda_compute_capabilities", []))
+    if line and world.local_rank == 0:
+        print(f"cnnopt: {platform.node()}: {line}", file=sys.stderr, flush=True)
+    # TensorFlow's name ends in the number that CUDA gives the GPU in this process.
+    return gpus.identity(int(mine.name.rpartition(":")[2]))
+
+
+def _wake_gpu() -> None:
+    """Let TensorFlow create its device and load cuDNN, which each run does sooner or later.
+
+    TensorFlow 2.18 was seen to write a line about each to standard error, at any log level.
+    """
+    import tensorflow as tf
+
+    tf.nn.conv2d(tf.ones([1, 8, 8, 1]), tf.ones([3, 3, 1, 1]), 1, "SAME").numpy()
+
+
+def check_gpus(mine: str | None, *, share: bool) -> None:
+    """Raise LaunchError on every rank if some ranks compute on one GPU, unless they may ``share``.
+
+    ``mine`` is the identity of this rank's GPU, or None. The ranks are compared, because each may see its own GPU only.
+    """
+    line = gpus.shared(gather_objects((hostname(), mine)))
+    if line and not share:
+        raise LaunchError(line)
 
 
 def hostname() -> str:

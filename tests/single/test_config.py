@@ -363,6 +363,7 @@ FREE = {
     "keep",
     "strict_save",
     "expect_ranks",
+    "share_gpus",
     "quantize",
     "verbose",
     "exchange",
@@ -372,7 +373,8 @@ FREE = {
 def test_the_identity_is_what_decides_the_result():
     assert TrainConfig().identity().keys() == FIELDS.keys() - FREE
     free = TrainConfig(data_dir="x", run_dir="y", name="z", resume="never", save_every="5m", keep=9, strict_save=True,
-                       expect_ranks=4, quantize=True, verbose=True, exchange="sparse")  # fmt: skip
+                       expect_ranks=4, share_gpus=True, quantize=True, verbose=True,
+                       exchange="sparse")  # fmt: skip
     assert free.difference(TrainConfig().identity()) is None
 
 

@@ -1,5 +1,8 @@
 """The choice of a rank's GPU, tested on made-up device lists."""
 
+import os
+import sys
+
 import pytest
 import tensorflow as tf
 
@@ -94,6 +97,22 @@ def test_horovod_joins_no_vectors_unless_told_to(deterministic, monkeypatch):
     monkeypatch.setattr(collectives.host, "prepare", dict)
     found = collectives.prepare(World(), deterministic=deterministic, verbose=True)
     assert found["HOROVOD_FUSION_THRESHOLD"] == "0"
+
+
+@pytest.mark.parametrize(("compiles", "lines"), [(True, 1), (False, 0)])
+def test_on_a_gpu_xla_gets_its_threads_and_one_line_says_what_it_lacks(compiles, lines, monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(collectives.host, "has_gpu", lambda: True)
+    monkeypatch.setattr(collectives.host, "prepare", dict)
+    monkeypatch.setattr(collectives.gpus, "DEFAULT_TOOLKIT", tmp_path)
+    monkeypatch.setattr(sys, "path", [])
+    for name in collectives.gpus.NAMED_BY:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("PATH", ""), ("XLA_FLAGS", "--xla_mine"), ("TF_NUM_INTRAOP_THREADS", "3")):
+        monkeypatch.setenv(name, value)
+    found = collectives.prepare(World(), deterministic=False, verbose=True, compiles=compiles)
+    assert found["XLA_FLAGS"] == os.environ["XLA_FLAGS"] == "--xla_mine --xla_gpu_force_compilation_parallelism=3"
+    assert found["HOROVOD_CYCLE_TIME"] == "0.1"
+    assert capfd.readouterr().err.count("XLA needs nvvm/libdevice/libdevice.10.bc and bin/ptxas of CUDA") == lines
 
 
 def test_a_setting_that_hosts_have_settled_otherwise_is_one_line(monkeypatch):

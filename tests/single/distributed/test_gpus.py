@@ -1,10 +1,16 @@
-"""The line about a GPU that is newer than TensorFlow's machine code."""
+"""Lines about a GPU that is too new, about what XLA lacks, and about two ranks on one GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
 
 from cnnopt.distributed import collectives, gpus
 from cnnopt.distributed.world import World
+from tests.helpers import cuda_driver
 
 # What the wheel of TensorFlow 2.21 says of itself.
 WHEEL = ["sm_60", "sm_70", "sm_80", "sm_89", "compute_90"]
@@ -45,3 +51,139 @@ def test_one_rank_of_a_host_says_it(local_rank, lines, monkeypatch, capfd):
     collectives._pin(World(rank=local_rank, size=2, local_rank=local_rank, local_size=2))
     said = capfd.readouterr().err.splitlines()
     assert len([line for line in said if "compute capability 99.0" in line]) == lines
+
+
+# NVIDIA's wheel and XLA ---------------------------------------------------------------------------------------------
+
+
+def make_toolkit(folder: Path, *, ptxas: bool = True) -> Path:
+    for name in (gpus.LIBDEVICE, *([gpus.PTXAS] if ptxas else [])):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch(mode=0o755)
+    return folder
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> Path:
+    """A machine without CUDA."""
+    monkeypatch.setattr(gpus, "DEFAULT_TOOLKIT", tmp_path / "usr/local/cuda")
+    return tmp_path
+
+
+@pytest.mark.parametrize("wheel", ["nvidia/cuda_nvcc", "nvidia/cu13"])
+def test_the_wheel_of_site_packages_is_given_to_xla(wheel, bare):
+    cuda = make_toolkit(bare / "site-packages" / wheel)
+    make_toolkit(gpus.DEFAULT_TOOLKIT)
+    given = {"PATH": "/usr/bin", "CUDA_HOME": str(make_toolkit(bare / "module"))}
+    assert gpus.for_xla(4, given, ["", "/nowhere", str(bare / "site-packages")]) == (
+        {
+            "PATH": f"{cuda}/bin:/usr/bin",
+            "XLA_FLAGS": f"--xla_gpu_force_compilation_parallelism=4 --xla_gpu_cuda_data_dir={cuda}",
+        },
+        None,
+    )
+
+
+@pytest.mark.parametrize("name", gpus.NAMED_BY)
+def test_without_the_wheel_the_toolkit_of_a_module_or_of_conda_is(name, bare):
+    cuda = make_toolkit(bare / "with space")
+    make_toolkit(gpus.DEFAULT_TOOLKIT)
+    variables, line = gpus.for_xla(1, {name: str(cuda)}, [str(bare)])
+    assert variables["XLA_FLAGS"].endswith(f' --xla_gpu_cuda_data_dir="{cuda}"')
+    assert variables["PATH"] == f"{cuda}/bin"
+    assert line is None
+
+
+def test_else_the_default_folder_is(bare):
+    cuda = make_toolkit(gpus.DEFAULT_TOOLKIT)
+    variables, line = gpus.for_xla(1, {"CUDA_HOME": "/nowhere"}, [])
+    assert f"--xla_gpu_cuda_data_dir={cuda}" in variables["XLA_FLAGS"]
+    assert line is None
+
+
+def test_the_users_own_flags_stay(bare):
+    make_toolkit(gpus.DEFAULT_TOOLKIT)
+    mine = "--xla_gpu_cuda_data_dir=/opt/cuda --xla_gpu_force_compilation_parallelism=2 --xla_dump_to=/tmp"
+    assert gpus.for_xla(8, {"XLA_FLAGS": mine, "PATH": "/usr/bin"}, []) == ({"XLA_FLAGS": mine}, None)
+
+
+def test_the_users_file_of_flags_stays(bare):
+    make_toolkit(gpus.DEFAULT_TOOLKIT)
+    assert gpus.for_xla(8, {"XLA_FLAGS": "/etc/flags"}, []) == ({"XLA_FLAGS": "/etc/flags"}, None)
+
+
+@pytest.mark.parametrize("has_libdevice", [False, True])
+def test_what_is_missing_is_one_line_with_a_remedy(has_libdevice, bare):
+    if has_libdevice:
+        make_toolkit(gpus.DEFAULT_TOOLKIT, ptxas=False)
+    variables, line = gpus.for_xla(2, {"PATH": str(bare)}, [str(bare)])
+    assert ("cuda_data_dir" in variables["XLA_FLAGS"]) is has_libdevice
+    assert "PATH" not in variables
+    assert line is not None
+    assert (gpus.LIBDEVICE in line, gpus.PTXAS in line) == (not has_libdevice, True)
+    assert "docker/requirements-gpu.txt" in line
+    assert "\n" not in line
+
+
+def test_ptxas_of_the_path_will_do(bare):
+    make_toolkit(gpus.DEFAULT_TOOLKIT, ptxas=False)
+    make_toolkit(bare / "other")
+    assert gpus.for_xla(2, {"PATH": str(bare / "other/bin")}, [])[1] is None
+
+
+def test_tensorflow_takes_the_flags(bare):
+    # XLA ends the process at a flag that it does not know.
+    cuda = make_toolkit(bare / "with space/nvidia/cuda_nvcc")
+    variables, _ = gpus.for_xla(2, {}, [str(cuda.parents[1])])
+    code = "import tensorflow as tf; print(float(tf.function(lambda x: x + 1, jit_compile=True)(tf.constant(1.0))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.stdout == "2.0\n", done.stderr
+
+
+# Two ranks on one GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("everyone", "ranks"),
+    [
+        ([("a", "u0"), ("a", "u1"), ("b", "u2"), ("b", "u3")], None),
+        ([("a", "u0"), ("a", "u0")], "ranks 0, 1 (host a) compute on one GPU, u0"),
+        ([("a", "u0"), ("b", "u1"), ("b", "u2"), ("b", "u1")], "ranks 1, 3 (host b) compute on one GPU, u1"),
+        ([("a", "u0"), ("a", "u0"), ("a", "u0"), ("a", "u1")], "ranks 0, 1, 2 (host a) compute on one GPU, u0"),
+        ([("a", None), ("a", None)], None),
+        ([("a", "u0")], None),
+    ],
+    ids=["one each", "two ranks", "on the second host", "three ranks", "CPUs", "one rank"],
+)
+def test_ranks_on_one_gpu_are_one_line(everyone, ranks):
+    line = gpus.shared(everyone)
+    if ranks is None:
+        assert line is None
+    else:
+        assert line.startswith(f"{ranks}: ")
+        assert "--share-gpus" in line
+        assert "\n" not in line
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> str:
+    return cuda_driver.driver(tmp_path_factory.mktemp("driver"))
+
+
+def test_a_gpu_has_the_identity_that_the_driver_gives(driver, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.identity(0, driver) == "00000000-0000-0000-0000-000000000000"
+    assert gpus.identity(1, driver) == "01000000-0000-0000-0000-000000000000"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert gpus.identity(0, driver) == "07000000-0000-0000-0000-000000000000"
+
+
+def test_a_driver_that_does_not_answer_is_none(driver, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.identity(2, driver) is None
+    assert gpus.identity(0, "libnone.so.1") is None
+    # This library has none of the functions.
+    assert gpus.identity(0, "libm.so.6") is None
