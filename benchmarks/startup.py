@@ -30,8 +30,11 @@ LAUNCHERS = {
 }
 
 
-def to_first_step(name: str, command: list[str], flags: list[str]) -> float:
-    """Seconds until the checkpoint of the first step is there; all ranks are then ended."""
+def to_first_step(name: str, command: list[str], flags: list[str], *, patience: float = 600) -> float:
+    """Seconds until the checkpoint of the first step is there; all ranks are then ended.
+
+    Raises RuntimeError if the program ends before, or has not saved after ``patience`` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder, open_log(f"startup-{name.replace(' ', '-')}", 0) as log:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -39,8 +42,8 @@ def to_first_step(name: str, command: list[str], flags: list[str]) -> float:
         )
         try:
             while not any(Path(folder).glob("startup/checkpoints/*/manifest.json")):
-                if process.poll() is not None:
-                    sys.exit(f"{name} has ended; see {os.path.relpath(log.name)}")
+                if process.poll() is not None or time.perf_counter() - started > patience:
+                    raise RuntimeError(f"{name}: no first step; see {os.path.relpath(log.name)}")
                 time.sleep(0.01)
             return time.perf_counter() - started
         finally:

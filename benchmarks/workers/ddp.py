@@ -15,45 +15,16 @@ import torch.distributed
 from side_by_side import serve
 from torch import nn
 from torch.nn import functional
+from torch_network import resnet
 
 depth, batch, precision = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 # Without the variable it is 1, as torchrun gives each of several ranks.
 torch.set_num_threads(int(os.environ.get("TF_NUM_INTRAOP_THREADS", "1")))
-
-
-class Block(nn.Module):
-    """Two convolutions and the parameter-free shortcut of He et al. 2016, section 4.2."""
-
-    def __init__(self, before: int, filters: int) -> None:
-        super().__init__()
-        self.stride = filters // before
-        self.conv1 = nn.Conv2d(before, filters, 3, self.stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(filters), nn.BatchNorm2d(filters)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, before, h, w] to [batch, filters, h / stride, w / stride]."""
-        y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
-        if self.stride > 1:
-            channels = x.shape[1]
-            x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, channels // 2, channels // 2))
-        return functional.relu(x + y)
-
-
-blocks, before = [], 16
-for filters in (16, 32, 64):
-    for _ in range((depth - 2) // 6):
-        blocks.append(Block(before, filters))
-        before = filters
-network = nn.Sequential(
-    nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks,
-    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-).to(memory_format=torch.channels_last)  # fmt: skip
 torch.distributed.init_process_group(
     "gloo", init_method=f"tcp://{os.environ['PEER_ADDRESSES'].split(',')[0]}", rank=int(os.environ["HOROVOD_RANK"]),
     world_size=int(os.environ["HOROVOD_SIZE"]),
 )  # fmt: skip
-model = nn.parallel.DistributedDataParallel(network)
+model = nn.parallel.DistributedDataParallel(resnet(depth))
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 # One resident batch: the other trainers pay for no input pipeline, while our ranks read and augment images.
 images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)

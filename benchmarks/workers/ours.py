@@ -2,17 +2,23 @@
 
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
 Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|bfloat16|float16", "sparsity": 0.6,
-          "optimizer": "sgd|muon", "gives_way": true, "bound": true, "bucketed": true}
+          "optimizer": "sgd|muon", "gives_way": true, "bound": true, "bucketed": true, "resident": true,
+          "profile": true}
 
 With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; with
 ``"bound": false`` all threads may run on all cores of the host. Left out, they stay as they are. With
-``"bucketed": false`` all is sent at once, when the last gradient is there.
+``"bucketed": false`` all is sent at once, when the last gradient is there. With ``"resident": true`` all steps train
+one batch. With ``"profile": true`` the answer says what a step spends on the GPU, and its seconds do not count.
 """
 
+import contextlib
 import functools
 import os
+import resource
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +31,16 @@ from cnnopt.distributed import collectives, cpu_tuning, host
 from cnnopt.distributed.world import launched
 
 depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if "ONE_GPU" in os.environ:
+    # NCCL refuses two ranks of one host on the same GPU. So each rank says that it is another host.
+    os.environ["NCCL_HOSTID"] = f"rank{os.environ['HOROVOD_RANK']}"
 collectives.prepare(launched()[0], deterministic=False, verbose=False)
-world = collectives.start(verbose=False)
+world = collectives.start(verbose=False, share_gpus="ONE_GPU" in os.environ)
 HOROVODS = [thread for thread in cpu_tuning.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
+
+import horovod.tensorflow as hvd  # noqa: E402
+import kernels  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 from cnnopt.model import precision  # noqa: E402
 from cnnopt.model.pruning import magnitude_masks  # noqa: E402
@@ -36,6 +49,7 @@ from cnnopt.training import loop  # noqa: E402
 from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
 
 IMAGES = datasets.load("synthetic", synthetic_sizes=(2048, 64))
+LIBRARY = "NCCL" if collectives.device() == "GPU" and hvd.nccl_built() else "Gloo"
 COMPUTE = precision.choose(asked, has_gpu=collectives.device() == "GPU")
 
 
@@ -64,6 +78,19 @@ def masks(sparsity: float) -> list[np.ndarray]:
     return [mask.numpy() for mask in magnitude_masks(kernels, sparsity, "uniform")]
 
 
+@functools.cache
+def resident_batch() -> Iterator:
+    """One batch of the stream, for ever."""
+    return iter(tf.data.Dataset.from_tensors(next(stream)).repeat())
+
+
+def peak_bytes() -> int:
+    """The most memory that TensorFlow has had on the GPU, or this process on CPUs."""
+    if collectives.device() == "GPU":
+        return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def processor_seconds() -> float:
     """What Horovod's threads have computed so far."""
     return sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[0]) for t in HOROVODS) / 1e9
@@ -83,7 +110,8 @@ def set_priority(gives_way: bool) -> None:
 
 def block(
     steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6, optimizer: str = "sgd",
-    gives_way: bool | None = None, bound: bool | None = None, bucketed: bool = True,
+    gives_way: bool | None = None, bound: bool | None = None, bucketed: bool = True, resident: bool = False,
+    profile: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train for some steps, with the peers' optimizer unless told; tell how long that took and what was sent."""
     if gives_way is not None:
@@ -99,19 +127,26 @@ def block(
     # All ranks start together.
     collectives.gather_objects(0)
     before = processor_seconds()
-    start = time.perf_counter()
-    for _ in range(steps):
-        mine.train_function(stream)
-    mine.run.global_step.numpy()
-    seconds = time.perf_counter() - start
+    batches = resident_batch() if resident else stream
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with tf.profiler.experimental.Profile(folder) if profile else contextlib.nullcontext():
+            for _ in range(steps):
+                mine.train_function(batches)
+            mine.run.global_step.numpy()
+        seconds = time.perf_counter() - start
+        spent = kernels.spent(kernels.read(Path(folder)), steps) if profile else None
     return {
         "seconds": seconds,
+        "spent": spent,
+        "peak_bytes": peak_bytes(),
         "horovods_seconds": processor_seconds() - before,
         "bytes": int(mine.exchange.bytes.numpy()) / steps,
         # The last stage's is ready first.
         "vectors": [len(bucket.kept.numpy()) * mine.exchange.wire.size for bucket in reversed(mine.exchange.buckets)],
         "compute": COMPUTE.compute,
         "exchange": mine.exchange.choice.kind,
+        "library": LIBRARY,
     }
 
 
