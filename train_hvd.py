@@ -79,7 +79,8 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     collectives.assert_same(f"--precision {config.precision}", compute.compute)
     model = build_model(config, images, timeline, compute, ranks=world.size)
     if world.first:
-        folder.open(config, {**run_folder.environment(settings), "ranks": world.size, "precision": compute.compute})
+        computed = {"ranks": world.size, "device": collectives.device(), "precision": compute.compute}
+        folder.open(config, {**run_folder.environment(settings), **computed})
     resume.restore(model, config, folder, world, say=console.print)
     start_table(console, config, folder, world, settings, compute, model, timeline)
 

@@ -96,46 +96,48 @@ def run_page(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
     zeros = [(layer, 100 * (1 - found["nonzero"] / found["weights"])) for layer, found in layers.items()]
     sections = [
         _network(content, folder, images),
-        _section("Accuracy and size", _accuracy([("", content)])),
-        _section("Files", _files(content)),
-        _section("Latency", _latency((e["name"], e, 0) for e in content["files"])),
-        _section(
+        section("Accuracy and size", _accuracy([("", content)])),
+        section("Files", _files(content)),
+        section("Latency", _latency((e["name"], e, 0) for e in content["files"])),
+        section(
             f"Zeros of {entry['name']} by layer",
             charts.columns(zeros, "zeros, %", 100 * entry["weights"]["sparsity"]),
         ),
-        _section(f"What {entry['name']} confuses", _confusion(test["confusion"], run["classes"])),
-        _section(f"The most confident mistakes of {entry['name']}", _mistakes(test["mistakes"], images)),
-        _section("Where zeros could have been lost", _ledger(content)),
-        _section("Training", _training([("", metrics)])) if metrics else "",
-        _section("How it was made", _origin(content, folder, metrics)),
-        _section("What the figures say", "".join(f"<p>{escape(note)}</p>" for note in content["notes"])),
+        section(f"What {entry['name']} confuses", _confusion(test["confusion"], run["classes"])),
+        section(f"The most confident mistakes of {entry['name']}", _mistakes(test["mistakes"], images)),
+        section("Where zeros could have been lost", _ledger(content)),
+        section("Training", _training([("", metrics)])) if metrics else "",
+        section("How it was made", _origin(content, folder, metrics)),
+        section("What the figures say", "".join(f"<p>{escape(note)}</p>" for note in content["notes"])),
     ]
     return _page(title, headline(content), summary, sections)
 
 
-def comparison_page(runs: Sequence[Any]) -> str:
-    """The page of several runs, each a ``cnnopt.compare.Run``."""
+def comparison_page(runs: Sequence[Any], *, title: str | None = None, first: Sequence[str] = ()) -> str:
+    """The page of several runs, each a ``cnnopt.compare.Run``. ``first`` are sections that come before all others."""
     cards = [(run.name, run.card) for run in runs if run.card]
     lines = "".join(
         f'<li><i class="key c{number % COLORS}"></i>{escape(run.name)}: '
         f"{escape(headline(run.card)) if run.card else 'not quantized'}</li>"
         for number, run in enumerate(runs)
     )
-    sections = [_section("Runs", f"<ul>{lines}</ul>", "wide")]
+    sections = [*first, section("Runs", f"<ul>{lines}</ul>", "wide")]
     if cards:
         colors = {run.name: number % COLORS for number, run in enumerate(runs)}
         sections += [
-            _section("Accuracy and size", _accuracy(cards, colors)),
-            _section(
+            section("Accuracy and size", _accuracy(cards, colors)),
+            section(
                 "Latency",
                 _latency((f"{name}: {e['name']}", e, colors[name]) for name, card in cards for e in card["files"]),
             ),
         ]
     if any(run.metrics for run in runs):
-        sections.append(_section("Training", _training([(run.name, run.metrics) for run in runs])))
+        sections.append(section("Training", _training([(run.name, run.metrics) for run in runs])))
     best_run = max(cards, key=lambda card: smallest(best(card[1]))[1], default=None)
     line = f"{best_run[0]}, {headline(best_run[1])}" if best_run else f"{len(runs)} runs"
-    return _page(", ".join(run.name for run in runs), line, "The run whose best file is the smallest.", sections)
+    return _page(
+        title or ", ".join(run.name for run in runs), line, "The run whose best file is the smallest.", sections
+    )
 
 
 # Parts -------------------------------------------------------------------------------------------------------------
@@ -149,7 +151,8 @@ def _page(title: str, line: str, summary: str, sections: Iterable[str]) -> str:
     return page.replace("[[sections]]", "\n".join(filter(None, sections)))
 
 
-def _section(title: str, body: str, kind: str = "") -> str:
+def section(title: str, body: str, kind: str = "") -> str:
+    """A section of a page. ``body`` is HTML. ``kind``: ``wide`` for one that takes the whole width."""
     return f'<section class="{kind}"><h2>{escape(title)}</h2>{body}</section>'
 
 
@@ -350,7 +353,7 @@ def _network(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
     description, constants = tflite_file.network(tflite_file.read(path), path)
     packed = base64.b64encode(gzip.compress(constants, 9, mtime=0)).decode()
     if len(packed) > MAX_NETWORK:
-        return _section("Try it", f"<p>{escape(entry['name'])} is too large for a page that can be sent.</p>", "wide")
+        return section("Try it", f"<p>{escape(entry['name'])} is too large for a page that can be sent.</p>", "wide")
     held = {"network": description, "constants": packed, "classes": list(images.class_names)}
     # A class name with "</script>" must not end the element.
     data = json.dumps(held, separators=(",", ":")).replace("<", "\\u003c")
@@ -370,4 +373,4 @@ browser: nothing is sent anywhere. Drop a picture, or choose one of these test i
 two may scale a large picture a little differently.</p>
 <script type="application/json" id="network">{data}</script>
 <script>{(HERE / "network.js").read_text()}</script><script>{(HERE / "page.js").read_text()}</script>"""
-    return _section("Try it", body, "wide")
+    return section("Try it", body, "wide")

@@ -107,21 +107,31 @@ def test_a_failed_node_requeues(slurm):
 
 
 def test_a_sweep_of_uneven_nodes_requeues_one_task_alone(slurm):
-    sweep = {"SPARSITIES": "0 0.8", "DEPTHS": "8", "DATASETS": "synthetic"}
-    flags = ["--batch-size", "66", "--epochs", "4", "--precision", "float32"]
-    shape = ["--array=0-1%1", "--nodes=2", "--ntasks=3", "--ntasks-per-node=2"]
-    number = slurm.submit(*shape, "slurm/sweep.sbatch", *flags, **sweep).number
+    # The batch of 128 does not divide over three ranks.
+    common = "precision: float32, batch-size: 66"
+    grid = slurm.home / "uneven.yaml"
+    grid.write_text(
+        "epochs: 20\ndatasets: [synthetic]\ndepths: [8]\nseeds: [0]\ncells:\n"
+        f"  dense: {{preset: baseline, {common}}}\n  pruned: {{preset: super, sparsity: 0.8, {common}, ranks: all}}\n"
+    )
+    shape = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "slurm/sweep.sbatch"]
+    flags = ["--grid", str(grid), "--scale", "0.2"]
+    number = slurm.submit("--array=0-1%1", *shape, *flags).number
     tasks = [slurm.job(f"{number}_{task}") for task in (0, 1)]
     # The last task's own number is that of the array.
     tasks[1].wait_for("epoch   1/4")
     slurm.run("scancel", "--signal=USR1", "--full", tasks[1].number)
     for task in tasks:
         assert task.wait() == "COMPLETED", task.log()
-        assert "(n1: 2 x CPU, n2: 1 x CPU)" in task.log()
+    assert ["(n1: 2 x CPU, n2: 1 x CPU)" in task.log() for task in tasks] == [False, True]
     assert ["start 2" in task.log() for task in tasks] == [False, True]
-    for name, sparsity in (("dense", 0), ("polynomial80", 0.8)):
-        result = slurm.home / f"runs/synthetic-resnet8-{name}-float32-seed0/result.json"
-        assert json.loads(result.read_text())["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+    for name, ranks, sparsity in (("dense", 1, 0), ("pruned", 3, 0.8)):
+        folder = slurm.home / f"runs/study/uneven-synthetic-resnet8-{name}-4epochs-seed0"
+        assert json.loads((folder / "env.json").read_text())["ranks"] == ranks
+        assert json.loads((folder / "result.json").read_text())["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+    small = slurm.job(f"{slurm.submit('--array=0', *shape, *flags).number}_0")
+    assert small.wait() == "FAILED"
+    assert "cnnopt.study: the grid has 2 cells: give sbatch --array=0-1%4" in small.log()
 
 
 def test_horovodrun_as_launcher(slurm):

@@ -25,7 +25,12 @@ PURE = [
     "cnnopt.launch",
 ]
 # That cnnopt.quantize needs Horovod for --qat alone is tried in test_quantize.py, without Horovod.
-NO_HOROVOD = ["cnnopt.model.resnet", "cnnopt.compare", *(name for name in MODULES if name.startswith("cnnopt.export"))]
+NO_HOROVOD = [
+    "cnnopt.model.resnet",
+    "cnnopt.compare",
+    "cnnopt.study",
+    *(name for name in MODULES if name.startswith("cnnopt.export")),
+]
 
 
 def imports(source: str, package: str = "cnnopt") -> set[str]:
@@ -108,7 +113,9 @@ def test_models_and_export_do_not_need_horovod(module):
     assert "cnnopt.distributed.collectives" not in reached(module)
 
 
-@pytest.mark.parametrize("module", ["cnnopt", "cnnopt.quantize", "cnnopt.compare", "cnnopt.predict", *PURE])
+@pytest.mark.parametrize(
+    "module", ["cnnopt", "cnnopt.quantize", "cnnopt.compare", "cnnopt.predict", "cnnopt.study", *PURE]
+)
 def test_importing_it_loads_nothing_slow(module):
     code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,0 +1,117 @@
+"""A table, and its forms: Markdown, CSV, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds: the mean, and the sample standard deviation, which one value does not have."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """The spread of ``values``. None of none."""
+        if not values:
+            return None
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Column:
+    """The heading of a column, and how its numbers are written: a format such as ``.2f``, and what follows it."""
+
+    title: str
+    form: str = ""
+    unit: str = ""
+    spread: bool = False
+
+    def text(self, value: Any) -> str:
+        """A cell as people read it."""
+        if value is None:
+            return ""
+        if isinstance(value, Spread):
+            mean = f"{value.mean:{self.form}}{self.unit}"
+            return mean if value.deviation is None else f"{mean} ± {value.deviation:{self.form.lstrip('+')}}"
+        return f"{value:{self.form}}{self.unit}" if isinstance(value, int | float) else str(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. ``name`` is that of its files. A cell is a text, a number, a Spread or None."""
+
+    name: str
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    rows: list[tuple[Any, ...]]
+
+    def texts(self) -> list[list[str]]:
+        """The rows as people read them."""
+        return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def markdown(self) -> str:
+        """The table alone, without its title."""
+        head = [[column.title for column in self.columns], ["---"] * len(self.columns)]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [*head, *self.texts()])
+
+    def csv(self) -> str:
+        """Numbers in full. A column of spreads becomes three: mean, deviation and number of seeds."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        head: list[str] = []
+        for column in self.columns:
+            head.append(column.title)
+            if column.spread:
+                head += [f"{column.title}, deviation", f"{column.title}, seeds"]
+        writer.writerow(head)
+        for row in self.rows:
+            cells: list[Any] = []
+            for column, cell in zip(self.columns, row, strict=True):
+                if isinstance(cell, Spread):
+                    cells += [cell.mean, cell.deviation, cell.count]
+                else:
+                    cells += [cell, *([None, None] if column.spread else [])]
+            writer.writerow(cells)
+        return text.getvalue()
+
+    def latex(self) -> str:
+        """A table environment, for the package booktabs."""
+        kinds = "".join("r" if column.form else "l" for column in self.columns)
+        lines = [[column.title for column in self.columns], *self.texts()]
+        head, *body = [" & ".join(map(_latex, cells)) + r" \\" for cells in lines]
+        return "\n".join(
+            [
+                r"\begin{table}", r"\centering", rf"\caption{{{_latex(f'{self.title}. {self.note}')}}}",
+                rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body,
+                r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+            ]
+        )  # fmt: skip
+
+    def html(self) -> str:
+        """The table and its note, in the classes of cnnopt/export/page.html."""
+        kinds = [' class="n"' if column.form else "" for column in self.columns]
+        head = "".join(
+            f"<th{kind}>{escape(column.title)}</th>" for kind, column in zip(kinds, self.columns, strict=True)
+        )
+        rows = "".join(
+            "<tr>" + "".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(kinds, row, strict=True)) + "</tr>"
+            for row in self.texts()
+        )
+        return f"<div class=scroll><table><tr>{head}</tr>{rows}</table></div><p class=small>{escape(self.note)}</p>"
+
+
+def _latex(text: str) -> str:
+    for letter in "&%#_$":
+        text = text.replace(letter, f"\\{letter}")
+    return text.replace("±", r"$\pm$")
