@@ -54,7 +54,7 @@ def _figure(found: Sequence[Group], draw: Callable[[Axes, Group], None], height:
     matplotlib.rcdefaults()
     across = min(ACROSS, len(found))
     down = -(-len(found) // across)
-    figure = Figure(figsize=(6.5 * across, height * down), layout="constrained")
+    figure = Figure(figsize=(7 * across, height * down), layout="constrained")
     # A figure with a separate canvas needs no display and does not touch pyplot's state.
     FigureCanvasAgg(figure)
     for axes, group in zip(figure.subplots(down, across, squeeze=False).flat, found, strict=False):
@@ -64,6 +64,11 @@ def _figure(found: Sequence[Group], draw: Callable[[Axes, Group], None], height:
     for axes in figure.axes[len(found) :]:
         axes.remove()
     return figure
+
+
+def _legend(axes: Axes) -> None:
+    """A legend beside the diagram, where it hides nothing."""
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _bar(spread: Spread) -> float:
@@ -84,7 +89,7 @@ def _accuracy(axes: Axes, group: Group) -> None:
         axes.plot([value for _, value in theirs], [place for place, _ in theirs], "k|", ms=14, mew=2, label="original")
     axes.set(xlabel="test accuracy, %", yticks=places, yticklabels=labels)
     axes.invert_yaxis()
-    axes.legend(fontsize="small")
+    _legend(axes)
 
 
 def _points(group: Group, labels: Sequence[str]) -> list[tuple[float, float, float]]:
@@ -113,7 +118,7 @@ def _sparsity(axes: Axes, group: Group) -> None:
         if theirs:
             axes.plot(*zip(*theirs, strict=True), "x--", color=color, alpha=0.6, label=f"{family}, original")
     axes.set(xlabel="zero weights, %", ylabel="test accuracy, %")
-    axes.legend(fontsize="small")
+    _legend(axes)
 
 
 def _sizes(axes: Axes, group: Group) -> None:
@@ -133,7 +138,7 @@ def _sizes(axes: Axes, group: Group) -> None:
     axes.set(xscale="log", xlabel="KiB, gzip -9", ylabel="test accuracy, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.legend(fontsize="xx-small", ncols=2)
+    _legend(axes)
 
 
 def _bytes(axes: Axes, group: Group) -> None:
@@ -155,7 +160,7 @@ def _bytes(axes: Axes, group: Group) -> None:
             axes.plot(*zip(*theirs, strict=True), mark, ms=16, mew=2, label=f"original, {kind}")
     axes.set(xlabel="KiB, gzip -9", yticks=range(len(labels)), yticklabels=labels)
     axes.invert_yaxis()
-    axes.legend(fontsize="xx-small")
+    _legend(axes)
 
 
 def _speed(axes: Axes, group: Group) -> None:

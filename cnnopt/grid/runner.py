@@ -19,7 +19,7 @@ from types import FrameType
 
 from cnnopt.command_line import python_m
 from cnnopt.distributed.signals import INTERRUPTED, STOPPED
-from cnnopt.errors import CnnoptError
+from cnnopt.errors import CnnoptError, RunError
 from cnnopt.grid import progress
 from cnnopt.grid.cells import Cell
 from cnnopt.run.run_folder import RunFolder, minutes
@@ -50,6 +50,7 @@ class Runner:
         """``quantize``: the flags of ``cnnopt.quantize`` that make ``variants``. No variants: cells only train."""
         self.cells, self.quantize, self.variants = list(cells), list(quantize), list(variants)
         self.pace = progress.Pace(cells)
+        self.failures: dict[str, str] = {}
         self.told: int | None = None
         self.child: subprocess.Popen | None = None
 
@@ -62,57 +63,57 @@ class Runner:
             # A shell starts its background commands with Ctrl-C ignored. Leave it ignored.
             if signal.getsignal(told) != signal.SIG_IGN:
                 signal.signal(told, self._hear)
-        failures: dict[str, str] = {}
-        elsewhere = []
+        todo: list[Cell] = []
+        for cell in self.cells:
+            with self._failures_of(cell):
+                if progress.state(cell, self.variants) != progress.DONE:
+                    todo.append(cell)
+        elsewhere = 0
         try:
-            for number, cell in enumerate(self.cells, start=1):
-                title = f"[{number}/{len(self.cells)}] {cell.name}"
-                try:
-                    if progress.state(cell, self.variants) == progress.DONE:
-                        continue
-                    with alone(cell) as mine:
-                        if not mine:
-                            elsewhere.append(cell.name)
-                            print(f"{title}: another study runs it", flush=True)
-                            continue
-                        why = self._one(cell, title, self.cells[number - 1 :])
-                except CnnoptError as error:
-                    why = str(error)
-                except OSError as error:
-                    why = f"{error.filename}: {error.strerror}"
-                if why:
-                    failures[cell.name] = why
-                    print(f"{title}: failed: {why}", flush=True)
-                else:
-                    after_each(cell)
+            for number, cell in enumerate(todo, start=1):
+                rest = todo[number - 1 :]
+                print(f"{len(rest)} cells to go, time left: {progress.spoken(self.pace.left(rest))}", flush=True)
+                title = f"[{number}/{len(todo)}] {cell.name}"
+                with self._failures_of(cell), alone(cell) as mine:
+                    if mine:
+                        self._one(cell, title, rest)
+                        after_each(cell)
+                    else:
+                        elsewhere += 1
+                        print(f"{title}: another study runs it", flush=True)
         except Stopped as stop:
             print("stopped; the same command goes on from here", flush=True)
             return stop.status
-        done = len(self.cells) - len(failures) - len(elsewhere)
+        done = len(self.cells) - len(self.failures) - elsewhere
         print(f"{done} of {len(self.cells)} cells are done", flush=True)
-        for name, why in failures.items():
+        for name, why in self.failures.items():
             print(f"failed: {name}: {why}", file=sys.stderr)
-        return 1 if failures else 0
+        return 1 if self.failures else 0
 
-    def _one(self, cell: Cell, title: str, rest: Sequence[Cell]) -> str | None:
-        """Train and measure one cell. Returns why it failed, or None. Raises Stopped."""
+    @contextlib.contextmanager
+    def _failures_of(self, cell: Cell) -> Iterator[None]:
+        """Note an expected failure of a cell, so that the others run."""
+        try:
+            yield
+        except (CnnoptError, OSError) as error:
+            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            self.failures[cell.name] = why
+            print(f"{cell.name} failed: {why}", flush=True)
+
+    def _one(self, cell: Cell, title: str, rest: Sequence[Cell]) -> None:
+        """Train and measure one cell. Raises CnnoptError, OSError, Stopped."""
         begin, before = time.monotonic(), minutes(RunFolder(cell.folder).metrics())
         if progress.state(cell, self.variants) in (progress.WAITING, progress.BEGUN):
             on = f"training on {cell.ranks} ranks" if cell.ranks > 1 else "training"
-            why = self._child(training(cell), cell, f"{title}: {on}", rest)
-            if why:
-                return why
+            self._child(training(cell), cell, f"{title}: {on}", rest)
         if progress.state(cell, self.variants) == progress.TRAINED:
             command = [*python_m("cnnopt.quantize"), str(cell.folder), *self.quantize]
-            why = self._child(command, cell, f"{title}: measuring", rest)
-            if why:
-                return why
+            self._child(command, cell, f"{title}: measuring", rest)
         trained = minutes(RunFolder(cell.folder).metrics()) - before
         self.pace.ended(cell, trained, (time.monotonic() - begin) / 60)
-        return None
 
-    def _child(self, command: list[str], cell: Cell, title: str, rest: Sequence[Cell]) -> str | None:
-        """Run one command of a cell, and show how far it is. Returns why it failed, or None. Raises Stopped."""
+    def _child(self, command: list[str], cell: Cell, title: str, rest: Sequence[Cell]) -> None:
+        """Run one command of a cell, and show how far it is. Raises RunError if it fails, OSError, Stopped."""
         self._stop_if_told()
         log = cell.folder / LOG
         show = Show(title)
@@ -143,7 +144,8 @@ class Runner:
         status = code if code >= 0 else 128 - code
         if status in (STOPPED, INTERRUPTED):
             raise Stopped(status)
-        return f"{_last_line(log, status)} ({log})" if status else None
+        if status:
+            raise RunError(f"{_last_line(log, status)} ({log})")
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.told = number
