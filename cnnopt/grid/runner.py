@@ -135,9 +135,11 @@ class Runner:
                 code = self.child.wait(timeout=1)
                 break
             except subprocess.TimeoutExpired:
-                self.pace.see(cell)
-                epochs, left = progress.epochs_done(cell), progress.spoken(self.pace.left(rest))
-                show(f"epoch {epochs}/{cell.config.epochs}", f"{left} left of the study")
+                # A file that cannot be read just now must not leave the child alone.
+                with contextlib.suppress(CnnoptError):
+                    self.pace.see(cell)
+                    epochs, left = progress.epochs_done(cell), progress.spoken(self.pace.left(rest))
+                    show(f"epoch {epochs}/{cell.config.epochs}", f"{left} left of the study")
         self.child = None
         show.end()
         self._stop_if_told()
