@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cnnopt import __version__
 from cnnopt.errors import CnnoptError, UserError
 
 
@@ -42,15 +45,27 @@ def python_m(module: str) -> list[str]:
     return [sys.executable, "-c", f"{code}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
 
 
+class Paragraphs(argparse.RawDescriptionHelpFormatter):
+    """Wraps the paragraphs of a description to the terminal, and keeps lines that are indented, such as commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled: list[str] = []
+        for kept, group in itertools.groupby(text.strip().splitlines(), lambda line: line[:1] in ("", " ")):
+            lines = list(group)
+            filled += lines if kept else textwrap.wrap(" ".join(lines).replace("``", ""), width)
+        return "\n".join(filled)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations, whose errors are UserErrors.
+    """An argument parser with ``--version`` and without abbreviations, whose errors are UserErrors.
 
     ``stray`` is the remedy in the message about unrecognized arguments.
     """
 
     def __init__(self, *, stray: str = "see --help", **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Paragraphs, **kwargs)
         self.stray = stray
+        self.add_argument("--version", action="version", version=f"cnnopt {__version__}", help="print the version")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, but the error for an unknown flag suggests the nearest known one."""

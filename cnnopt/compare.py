@@ -1,4 +1,6 @@
-"""Several runs side by side: python -m cnnopt.compare runs/A runs/B ... [--output DIR]
+"""Put several runs side by side.
+
+    python -m cnnopt.compare runs/A runs/B ... [--output DIR]
 
 Prints a table of each run's settings, its results, and the measurements of its files by ``cnnopt.quantize``. With
 ``--output`` also writes DIR/comparison.md, .png and .html (accuracy by epoch; accuracy against compressed size). Reads
@@ -7,7 +9,6 @@ only the run folders. Exit status: 0 done, 1 failed, 2 wrong input.
 
 from __future__ import annotations
 
-import argparse
 import io
 import statistics
 import sys
@@ -172,15 +173,18 @@ def show(runs: Sequence[Run]) -> None:
             console.print(table)
 
 
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="python -m cnnopt.compare", description=__doc__)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one to compare with first")
+    made.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md, .png and .html go")
+    return made
+
+
 @one_line("cnnopt.compare")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and gives an exit status."""
-    parser = Parser(
-        prog="python -m cnnopt.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, the one to compare with first")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where comparison.md, .png and .html go")
-    given = parser.parse_args(argv)
+    given = parser().parse_args(argv)
     runs = [read(path) for path in given.runs]
     show(runs)
     if given.output:

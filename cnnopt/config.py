@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass, the command line made from its fields, and the named presets.
+"""The settings of a run: one frozen dataclass, and the command line made from its fields.
 
 This module uses the standard library only. So ``--help`` and mistakes on the command line are answered at once.
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 from cnnopt.command_line import Parser
 from cnnopt.errors import UserError
+from cnnopt.presets import PRESETS, STUDY, SUMMARIES
 from cnnopt.schedules import Timeline, parse_drops, parse_duration
 
 
@@ -34,40 +35,39 @@ MOST_LAYERS = 560
 NAME_MAX = 255
 
 
-def _flag(default: Any, help: str, *, identity: bool = True, before: Any = dataclasses.MISSING) -> Any:
+def _flag(
+    default: Any, help: str, *, identity: bool = True, before: Any = dataclasses.MISSING, group: str | None = None
+) -> Any:
     """Make a field with its help text. ``identity`` is False if a resumed run may change the field.
 
     ``before`` is the value for runs that were stored before the field existed; without it, ``default`` is used.
+    ``group`` is the heading in ``--help`` of this field and of those after it.
     """
     before = default if before is dataclasses.MISSING else before
-    return field(default=default, metadata={"help": help, "identity": identity, "before": before})
+    return field(default=default, metadata={"help": help, "identity": identity, "before": before, "group": group})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """All settings of a run. The field ``base_lr`` is the flag ``--base-lr``, and so on."""
 
-    dataset: Literal["cifar10", "cifar100", "digits", "synthetic"] = _flag("cifar10", "images to learn")
+    dataset: Literal["cifar10", "cifar100", "digits", "synthetic"] = _flag("cifar10", "images to learn", group="data")
     data_dir: str | None = _flag(
         None,
         "folder that holds the data set; else $CNNOPT_DATA_DIR, else ~/.keras/datasets, with a download if missing",
         identity=False,
     )
-    depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests")
-
-    sparsity: float = _flag(0.6, "share of the weights of all kernels that is zero in the end; 0 is dense")
-    sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
-        "polynomial",
-        "how the sparsity gets there from --prune-begin on: at once, or by a cubic ramp (Zhu and Gupta 2017)",
+    augment: Literal["none", "standard", "shift"] = _flag(
+        "standard", "standard: crop from 4 reflected pixels and alternating flip; shift: the original study's"
     )
-    initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
-    prune_begin: str = _flag("30%", "first mask update: 500s steps, 2e epochs or 15%% of the run")
-    prune_end: str = _flag("80%", "last mask update; the masks are fixed from there on")
-    prune_frequency: str = _flag("1%", "from one mask update to the next")
-    sparsity_scope: Literal["uniform", "global"] = _flag(
-        "global", "global ranks all prunable weights together, uniform brings each kernel to the sparsity"
+    normalize: Literal["channel", "pixel-mean"] = _flag(
+        "channel", "standardise each channel, or only subtract the mean image as the original study did"
     )
 
+    depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests", group="network")
+
+    epochs: int = _flag(30, "passes over the training images", group="training")
+    batch_size: int = _flag(128, "global batch, split over the ranks")
     optimizer: Literal["sgd", "muon", "adam"] = _flag(
         "muon", "sgd has Nesterov momentum 0.9; muon also orthogonalizes the steps of convolutions (Jordan et al. 2024)"
     )
@@ -86,23 +86,35 @@ class TrainConfig:
     )
     label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
     ema: float = _flag(0.0, "decay of the weight average that is evaluated; 0 evaluates the weights themselves")
-    augment: Literal["none", "standard", "shift"] = _flag(
-        "standard", "standard: crop from 4 reflected pixels and alternating flip; shift: the original study's"
+    seed: int = _flag(0, "of initial weights, data order and augmentation")
+    deterministic: bool = _flag(False, "the same bits from the same command at the same rank count; slower")
+
+    sparsity: float = _flag(
+        0.6, "share of the weights of all kernels that is zero in the end; 0 is dense", group="pruning"
     )
-    normalize: Literal["channel", "pixel-mean"] = _flag(
-        "channel", "standardise each channel, or only subtract the mean image as the original study did"
+    sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
+        "polynomial",
+        "how the sparsity gets there from --prune-begin on: at once, or by a cubic ramp (Zhu and Gupta 2017)",
     )
-    batch_size: int = _flag(128, "global batch, split over the ranks")
-    epochs: int = _flag(30, "passes over the training images")
+    initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
+    prune_begin: str = _flag("30%", "first mask update: 500s steps, 2e epochs or 15% of the run")
+    prune_end: str = _flag("80%", "last mask update; the masks are fixed from there on")
+    prune_frequency: str = _flag("1%", "from one mask update to the next")
+    sparsity_scope: Literal["uniform", "global"] = _flag(
+        "global", "global ranks all prunable weights together, uniform brings each kernel to the sparsity"
+    )
+
     precision: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
         "auto",
         "compute type; auto: float16 on a GPU, bfloat16 on a CPU with instructions for it, else float32",
+        group="precision",
     )
 
     exchange: Literal["auto", "dense", "sparse"] = _flag(
         "auto",
         "send all gradients, or those of the kept weights only; auto measures at the start which is faster",
         identity=False,
+        group="exchange",
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = _flag(
         "float32",
@@ -110,10 +122,7 @@ class TrainConfig:
         before="float32",
     )
 
-    seed: int = _flag(0, "of initial weights, data order and augmentation")
-    deterministic: bool = _flag(False, "the same bits from the same command at the same rank count; slower")
-
-    run_dir: str = _flag("runs", "folder of all runs", identity=False)
+    run_dir: str = _flag("runs", "folder of all runs", identity=False, group="saving")
     name: str | None = _flag(
         None, "folder of this run below --run-dir [data set, depth, sparsity, precision, seed]", identity=False
     )
@@ -126,7 +135,8 @@ class TrainConfig:
     save_every: str = _flag("1e", "between checkpoints: 1e epochs, 500s steps or 10m minutes", identity=False)
     keep: int = _flag(3, "checkpoints kept, besides the best", identity=False)
     strict_save: bool = _flag(False, "stop when a checkpoint cannot be written", identity=False)
-    expect_ranks: int | None = _flag(None, "fail unless this many ranks have started", identity=False)
+
+    expect_ranks: int | None = _flag(None, "fail unless this many ranks have started", identity=False, group="running")
     share_gpus: bool = _flag(False, "let several ranks compute on one GPU, for tests", identity=False)
     quantize: bool = _flag(False, "when done, export, quantize and measure the run (docs/quantize.md)", identity=False)
     verbose: bool = _flag(False, "show TensorFlow's and Horovod's own messages", identity=False)
@@ -287,73 +297,33 @@ def _validate(config: TrainConfig) -> None:
         raise ConfigError(f"--name {config.name[:20]}...: {len(config.name)} characters; use at most {NAME_MAX}")
 
 
-_STUDY: dict[str, Any] = {
-    "dataset": "cifar100",
-    "epochs": 300,
-    "optimizer": "adam",
-    "base_lr": 1e-3,
-    "lr_schedule": "step",
-    "lr_drops": "80e:0.1,120e:0.01,160e:0.001,180e:0.0005",
-    "warmup": "0e",
-    # Keras' L2(1e-4) adds 1e-4 x w^2 to the loss. The gradient of this term is 2e-4 x w.
-    "weight_decay": 2e-4,
-    "augment": "none",
-    "normalize": "pixel-mean",
-    "precision": "float32",
-    "prune_begin": "0s",
-    "prune_end": "100%",
-    "prune_frequency": "100s",
-    "initial_sparsity": 0.5,
-    "sparsity_scope": "uniform",
-}
-_DENSE: dict[str, Any] = {"sparsity": 0.0, "sparsity_schedule": "none"}
-_STUDY_SUPER = {**_STUDY, "augment": "shift", "precision": "float16"}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "baseline": {**_DENSE, "precision": "float32"},
-    "constant": {"sparsity": 0.6, "sparsity_schedule": "constant", "precision": "float32"},
-    "polynomial": {"sparsity": 0.6, "sparsity_schedule": "polynomial", "precision": "float32"},
-    "mixed": {**_DENSE, "precision": "auto"},
-    "super": {"depth": 44, "sparsity": 0.6, "sparsity_schedule": "polynomial", "precision": "auto"},
-    # horovodrun -np 2 python train_hvd.py --preset demo: takes under two minutes on two cores.
-    "demo": {
-        "dataset": "digits",
-        "depth": 14,
-        "epochs": 8,
-        "batch_size": 64,
-        "precision": "bfloat16",
-    },
-    "study-baseline": {**_STUDY, **_DENSE},
-    "study-constant": {**_STUDY, "sparsity": 0.6, "sparsity_schedule": "constant"},
-    "study-polynomial": {**_STUDY, "sparsity": 0.6},
-    "study-polynomial-90": {**_STUDY, "sparsity": 0.9},
-    "study-mixed": {**_STUDY, **_DENSE, "precision": "float16"},
-    "study-super-60": {**_STUDY_SUPER, "sparsity": 0.6},
-    "study-super-70": {**_STUDY_SUPER, "sparsity": 0.7},
-}
-#: The presets of the original study.
-STUDY = [name for name in PRESETS if name.startswith("study-")]
-
-
 def _choices() -> dict[str, tuple[str, ...]]:
     hints = typing.get_type_hints(TrainConfig)
     return {name: typing.get_args(t) for name, t in hints.items() if typing.get_origin(t) is Literal}
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """The parser of train_hvd.py, made from the fields of TrainConfig."""
+    made = Parser(
         prog="train_hvd.py",
-        description="Train a pruned, mixed-precision CIFAR ResNet synchronously over all ranks of the launcher.",
-        epilog="horovodrun -np 4 python train_hvd.py --depth 44 --sparsity 0.6",
+        usage="%(prog)s [--preset NAME] [FLAG ...]",
+        description="Train a pruned, mixed-precision CIFAR ResNet synchronously over all ranks of the launcher. "
+        "The default of a flag is in brackets.",
+        epilog="presets:\n"
+        + "".join(f"  {name:<21}{summary}\n" for name, summary in SUMMARIES.items())
+        + "\nexample:\n  python -m cnnopt.launch -np 2 -- python train_hvd.py --depth 44 --sparsity 0.6",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--preset", choices=PRESETS, help="named settings; flags given beside it win")
+    made.add_argument(
+        "--preset", choices=PRESETS, metavar="NAME", help="named settings, listed below; flags given beside it win"
+    )
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
         kind = hints[f.name]
-        options: dict[str, Any] = {"help": f.metadata["help"]}
+        text = f.metadata["help"]
         if f.default not in (None, ""):
-            options["help"] += f" [{str(f.default).replace('%', '%%')}]"
+            text += f" [{f.default}]" if kind is not bool else " [no]"
+        options: dict[str, Any] = {"help": text.replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is Literal:
@@ -361,9 +331,11 @@ def _parser() -> Parser:
         else:
             members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
             options["type"] = members[0]
-            options["metavar"] = {int: "N", float: "X", str: "TEXT"}[members[0]]
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
-    return parser
+            options["metavar"] = "DIR" if f.name.endswith("_dir") else {int: "N", float: "X", str: "TEXT"}[members[0]]
+        if f.metadata["group"]:
+            group = made.add_argument_group(f.metadata["group"])
+        group.add_argument(f"--{f.name.replace('_', '-')}", **options)
+    return made
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -371,7 +343,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
 
     Raises UserError with a one-line message. For ``--help``, prints the help text and raises SystemExit(0).
     """
-    given = vars(_parser().parse_args(argv))
+    given = vars(parser().parse_args(argv))
     chosen = given.pop("preset", None)
     preset = dict(PRESETS[chosen]) if chosen else {}
     # A dense preset sets both --sparsity and --sparsity-schedule. One of the two flags overrides both settings.

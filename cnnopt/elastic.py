@@ -1,6 +1,6 @@
 """Train on hosts that come and go: the run starts again on the hosts that are there, from its last checkpoint.
 
-    python -m cnnopt.elastic --min-np 1 --max-np 4 --host-discovery-script ./hosts.sh --depth 44 --batch-size 120
+    python -m cnnopt.elastic --max-np 4 --host-discovery-script ./hosts.sh ...
 
 The script prints a line ``host:slots`` for each host, as for horovodrun. The run uses the largest number of ranks that
 divides the global batch, so that the batch stays the same. The other flags are those of train_hvd.py. Exit status:
@@ -160,24 +160,28 @@ def end(job: subprocess.Popen) -> None:
         os.killpg(job.pid, signal.SIGKILL)
 
 
+def parser() -> Parser:
+    """The parser of this command. The flags of train_hvd.py are not in it."""
+    made = Parser(
+        prog="python -m cnnopt.elastic",
+        usage="%(prog)s --max-np N --host-discovery-script PROGRAM\n           [--min-np N] [--elastic-timeout S] "
+        "FLAGS OF train_hvd.py",
+        description=__doc__,
+    )
+    made.add_argument("--min-np", type=int, default=1, metavar="N", help="wait until this many ranks fit [1]")
+    made.add_argument("--max-np", type=int, required=True, metavar="N", help="most ranks")
+    made.add_argument(
+        "--elastic-timeout", type=float, default=600, metavar="S", help="wait no longer than this for --min-np [600]"
+    )
+    made.add_argument("--host-discovery-script", required=True, metavar="PROGRAM", help="prints lines host:slots")
+    return made
+
+
 @one_line("cnnopt.elastic")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and has an exit status."""
-    parser = Parser(
-        prog="python -m cnnopt.elastic",
-        usage="%(prog)s [--min-np N] --max-np N [--elastic-timeout S] --host-discovery-script PROGRAM "
-        "FLAGS OF train_hvd.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--min-np", type=int, default=1, metavar="N", help="wait until this many ranks fit [1]")
-    parser.add_argument("--max-np", type=int, required=True, metavar="N", help="most ranks")
-    parser.add_argument(
-        "--elastic-timeout", type=float, default=600, metavar="S", help="wait no longer than this for --min-np [600]"
-    )
-    parser.add_argument("--host-discovery-script", required=True, metavar="PROGRAM", help="prints lines host:slots")
     try:
-        options, flags = parser.parse_known_args(argv)
+        options, flags = parser().parse_known_args(argv)
         if not 1 <= options.min_np <= options.max_np:
             raise ConfigError(f"--min-np {options.min_np} --max-np {options.max_np}: must be 1 or more, and in order")
         config = parse_args(flags)

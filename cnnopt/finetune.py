@@ -11,7 +11,6 @@ stopped. The exit status is that of train_hvd.py.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,21 +157,24 @@ def _network(
     return model
 
 
-def main() -> int:
-    """Run a command line. Every expected failure prints one line and gives an exit status."""
-    parser = Parser(
-        prog="python -m cnnopt.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("epochs", type=int, help="of each fine-tuning")
-    parser.add_argument(
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="python -m cnnopt.finetune", description=__doc__)
+    made.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    made.add_argument("epochs", type=int, metavar="EPOCHS", help="of each fine-tuning")
+    made.add_argument(
         "--clusters", type=int, nargs="+", default=[0], metavar="N",
         help="fine-tune once for each N: with N values a kernel, or with all that int8 has where N is 0 [0]",
     )  # fmt: skip
-    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
+    made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
+    return made
+
+
+def main() -> int:
+    """Run a command line. Every expected failure prints one line and gives an exit status."""
 
     def body(request: StopRequest, peers: PeerStatus) -> int:
-        given = parser.parse_args()
+        given = parser().parse_args()
         if given.epochs < 1:
             raise UserError(f"EPOCHS {given.epochs}: give 1 or more")
         for clusters in given.clusters:

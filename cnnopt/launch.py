@@ -1,7 +1,7 @@
 """Start the ranks of a run without ssh or MPI, and serve the rendezvous through which they find each other.
 
-    in a SLURM job     python -m cnnopt.launch -- srun python train_hvd.py --depth 44
-    on one machine     python -m cnnopt.launch -np 2 -- python train_hvd.py --depth 44
+    on one machine    python -m cnnopt.launch -np 2 -- python train_hvd.py ...
+    in a SLURM job    python -m cnnopt.launch -- srun python train_hvd.py ...
 
 In a SLURM job srun starts the ranks, and train_hvd.py takes rank and size from SLURM_*. The exit status is that of
 srun, or of the first rank that failed. After Ctrl-C the status is 130: the ranks save at the first Ctrl-C, and end at
@@ -81,15 +81,25 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
     return INTERRUPTED if pressed and (status == STOPPED or status > 128) else status
 
 
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="python -m cnnopt.launch", description=__doc__)
+    made.add_argument("-np", type=int, metavar="N", help="ranks to start here; without it the command is an srun")
+    made.add_argument("--interface", metavar="IF", help="network of the rendezvous [that of this host's name]")
+    made.add_argument("--port", type=int, default=0, metavar="N", help="port of the rendezvous [any free one]")
+    made.add_argument(
+        "command",
+        nargs="+",
+        metavar="COMMAND",
+        help="after --: srun python train_hvd.py ..., or python train_hvd.py ...",
+    )
+    return made
+
+
 @one_line("cnnopt.launch")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, serve, start, wait."""
-    parser = Parser(prog="python -m cnnopt.launch", description=__doc__.split("\n\n")[0])
-    parser.add_argument("-np", type=int, metavar="N", help="ranks to start here; without it the command is an srun")
-    parser.add_argument("--interface", metavar="IF", help="network of the rendezvous [that of this host's name]")
-    parser.add_argument("--port", type=int, default=0, help="port of the rendezvous [any free one]")
-    parser.add_argument("command", nargs="+", help="after --: srun python train_hvd.py ..., or python train_hvd.py ...")
-    return launch(parser.parse_args(argv))
+    return launch(parser().parse_args(argv))
 
 
 def launch(options: argparse.Namespace) -> int:

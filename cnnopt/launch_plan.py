@@ -1,9 +1,9 @@
 """Print how to start one run with each launcher.
 
-    python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44 --sparsity 0.6
-    python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 --cpus-per-rank 8 -- --preset super
+    python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44
+    python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 -- --preset super
     mkdir -p k8s/overlays/mine
-    python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 --only kubernetes -- --preset super \
+    python -m cnnopt.launch_plan --nodes 2 --only kubernetes -- --preset super \\
         > k8s/overlays/mine/kustomization.yaml
 
 Prints the horovodrun line, the sbatch command and two kustomize overlays, for the MPI Operator and for Kubeflow
@@ -139,6 +139,22 @@ def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *components: str
 LAUNCHERS = {"horovodrun": horovodrun, "slurm": sbatch, "kubernetes": mpijob, "trainjob": trainjob}
 
 
+def parser() -> Parser:
+    """The parser of this command. The flags of train_hvd.py are not in it."""
+    made = Parser(
+        prog="python -m cnnopt.launch_plan",
+        description=__doc__,
+        usage="%(prog)s [options] -- FLAGS OF train_hvd.py",
+        stray="flags of train_hvd.py go after --",
+    )
+    made.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts, or workers of Kubernetes [1]")
+    made.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one rank to each GPU [0]")
+    made.add_argument("--ranks-per-node", type=int, metavar="N", help="without GPUs [1]")
+    made.add_argument("--cpus-per-rank", type=int, default=4, metavar="N", help="cores and threads of a rank [4]")
+    made.add_argument("--only", choices=LAUNCHERS, help="one of them, ready for a file")
+    return made
+
+
 def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     """The plan that ``argv`` asks for, and the launcher of ``--only`` or None. train_hvd.py's flags follow ``--``.
 
@@ -146,18 +162,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     """
     at = list(argv).index("--") if "--" in argv else len(argv)
     flags = tuple(argv[at + 1 :])
-    parser = Parser(
-        prog="python -m cnnopt.launch_plan",
-        description="Print one run as a horovodrun line, an sbatch command and kustomize overlays.",
-        usage="%(prog)s [options] -- FLAGS OF train_hvd.py",
-        stray="flags of train_hvd.py go after --",
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts, or workers of Kubernetes [1]")
-    parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one rank to each GPU [0]")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="without GPUs [1]")
-    parser.add_argument("--cpus-per-rank", type=int, default=4, metavar="N", help="cores and threads of a rank [4]")
-    parser.add_argument("--only", choices=LAUNCHERS, help="one of them, ready for a file")
-    given = parser.parse_args(argv[:at])
+    given = parser().parse_args(argv[:at])
     for flag, least in (("nodes", 1), ("gpus_per_node", 0), ("ranks_per_node", 1), ("cpus_per_rank", 1)):
         value = getattr(given, flag)
         if value is not None and value < least:

@@ -1,4 +1,4 @@
-"""Classify images with an exported network: python -m cnnopt.predict runs/NAME IMAGE...
+"""Classify images with an exported network.
 
     python -m cnnopt.predict runs/NAME photo.jpg folder/ --file clustered-int8
     curl -s https://... | python -m cnnopt.predict runs/NAME - --json
@@ -10,7 +10,6 @@ Exit status: 0 done, 1 failed, 2 wrong input.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import json
@@ -165,20 +164,23 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+def parser() -> Parser:
+    """The parser of this command."""
+    made = Parser(prog="python -m cnnopt.predict", description=__doc__)
+    made.add_argument("run", type=Path, metavar="RUN", help="folder of a run that cnnopt.quantize has exported")
+    made.add_argument("images", nargs="+", metavar="IMAGE", help="image file or folder of them; - for standard input")
+    made.add_argument("--file", default="int8", metavar="NAME", help="which file of RUN/export to ask [int8]")
+    made.add_argument("--threads", type=int, metavar="N", help="threads that share the images [all cores]")
+    made.add_argument("--runtime", choices=PACKAGES, help="interpreter [litert where it is installed, else tf]")
+    made.add_argument("--json", action="store_true", help="print a list of images and their predictions")
+    return made
+
+
 @one_line("cnnopt.predict")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and gives an exit status."""
-    parser = Parser(
-        prog="python -m cnnopt.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that cnnopt.quantize has exported")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file or folder of them; - for standard input")
-    parser.add_argument("--file", default="int8", metavar="NAME", help="which file of RUN/export to ask [int8]")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that share the images [all cores]")
-    parser.add_argument("--runtime", choices=PACKAGES, help="interpreter [litert where it is installed, else tf]")
-    parser.add_argument("--json", action="store_true", help="print a list of images and their predictions")
     try:
-        given = parser.parse_args(argv)
+        given = parser().parse_args(argv)
         if given.threads is not None and given.threads < 1:
             raise PredictError(f"--threads {given.threads}: give 1 or more")
         if given.images.count("-") > 1:

@@ -1,6 +1,6 @@
-"""Quantize a finished run and measure every exported file: python -m cnnopt.quantize runs/NAME
+"""Quantize a finished run, and measure every exported file.
 
-    python -m cnnopt.quantize runs/NAME --variants int8,clustered-int8 --clusters 16 --baseline runs/DENSE --pack
+    python -m cnnopt.quantize runs/NAME --clusters 16 --baseline runs/DENSE
     horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
     python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]

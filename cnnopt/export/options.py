@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,36 +67,40 @@ class Options:
         return {name: (self.clusters or 0) * ("clusters" in flags) for name, flags in needs.items() if "qat" in flags}
 
 
-def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
-    """The options of a command line. ``description`` is the first text that ``--help`` prints.
-
-    Raises UserError; SystemExit(0) for ``--help``.
-    """
+def parser(description: str | None = None) -> Parser:
+    """The parser of ``cnnopt.quantize``. ``description`` is the first text that ``--help`` prints."""
     listing = "\n".join(f"  {name:<20}{text}" for name, text in VARIANTS.items())
-    parser = Parser(
+    made = Parser(
         prog="python -m cnnopt.quantize",
         description=description,
         epilog=f"variants:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--variants", metavar="A,B", help="which files to make [all that apply to the run]")
-    parser.add_argument(
+    made.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    made.add_argument("--variants", metavar="A,B", help="which files to make [all that apply to the run]")
+    made.add_argument(
         "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
     )
-    parser.add_argument(
+    made.add_argument(
         "--qat",
         type=int,
         metavar="EPOCHS",
         help="make int8-qat: fine-tune for int8, zeros held, on all ranks; "
         "with --clusters also clustered-int8-qat, by a fine-tuning of its own",
     )
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
-    parser.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
-    parser.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
-    parser.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
-    given = vars(parser.parse_args(argv))
+    made.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
+    made.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
+    made.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
+    made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
+    made.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
+    return made
+
+
+def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
+    """The options of a command line. ``description`` is the first text that ``--help`` prints.
+
+    Raises UserError; SystemExit(0) for ``--help``.
+    """
+    given = vars(parser(description).parse_args(argv))
     if given["variants"] is not None:
         given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
         for name in given["variants"]:
