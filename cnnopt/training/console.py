@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ def start_table(
     """Print the settings of the run that starts. This is a collective: every rank sends its host and device."""
     places = collectives.gather_objects((collectives.hostname(), collectives.device()))
     hosts = {name: [device for h, device in places if h == name] for name, _ in places}
+    there = ", ".join(f"{name}: {len(d)} x {d[0]}" for name, d in hosts.items())
+    if len(there) > 60:
+        counts = sorted({len(devices) for devices in hosts.values()})
+        there = f"{len(hosts)} hosts, {' or '.join(map(str, counts))} x {places[0][1]} each"
     exchange = model.exchange
     pruner, window = model.pruner, model.pruner.window
     weights = sum(int(np.prod(kernel.shape)) for kernel in pruner.kernels)
@@ -50,8 +56,9 @@ def start_table(
     )
     bound = ", on cores of its own" if cpu_tuning.is_bound() else ""
     rows = {
+        "started": time.strftime("%Y-%m-%d %H:%M %Z"),
         "run": folder.path,
-        "ranks": f"{world.size} ({', '.join(f'{name}: {len(d)} x {d[0]}' for name, d in hosts.items())})",
+        "ranks": f"{world.size} ({there})",
         "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank{bound}",
         "data": f"{config.dataset}, {timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank",
         "batch": f"{config.batch_size} ({config.batch_size // world.size} a rank)",
@@ -63,7 +70,10 @@ def start_table(
         "pruning": pruning,
     }
     for name, value in rows.items():
-        console.print(f"  {name:<10}{value}")
+        lines = textwrap.wrap(str(value), console.width - 12, break_long_words=False, break_on_hyphens=False)
+        console.print(
+            "\n".join(f"  {head:<10}{line}" for head, line in zip([name, *[""] * len(lines)], lines, strict=False))
+        )
 
 
 def tensorboard_command(folder: RunFolder) -> str:

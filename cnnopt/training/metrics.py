@@ -1,6 +1,6 @@
-"""Keras hooks that show the progress of a run: metrics.jsonl, TensorBoard, the lines on the screen.
+"""Keras hooks that record a run: metrics.jsonl and TensorBoard.
 
-``Measure`` runs on every rank. ``Record`` and ``Show`` write; they run on rank 0 only, so they call no collective.
+``Measure`` runs on every rank. ``Record`` writes; it runs on rank 0 only, so it calls no collective.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import tensorflow as tf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.hparams import api as hparams
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -180,53 +179,3 @@ def _continue_at(folder: Path, step: int) -> None:
     with (folder / name).open("wb") as file:
         for event in events:
             RecordWriter(file).write(event.SerializeToString())
-
-
-class Show(Callback):
-    """Rank 0: a progress bar on a terminal, and one line an epoch everywhere."""
-
-    def __init__(self, timeline: Timeline, console: Console) -> None:
-        super().__init__()
-        self.timeline, self.console = timeline, console
-        self.progress: Progress | None = None
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Start the bar of this epoch."""
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            # Without the two redirect_... flags, rich would print errors to standard output. The cursor is shown,
-            # because os._exit would leave it hidden.
-            self.progress = Progress(
-                *columns, console=self.console, transient=True, redirect_stdout=False, redirect_stderr=False
-            )
-            self.progress.start()
-            self.console.show_cursor(True)
-            first = int(self.model.run.global_step.numpy())
-            end = min(self.timeline.epoch_end(epoch), self.timeline.total_steps)
-            self.task = self.progress.add_task("steps", total=end - first, epoch=epoch + 1)
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Advance the bar."""
-        if self.progress is not None:
-            self.progress.advance(self.task)
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Print the line of this epoch."""
-        assert logs is not None
-        self.clear()
-        self.console.print(
-            f"epoch {epoch + 1:>3}/{self.timeline.epochs}  loss {logs['loss']:.4f}  train {logs['accuracy']:.2%}  "
-            f"test {logs['val_accuracy']:.2%}  sparsity {logs['sparsity']:.2%}  lr {logs['learning_rate']:.4f}  "
-            f"{logs['images_per_second']:.0f} images/s  exchange {logs['exchange_share']:.0%}"
-        )
-
-    def clear(self) -> None:
-        """Remove the progress bar, so that no half-drawn bar is left."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None

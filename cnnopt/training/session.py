@@ -17,6 +17,7 @@ from cnnopt.distributed.world import World
 from cnnopt.run.run_folder import RunFolder
 from cnnopt.schedules import Timeline, parse_duration
 from cnnopt.training import callbacks, loop, metrics
+from cnnopt.training.progress import Show
 from cnnopt.training.step import SynchronousModel
 
 
@@ -58,7 +59,7 @@ def train(
         metrics.Measure(timeline),
         callbacks.Evaluate(images, world),
     ]
-    show = metrics.Show(timeline, console)
+    show = Show(timeline, console)
     recorded: list[dict] = []
     if world.first:
         record = metrics.Record(folder, config, timeline, first_step, console)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -254,7 +255,11 @@ def test_a_run_ends_with_its_result_line_and_its_files(complete):
     prefix, command, flag, logdir = tensorboard.split()
     assert (prefix, flag, logdir) == ("TensorBoard:", "--logdir", str(folder / "tb"))
     assert Path("/", command).exists()  # from where the run was started
-    assert sum(text.startswith("epoch ") for text in done.stdout.splitlines()) == EPOCHS
+    epochs = [text for text in done.stdout.splitlines() if re.match(r"\d\d:\d\d epoch ", text)]
+    assert len(epochs) == EPOCHS
+    table = done.stdout.splitlines()[: done.stdout.splitlines().index(epochs[0])]
+    assert max(len(text) for text in table + epochs if str(folder) not in text) <= 80
+    assert [text.split()[0] for text in table if re.match(r"  \w", text)][:4] == ["started", "run", "ranks", "threads"]
     names = {path.name for path in folder.iterdir()}
     assert names == {".lock", "config.json", "env.json", "metrics.jsonl", "result.json", "tb", "checkpoints"}
     assert {path.name for path in (folder / "tb").iterdir()} == {"train", "validation", "pruning", "hparams"}

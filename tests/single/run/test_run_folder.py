@@ -1,17 +1,14 @@
 """The run folder, and resuming: bit for bit, on one curve, and never from another run's checkpoint."""
 
 import dataclasses
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from rich.console import Console
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
@@ -21,7 +18,7 @@ from cnnopt.distributed.world import World
 from cnnopt.run import checkpoint, run_folder
 from cnnopt.run.atomic_files import ReadError
 from cnnopt.run.run_folder import RunFolder, environment, summarize
-from cnnopt.schedules import Duration, Timeline
+from cnnopt.schedules import Duration
 from cnnopt.training import callbacks, metrics, resume
 from tests.helpers import ROOT, small_runs
 from tests.helpers.permissions import stopped_by_permissions
@@ -386,20 +383,3 @@ def test_resume_restores_every_variable(tmp_path, float32_policy):
     assert resume.restore(model, config, folder, World(), print) == 7
     for name, value in small_runs.state(model).items():
         np.testing.assert_array_equal(value, arrays[name], err_msg=name)
-
-
-# The screen ----------------------------------------------------------------------------------------------------
-
-
-def test_a_bar_that_nobody_ends_hides_no_cursor_and_takes_no_errors():
-    screen = io.StringIO()
-    show = metrics.Show(Timeline(256, 32, 3), Console(file=screen, force_terminal=True, width=80))
-    show.set_model(SimpleNamespace(run=SimpleNamespace(global_step=tf.constant(0))))
-    before = sys.stdout, sys.stderr
-    show.on_epoch_begin(0)
-    try:
-        assert (sys.stdout, sys.stderr) == before
-        shown, hidden = (screen.getvalue().rfind(f"\x1b[?25{which}") for which in "hl")
-        assert shown > hidden > -1
-    finally:
-        show.clear()

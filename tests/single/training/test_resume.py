@@ -143,7 +143,7 @@ class Kept:
         self.folder, self.found = folder, []
 
     def write(self, text: str) -> int:
-        if text.startswith("epoch "):
+        if " epoch " in text:
             lines = len(self.folder.metrics()) if self.folder.metrics_file.exists() else 0
             self.found.append((lines, len(checkpoint.list_steps(self.folder.checkpoints))))
         return len(text)
