@@ -218,15 +218,16 @@ def fit(names: Sequence[str], width: int) -> list[str]:
 
     Parts between hyphens that all names begin or end with are cut first, then the middle.
     """
-    if all(len(name) <= width for name in names):
-        return list(names)
     parts = {name: name.split("-") for name in names}
-    fewest = min(map(len, parts.values())) - 1
+    fewest = min(map(len, parts.values())) - 1 if len(parts) > 1 else 0
     heads, tails = zip(*parts.values(), strict=False), zip(*(p[::-1] for p in parts.values()), strict=False)
     head = min(fewest, sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, heads)))
     tail = min(fewest - head, sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, tails)))
     short = {}
     for name, own in parts.items():
+        if len(name) <= width:
+            short[name] = name
+            continue
         text = ("…" if head else "") + "-".join(own[head : len(own) - tail]) + ("…" if tail else "")
         half = (width - 1) // 2
         short[name] = text if len(text) <= width else f"{text[: width - 1 - half]}…{text[-half:]}"

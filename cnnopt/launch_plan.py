@@ -2,9 +2,7 @@
 
     python -m cnnopt.launch_plan --nodes 2 --gpus-per-node 4 -- --depth 44
     python -m cnnopt.launch_plan --nodes 4 --ranks-per-node 2 -- --preset super
-    mkdir -p k8s/overlays/mine
-    python -m cnnopt.launch_plan --nodes 2 --only kubernetes -- --preset super \\
-        > k8s/overlays/mine/kustomization.yaml
+    python -m cnnopt.launch_plan --only kubernetes -- --preset super > my.yaml
 
 Prints the horovodrun line, the sbatch command and two kustomize overlays, for the MPI Operator and for Kubeflow
 Trainer. All have the same ranks and the same flags of train_hvd.py, which are checked first. Standard library only.

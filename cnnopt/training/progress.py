@@ -66,7 +66,8 @@ class Show(Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Start the bar of this epoch."""
         self.first = int(self.model.run.global_step.numpy())
-        self.epoch, self.began = f"epoch {epoch + 1}/{self.timeline.epochs}", None
+        self.epoch = f"epoch {epoch + 1}/{self.timeline.epochs}"
+        self.began: tuple[int, float] | None = None
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.fields[epoch]}"),

@@ -426,6 +426,6 @@ def test_a_run_of_a_later_version_says_what_is_not_known_here():
 def test_all_differences_are_named_at_once():
     stored = TrainConfig(optimizer="sgd", prune_begin="10%", prune_end="50%").identity()
     assert TrainConfig().difference(stored) == (
-        "--prune-begin was 10%, is 30%, --prune-end was 50%, is 80%, --optimizer was sgd, is muon, "
-        "--weight-decay was 0.0005, is 0.001"
+        "--optimizer was sgd, is muon, --weight-decay was 0.0005, is 0.001, "
+        "--prune-begin was 10%, is 30%, --prune-end was 50%, is 80%"
     )

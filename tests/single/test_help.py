@@ -113,4 +113,4 @@ comppostfuncs=(exit)""")
             ["zsh", "-f", "-c", source, "zsh", typed],
             cwd=ROOT, env={**os.environ, "ZDOTDIR": str(scripts)}, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        assert set(re.findall(r"hit:(\S+?)\r", done.stdout)) == expected, (typed, done.stdout, done.stderr)
+        assert set(re.findall(r"hit:(\S+)\n", done.stdout)) == expected, (typed, done.stdout, done.stderr)
