@@ -18,6 +18,7 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,18 @@ def markdown(groups: Sequence[Group]) -> str:
     return "\n".join([*lines, "![accuracy by epoch, accuracy against size](comparison.png)", ""])
 
 
+def sections(groups: Sequence[Group]) -> list[str]:
+    """The tables as sections of comparison.html."""
+    found = []
+    for title, legend, (columns, rows) in zip(("Results", "Files"), LEGENDS, tables(groups), strict=False):
+        cells = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>"]
+        cells += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+        note = escape(legend).replace("`", "")
+        table = f"<div class=scroll><table>{''.join(cells)}</table></div><p class=small>{note}</p>"
+        found.append(page.section(title, table, "wide"))
+    return found
+
+
 def png(groups: Sequence[Group]) -> bytes:
     """comparison.png: accuracy by epoch and, if files were measured, accuracy against compressed size."""
     import matplotlib
@@ -291,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ComparisonError(f"--output {given.output}: {error.strerror}; name another folder") from None
         atomic_files.replace(given.output / "comparison.md", markdown(groups))
         atomic_files.replace(given.output / "comparison.png", png(groups))
-        atomic_files.replace(given.output / "comparison.html", page.comparison_page(runs))
+        atomic_files.replace(given.output / "comparison.html", page.comparison_page(runs, first=sections(groups)))
     return 0
 
 

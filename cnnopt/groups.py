@@ -51,7 +51,7 @@ class Spread:
         known = [value for value in values if value is not None]
         if not known:
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+        return cls(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
     def text(self, digits: int) -> str:
         """Such as ``91.26 ±0.34``."""

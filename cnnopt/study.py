@@ -1,8 +1,8 @@
 """Run a grid of cells, and write its tables and figures beside those of the original study.
 
     python -m cnnopt.study --scale 0.1 --np 2 --run-dir runs/study
-    python -m cnnopt.study --recipe ours --np 2 --run-dir runs/study --dataset cifar10 --only 'super-*' --seed 0
-    python -m cnnopt.study --scale 0.01 --dataset digits --run-dir /tmp/study --dry-run
+    python -m cnnopt.study --recipe ours --np 2 --only 'super-*' --seed 0
+    python -m cnnopt.study --scale 0.01 --dataset digits --dry-run
     python -m cnnopt.study --run-dir runs/study --report
 
 Each cell is a run of train_hvd.py, measured by cnnopt.quantize. After each cell the tables (study.md, .tex, .csv), the
@@ -32,9 +32,7 @@ CLUSTERS = "16"
 
 def parser() -> Parser:
     """The flags of this command."""
-    made = Parser(
-        prog="python -m cnnopt.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="python -m cnnopt.study", description=__doc__)
     made.add_argument("--recipe", choices=cells.RECIPES, default="original", help="which grid [original]")
     made.add_argument("--grid", type=Path, metavar="FILE", help="a grid of yours, like cnnopt/grid/original.yaml")
     made.add_argument("--scale", type=float, default=1.0, metavar="X", help="length of a run against the recipe's [1]")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cnnopt.grid import tables
-from cnnopt.grid.table import Spread
 from cnnopt.grid.tables import Group
+from cnnopt.groups import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

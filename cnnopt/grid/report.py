@@ -6,11 +6,11 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from cnnopt import compare
 from cnnopt.export import page
 from cnnopt.grid import cells, figures, records, tables
 from cnnopt.grid.cells import Grid, GridError
 from cnnopt.grid.table import Table
+from cnnopt.groups import read
 from cnnopt.run import atomic_files
 
 
@@ -29,7 +29,7 @@ def of_runs(run_dir: Path, output: Path, grids: Sequence[Grid]) -> None:
     except OSError as error:
         raise GridError(f"--output {output}: {error.strerror}; name another folder") from None
     records.save(found, output / "records")
-    runs = [compare.read(run_dir / name) for name in firsts(groups)]
+    runs = [read(run_dir / name) for name in firsts(groups)]
     title = f"{len(found)} runs of the study"
     atomic_files.replace(output / "study.html", page.comparison_page(runs, title=title, first=sections))
 

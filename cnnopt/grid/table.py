@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Values over seeds: the mean, and the sample standard deviation, which one value does not have."""
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
-        """The spread of ``values``. None of none."""
-        if not values:
-            return None
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+from cnnopt.groups import Spread
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from cnnopt.grid.cells import HERE, Grid, settings_of
 from cnnopt.grid.records import Record
-from cnnopt.grid.table import Column, Spread, Table
+from cnnopt.grid.table import Column, Table
+from cnnopt.groups import Spread
 
 #: The strictly pruned model of the original study: 60% zeros and no augmentation.
 STRICT = "polynomial-60"

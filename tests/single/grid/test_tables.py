@@ -9,7 +9,8 @@ import pytest
 from cnnopt.grid import figures, tables
 from cnnopt.grid.cells import recipe, settings_of
 from cnnopt.grid.report import known, markdown
-from cnnopt.grid.table import Column, Spread, Table
+from cnnopt.grid.table import Column, Table
+from cnnopt.groups import Spread
 
 ORIGINAL = recipe("original")
 
