@@ -25,7 +25,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cnnopt.config import TrainConfig, parse_args
-from cnnopt.distributed import collectives, entrypoint
+from cnnopt.distributed import collectives, entrypoint, host
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import launched
@@ -51,7 +51,12 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
         config.check_timeline(published, launch_info.size)
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
-    settings = collectives.prepare(launch_info, deterministic=config.deterministic, verbose=config.verbose)
+    settings = collectives.prepare(
+        launch_info,
+        deterministic=config.deterministic,
+        verbose=config.verbose,
+        compiles=config.compiles(gpu=host.has_gpu()),
+    )
     world = collectives.start(verbose=config.verbose, share_gpus=config.share_gpus)
     config.check_ranks(world.size)
     collectives.exchange_addresses(peers)
@@ -63,8 +68,9 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     from cnnopt.model import precision
     from cnnopt.run import run_folder
     from cnnopt.training import callbacks, resume, session
+    from cnnopt.training.build import build_model
     from cnnopt.training.console import final_line, make_console, start_table, tensorboard_command
-    from cnnopt.training.step import build_model
+    from cnnopt.training.xla import Compiler
 
     console = make_console(quiet=not world.first)
 
@@ -75,9 +81,12 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     # A copy of a data set may hold fewer images than the published one.
     config.check_timeline(timeline, world.size)
-    compute = precision.choose(config.precision, has_gpu=collectives.device() == "GPU")
+    gpu = collectives.device() == "GPU"
+    compute = precision.choose(config.precision, has_gpu=gpu)
     collectives.assert_same(f"--precision {config.precision}", compute.compute)
-    model = build_model(config, images, timeline, compute, ranks=world.size)
+    compiler = Compiler(config.compiles(gpu=gpu), console.print)
+    collectives.assert_same(f"--compile {config.compile}", "on" if compiler.enabled else "off")
+    model = build_model(config, images, timeline, compute, ranks=world.size, compiler=compiler)
     if world.first:
         computed = {"ranks": world.size, "device": collectives.device(), "precision": compute.compute}
         folder.open(config, {**run_folder.environment(settings), **computed})

@@ -8,6 +8,7 @@ the bytes that each kind reads and writes, by the shapes of its inputs and outpu
 
     .venv/bin/python benchmarks/operations.py --depth 44 --batch 64
     horovodrun -np 2 .venv/bin/python benchmarks/operations.py --depth 44 --batch 64    # with the exchange
+    horovodrun -np 2 .venv/bin/python benchmarks/operations.py --depth 44 --batch 64 --compile
 """
 
 import os
@@ -35,11 +36,15 @@ from cnnopt.config import TrainConfig  # noqa: E402
 from cnnopt.data import datasets  # noqa: E402
 from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
-from cnnopt.training.step import build_model  # noqa: E402
+from cnnopt.training.build import build_model  # noqa: E402
+from cnnopt.training.stream import HostStream  # noqa: E402
+from cnnopt.training.xla import Compiler  # noqa: E402
 
 # Kinds that take a smaller share of a step are added up.
 SMALL = 0.004
 XLA = "compiled by XLA"
+# Not operations of the step: the executor itself, and what passes arguments and results.
+PASSED = ("executor", "_Arg", "_Retval", "NoOp")
 # They pass a tensor on, read its shape, or disappear when TensorFlow simplifies the graph.
 MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill")
 
@@ -100,19 +105,19 @@ def bytes_moved(graph: tf.Graph) -> tuple[Counter[str], Counter[str]]:
     return moved, counts
 
 
-def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tuple[str, dict]:
+def profile(depth: int, batch: int, steps: int, rounds: int, asked: str, compiles: bool) -> tuple[str, dict]:
     """The table of one network, and every figure."""
     images = datasets.load("synthetic", synthetic_sizes=(batch, batch))
     compute = precision.choose(asked, has_gpu=collectives.device() == "GPU")
     config = TrainConfig(dataset="synthetic", depth=depth, batch_size=batch * WORLD.size, epochs=1000, base_lr=1e-3,
                          optimizer="sgd", prune_begin="0s", prune_end="1s", name="operations")  # fmt: skip
-    model = build_model(config, images, Timeline(batch, batch, config.epochs), compute, ranks=WORLD.size)
-    model.make_train_function()
+    timeline = Timeline(batch, batch, config.epochs)
+    model = build_model(config, images, timeline, compute, ranks=WORLD.size, compiler=Compiler(compiles))
     model.prune(1)
     labels = images.train_labels.astype("int64")
-    stream = iter(tf.data.Dataset.from_tensors((images.train_images, labels)).repeat())
+    stream = HostStream(iter(tf.data.Dataset.from_tensors((images.train_images, labels)).repeat()))
     for _ in range(3):
-        model.train_function(stream)
+        model.train(stream, 0, 1)
     product = matrix_product(compute.compute)
     product()
     traces, products = [], []
@@ -124,12 +129,13 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
         with tempfile.TemporaryDirectory() as folder:
             with tf.profiler.experimental.Profile(folder):
                 for _ in range(steps):
-                    model.train_function(stream)
+                    model.train(stream, 0, 1)
             traces.append(self_times(Path(folder)))
     counts = traces[0][1]
     seconds = Counter({kind: statistics.median(spent[kind] for spent, _ in traces) for kind in counts})
     total = sum(seconds.values())
-    shown = [kind for kind, spent in seconds.most_common() if spent >= SMALL * total]
+    # Of a compiled step few operations are left, and all are shown.
+    shown = [kind for kind, spent in seconds.most_common() if spent >= SMALL * total or compiles]
     rest = sum(spent for kind, spent in seconds.items() if kind not in shown)
     number = sum(count for kind, count in counts.items() if kind not in shown)
     rows = [
@@ -137,19 +143,20 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
         for kind, count, spent in [
             *((k, counts[k], seconds[k]) for k in shown),
             ("all others", number, rest),
-            ("together", sum(counts.values()) - counts["executor"], total - seconds["executor"]),
+            ("together", sum(counts.values()) - sum(counts[kind] for kind in PASSED), total - seconds["executor"]),
         ]
     ]
     gemm = 2 * GEMM**3 / statistics.median(products)
     multiplied = floating_point_operations(model) * batch * steps
     convolutions = sum(spent for kind, spent in seconds.items() if "Conv2D" in kind)
+    of_that = f"the convolutions {multiplied / convolutions / gemm:.2f} of that, " if convolutions else ""
     text = (
         f"ResNet-{depth}, {compute.compute}, batch {batch}, one thread: {1e3 * total / steps:.0f} ms a step. A matrix "
-        f"product of {GEMM} x {GEMM} makes {gemm / 1e9:.0f} GFLOP/s, the convolutions "
-        f"{multiplied / convolutions / gemm:.2f} of that, over the whole step {multiplied / total / gemm:.2f}\n\n"
+        f"product of {GEMM} x {GEMM} makes {gemm / 1e9:.0f} GFLOP/s, {of_that}over the whole step "
+        f"{multiplied / total / gemm:.2f}\n\n"
     )
     text += table(["operation", "a step", "ms", "of a step"], rows)
-    moved, number = bytes_moved(model.train_function.get_concrete_function(stream).graph)
+    moved, number = bytes_moved(model.train_call.get_concrete_function(stream.given(0, 1), stream.item, None).graph)
     most = [[kind, number[kind], f"{size / 1e6:.0f}"] for kind, size in moved.most_common(12)]
     text += "\n\n" + table(["operation of the graph", "a step", "MB read and written"], most)
     return text, {
@@ -166,8 +173,13 @@ def profile(depth: int, batch: int, steps: int, rounds: int, asked: str) -> tupl
 
 def main() -> None:
     """Measure, print the tables, write every figure."""
-    args = arguments(__doc__).parse_args()
-    found = {str(depth): profile(depth, args.batch, args.steps, args.rounds, args.precision) for depth in args.depth}
+    parser = arguments(__doc__)
+    parser.add_argument("--compile", action="store_true", help="let XLA compile the step")
+    args = parser.parse_args()
+    found = {
+        str(depth): profile(depth, args.batch, args.steps, args.rounds, args.precision, args.compile)
+        for depth in args.depth
+    }
     runs = {depth: content for depth, (_, content) in found.items()}
     if WORLD.first:
         report(args.out, "\n\n".join(text for text, _ in found.values()), {"batch": args.batch, "runs": runs})

@@ -11,7 +11,7 @@ Saving and recording are timed as the training thread waits for them.
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 
 collectives.prepare(World(), deterministic=False, verbose=False)
-WORLD = collectives.start(verbose=False)
+collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
@@ -31,13 +31,16 @@ from rich.console import Console  # noqa: E402
 
 from cnnopt.config import TrainConfig  # noqa: E402
 from cnnopt.data import datasets  # noqa: E402
+from cnnopt.data.stream import Draws  # noqa: E402
 from cnnopt.model import precision  # noqa: E402
 from cnnopt.model.resnet import IdentityShortcut  # noqa: E402
 from cnnopt.run import checkpoint  # noqa: E402
 from cnnopt.run.run_folder import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
-from cnnopt.training import loop, metrics  # noqa: E402
-from cnnopt.training import step as training_step  # noqa: E402
+from cnnopt.training import metrics  # noqa: E402
+from cnnopt.training.build import build_model  # noqa: E402
+from cnnopt.training.step import SynchronousModel  # noqa: E402
+from cnnopt.training.stream import HostStream, Stream, training_stream  # noqa: E402
 
 
 def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -58,7 +61,7 @@ def strided(images: tf.Tensor) -> tf.Tensor:
     return tf.pad(images[:, ::2, ::2], [[0, 0], [0, 0], [0, 0], [channels // 2, channels // 2]])
 
 
-def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
+def parts(model: SynchronousModel, batch: int, compute: str) -> dict[str, Callable[[], object]]:
     """A matrix product, and the layers that a network is made of, forward and backward, by stage."""
     found = {"GEMM": matrix_product(compute)}
     for stage, (side, filters) in enumerate(((32, 16), (16, 32), (8, 64)), start=1):
@@ -87,18 +90,18 @@ def parts(model: training_step.SynchronousModel, batch: int, compute: str) -> di
 
 def build(
     config: TrainConfig, images: datasets.Dataset, compute: precision.Precision, streams: ExitStack
-) -> tuple[training_step.SynchronousModel, Iterator]:
+) -> tuple[SynchronousModel, Stream]:
     """A model with its final sparsity, and its stream, which ``streams`` ends."""
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
-    model = training_step.build_model(config, images, timeline, compute, ranks=1)
-    model.make_train_function()
+    model = build_model(config, images, timeline, compute, ranks=1)
     if config.sparsity:
         model.prune(1)
-    stream = loop.training_stream(config, images, WORLD, first_step=0, last_step=timeline.total_steps)
+    draws = Draws(len(images.train_images), batch_size=config.batch_size, seed=config.seed, augment=config.augment)
+    stream = training_stream(images, draws, first_step=0, last_step=timeline.total_steps)
     return model, streams.enter_context(stream)
 
 
-def saving_and_recording(model: training_step.SynchronousModel, rounds: int) -> dict[str, list[float]]:
+def saving_and_recording(model: SynchronousModel, rounds: int) -> dict[str, list[float]]:
     """A checkpoint and the records of an epoch, as the training thread waits for them."""
     logs = {name: 0.0 for names in metrics.TRAIN_CURVES.values() for name in names}
     logs |= {"step": 1, "val_accuracy": 0.0, "val_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
@@ -108,8 +111,7 @@ def saving_and_recording(model: training_step.SynchronousModel, rounds: int) -> 
         recorder.set_model(model)
 
         def save() -> None:
-            arrays = {name: variable.numpy() for name, variable in model.named_state().items()}
-            checkpoint.save(folder.checkpoints, 1, arrays, {}, keep=3)
+            checkpoint.save(folder.checkpoints, 1, model.arrays(), {}, keep=3)
 
         return turns({"save": save, "record": lambda: recorder.on_epoch_end(0, dict(logs))}, rounds)
 
@@ -124,12 +126,12 @@ def profile(
     pruned, stream = build(config, images, compute, streams)
     dense, dense_stream = build(replace(config, sparsity=0.0), images, compute, streams)
     orthogonal, orthogonal_stream = build(replace(config, optimizer="muon"), images, compute, streams)
-    resident = iter(tf.data.Dataset.from_tensors(next(stream)).repeat())
+    resident = HostStream(iter(tf.data.Dataset.from_tensors(next(stream.iterator)).repeat()))
     whole = {
-        "the step": lambda: pruned.train_function(stream),
-        "without pruning": lambda: dense.train_function(dense_stream),
-        "without the input pipeline": lambda: pruned.train_function(resident),
-        "with Muon": lambda: orthogonal.train_function(orthogonal_stream),
+        "the step": lambda: pruned.train(stream, 0, 1),
+        "without pruning": lambda: dense.train(dense_stream, 0, 1),
+        "without the input pipeline": lambda: pruned.train(resident, 0, 1),
+        "with Muon": lambda: orthogonal.train(orthogonal_stream, 0, 1),
     }
     seconds = turns(whole, rounds) | turns(parts(pruned, batch, compute.compute), rounds)
     seconds |= saving_and_recording(pruned, max(3, rounds // 10))

@@ -122,6 +122,21 @@ class TrainConfig:
         before="float32",
     )
 
+    compile: Literal["auto", "on", "off"] = _flag(
+        "auto", "let XLA compile the step and the evaluation; auto: on a GPU, not on CPUs", identity=False, group="step"
+    )
+    stream: Literal["auto", "host", "device"] = _flag(
+        "auto",
+        "where batches are cut, which are the same: on the device, which then holds all images, or on the host; auto: "
+        "on a GPU, else on the host",
+        identity=False,
+    )
+    steps_per_call: str = _flag(
+        "auto",
+        "steps between two looks at signals and clocks; auto: as many as take half a second on a GPU, 1 on CPUs",
+        identity=False,
+    )
+
     run_dir: str = _flag("runs", "folder of all runs", identity=False, group="saving")
     name: str | None = _flag(
         None, "folder of this run below --run-dir [data set, depth, sparsity, precision, seed]", identity=False
@@ -172,6 +187,20 @@ class TrainConfig:
         assert self.base_lr is not None
         batches = self.batch_size / 128
         return self.base_lr * (batches if self.optimizer == "sgd" else math.sqrt(batches))
+
+    def compiles(self, *, gpu: bool) -> bool:
+        """Whether XLA compiles the step. ``gpu``: whether this rank computes on a GPU."""
+        return self.compile == "on" or (self.compile == "auto" and gpu)
+
+    def resident(self, *, gpu: bool) -> bool:
+        """Whether all images stay on the device."""
+        return self.stream == "device" or (self.stream == "auto" and gpu)
+
+    def call_length(self, *, gpu: bool) -> int | None:
+        """The number of steps of a call; None if it is measured."""
+        if self.steps_per_call == "auto":
+            return None if gpu else 1
+        return int(self.steps_per_call)
 
     def check_ranks(self, ranks: int) -> None:
         """Raise ConfigError if the number of ranks is not the expected one, or does not divide the batch."""
@@ -260,6 +289,8 @@ def _validate(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             refuse(name, "must be at least 1")
+    if config.steps_per_call != "auto" and not re.fullmatch("[1-9][0-9]{0,5}", config.steps_per_call):
+        refuse("steps_per_call", "auto, or a number of steps")
     if not 0 <= config.seed < 2**32:
         refuse("seed", "must be 0 or more, and below 2^32")
     for name, low in (("base_lr", 0.0), ("weight_decay", -math.ulp(0.0))):

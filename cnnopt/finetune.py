@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cnnopt.command_line import Parser
 from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
-from cnnopt.distributed import collectives, entrypoint
+from cnnopt.distributed import collectives, entrypoint, host
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import launched
@@ -31,6 +31,7 @@ from cnnopt.run.run_folder import RunFolder
 if TYPE_CHECKING:
     from cnnopt.schedules import Timeline
     from cnnopt.training.step import SynchronousModel
+    from cnnopt.training.xla import Compiler
 
 #: ``base_lr`` as a share of the run's, annealed by a cosine. NVIDIA's pytorch-quantization recommends this.
 RATE = 0.01
@@ -73,7 +74,7 @@ def fine_tune(
     """Fine-tune the run in ``path`` for each number of clusters in ``codebooks`` (0: none); returns the exit status."""
     # ---- Start the ranks. Only the first one reads the run: other hosts may not have the run on their disks ------
     launch_info, _ = launched()
-    settings = collectives.prepare(launch_info, deterministic=False, verbose=False)
+    settings = collectives.prepare(launch_info, deterministic=False, verbose=False, compiles=host.has_gpu())
     # Training has refused ranks that share a GPU, unless the user allowed it.
     world = collectives.start(verbose=False, share_gpus=True)
     collectives.exchange_addresses(peers)
@@ -96,6 +97,7 @@ def fine_tune(
     from cnnopt.schedules import Timeline
     from cnnopt.training import resume, session
     from cnnopt.training.console import final_line, make_console
+    from cnnopt.training.xla import Compiler
 
     console = make_console(quiet=not world.first)
     rank = session.Rank(world, console, request, peers)
@@ -107,7 +109,8 @@ def fine_tune(
         config = settings_of(run, epochs, clusters)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)
         config.check_timeline(timeline, world.size)
-        model = _network(run, config, images, timeline, clusters, ranks=world.size)
+        compiler = Compiler(config.compiles(gpu=collectives.device() == "GPU"), console.print)
+        model = _network(run, config, images, timeline, clusters, ranks=world.size, compiler=compiler)
         folder = RunFolder.of(config)
         if world.first:
             folder.open(config, {**run_folder.environment(settings), "ranks": world.size, "precision": "float32"})
@@ -133,16 +136,17 @@ def _network(
     clusters: int,
     *,
     ranks: int,
+    compiler: Compiler,
 ) -> SynchronousModel:
     """The fake-quantized network with the weights and the masks of the run, and with the centroids of these weights."""
     import numpy as np
 
     from cnnopt.export import clustering, qat
     from cnnopt.model.precision import Precision
-    from cnnopt.training.step import build_model
+    from cnnopt.training.build import build_model
 
     compute = Precision("float32", widen=False, reason="fine-tuning")
-    model = build_model(config, images, timeline, compute, ranks=ranks, parts=qat.parts(clusters))
+    model = build_model(config, images, timeline, compute, ranks=ranks, parts=qat.parts(clusters), compiler=compiler)
     for variable in model.weights:
         if variable.name in run.weights:
             variable.assign(run.weights[variable.name])

@@ -140,3 +140,8 @@ class PruningWindow:
     def updates_after(self, step: int) -> bool:
         """True if the masks change after ``step`` steps."""
         return self.begin <= step <= self.end and (step - self.begin) % self.frequency == 0
+
+    def next_update(self, step: int) -> int | None:
+        """The number of steps, more than ``step``, after which the masks change next; None if they stay."""
+        following = max(self.begin, step + 1 + (self.begin - step - 1) % self.frequency)
+        return following if following <= self.end else None

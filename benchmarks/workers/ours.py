@@ -18,7 +18,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from side_by_side import serve
 
 from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
+from cnnopt.data.stream import Draws
 from cnnopt.distributed import collectives, cpu_tuning, host
 from cnnopt.distributed.world import launched
 
@@ -43,10 +43,12 @@ import kernels  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from cnnopt.model import precision  # noqa: E402
-from cnnopt.model.pruning import magnitude_masks  # noqa: E402
+from cnnopt.model.flat import read  # noqa: E402
+from cnnopt.model.pruning import magnitude_mask, num_pruned  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
-from cnnopt.training import loop  # noqa: E402
-from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
+from cnnopt.training.build import build_model  # noqa: E402
+from cnnopt.training.step import SynchronousModel  # noqa: E402
+from cnnopt.training.stream import HostStream, training_stream  # noqa: E402
 
 IMAGES = datasets.load("synthetic", synthetic_sizes=(2048, 64))
 LIBRARY = "NCCL" if collectives.device() == "GPU" and hvd.nccl_built() else "Gloo"
@@ -67,21 +69,24 @@ def model(exchange: str, wire: str, optimizer: str, bucketed: bool) -> Synchrono
     config, timeline = settings("dense" if alone else exchange, wire, optimizer)
     made = build_model(config, IMAGES, timeline, COMPUTE, ranks=1 if alone else world.size, bucketed=bucketed)
     collectives.broadcast(list(made.named_state().values()))
-    made.make_train_function()
     return made
 
 
 @functools.cache
 def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
-    kernels = [kernel.numpy() for kernel in model("dense", "float32", "sgd", True).pruner.kernels]
-    return [mask.numpy() for mask in magnitude_masks(kernels, sparsity, "uniform")]
+    kernels = read(model("dense", "float32", "sgd", True).pruner.kernels)
+    sizes = [kernel.size for kernel in kernels]
+    flat = tf.constant(np.concatenate([kernel.ravel() for kernel in kernels]))
+    mask = magnitude_mask(flat, sizes, [num_pruned(size, sparsity) for size in sizes]).numpy()
+    parts = np.split(mask, np.cumsum(sizes)[:-1])
+    return [part.reshape(kernel.shape) for part, kernel in zip(parts, kernels, strict=True)]
 
 
 @functools.cache
-def resident_batch() -> Iterator:
+def resident_batch() -> HostStream:
     """One batch of the stream, for ever."""
-    return iter(tf.data.Dataset.from_tensors(next(stream)).repeat())
+    return HostStream(iter(tf.data.Dataset.from_tensors(next(stream.iterator)).repeat()))
 
 
 def peak_bytes() -> int:
@@ -132,7 +137,7 @@ def block(
         start = time.perf_counter()
         with tf.profiler.experimental.Profile(folder) if profile else contextlib.nullcontext():
             for _ in range(steps):
-                mine.train_function(batches)
+                mine.train(batches, 0, 1)
             mine.run.global_step.numpy()
         seconds = time.perf_counter() - start
         spent = kernels.spent(kernels.read(Path(folder)), steps) if profile else None
@@ -143,7 +148,7 @@ def block(
         "horovods_seconds": processor_seconds() - before,
         "bytes": int(mine.exchange.bytes.numpy()) / steps,
         # The last stage's is ready first.
-        "vectors": [len(bucket.kept.numpy()) * mine.exchange.wire.size for bucket in reversed(mine.exchange.buckets)],
+        "vectors": [entries * mine.exchange.wire.size for entries in reversed(mine.exchange.entries)],
         "compute": COMPUTE.compute,
         "exchange": mine.exchange.choice.kind,
         "library": LIBRARY,
@@ -151,5 +156,7 @@ def block(
 
 
 CONFIG, TIMELINE = settings("dense", "float32", "sgd")
-with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=TIMELINE.total_steps) as stream:
+DRAWS = Draws(len(IMAGES.train_images), batch_size=CONFIG.batch_size, seed=CONFIG.seed, augment=CONFIG.augment,
+              rank=world.rank, size=world.size)  # fmt: skip
+with training_stream(IMAGES, DRAWS, first_step=0, last_step=TIMELINE.total_steps) as stream:
     serve(block)

@@ -1,7 +1,6 @@
-"""CIFAR-10, CIFAR-100, digits and synthetic images: fetched, verified, and cut into augmented batches.
+"""CIFAR-10, CIFAR-100, digits and synthetic images: fetched and verified.
 
-Images stay in memory as uint8 [N, 32, 32, 3]. The training stream depends on the seed only. The number of ranks,
-and the steps at which a run was stopped and resumed, do not change it.
+Images stay in memory as uint8 [N, 32, 32, 3]. ``cnnopt.data.stream`` cuts them into augmented batches.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from cnnopt.data import cifar_files, shared_images
+from cnnopt.data import cifar_files, shared_images, stream
 from cnnopt.data.cifar_files import DataError
 
-__all__ = ["AUGMENTATIONS", "DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download",
-           "batches", "check", "indices", "load"]  # fmt: skip
+__all__ = ["DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download", "check", "load"]
 
 #: The data sets, and the number of training images of each.
 DATASETS = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "synthetic": 2_048}
-AUGMENTATIONS = ("none", "standard", "shift")
 CONNECT_SECONDS = 15
 
 
@@ -249,7 +246,7 @@ def _digits() -> Dataset:
 
 def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
     """Shifted and noisy views of ten smooth templates. A small network learns them at once."""
-    rng = np.random.default_rng([seed, _SYNTHETIC])
+    rng = np.random.default_rng([seed, stream.SYNTHETIC])
     templates = 128 + 50 * _resized(rng.standard_normal((10, 5, 5, 3)), 40)
     views = sliding_window_view(templates, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
 
@@ -260,97 +257,3 @@ def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
         return np.rint(np.clip(images, 0, 255)).astype(np.uint8), labels
 
     return Dataset("synthetic", *split(num_train), *split(num_test), tuple(f"template {i}" for i in range(10)))
-
-
-# The training stream -------------------------------------------------------------------------------------------
-
-# Each use of the seed has a separate generator, so that no use changes the numbers of another.
-_PERMUTATION, _AUGMENTATION, _ORIENTATION, _SYNTHETIC = range(4)
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    permutation = np.random.default_rng([seed, _PERMUTATION, epoch]).permutation(num_images)
-    permutation.setflags(write=False)
-    return permutation
-
-
-def indices(step: int, *, batch_size: int, num_images: int, seed: int) -> np.ndarray:
-    """The indices of the images in the global batch of `step` (0-based): int64 [batch_size].
-
-    The stream is one permutation of all images after another. The batch has its positions [step * batch_size,
-    (step + 1) * batch_size). A batch may hold the end of one epoch and the start of the next. So every batch
-    is full, and each image comes exactly once per epoch.
-    """
-    first, last = step * batch_size, (step + 1) * batch_size
-    epochs = range(first // num_images, (last - 1) // num_images + 1)
-    stream = np.concatenate([_permutation(num_images, seed, epoch) for epoch in epochs])
-    offset = first - epochs[0] * num_images
-    return stream[offset : offset + batch_size].astype(np.int64, copy=False)
-
-
-def batches(
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    batch_size: int,
-    seed: int,
-    augment: str,
-    first_step: int,
-    last_step: int,
-    rank: int = 0,
-    size: int = 1,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield this rank's part of the global batches of steps `first_step` to `last_step` - 1.
-
-    Each part is images uint8 [batch_size / size, 32, 32, 3] and labels int64. The augmentation is drawn for the
-    whole global batch, from seed and step. So any number of ranks and any resume give the same stream.
-    `augment` is one of:
-
-    - "none";
-    - "standard": a random 32 x 32 crop of the image padded by 4 reflected pixels (He et al. 2016, section
-      4.2, pads zeros), and alternating flip: a random bit per image chooses its orientation in even epochs,
-      and odd epochs show the other orientation (Jordan 2024, arXiv:2404.00498, section 3.6);
-    - "shift": a shift of up to 3 pixels (10%) each way with the edge replicated, and a random flip.
-
-    Raises ValueError if `batch_size` does not divide over the ranks or is larger than the number of images, or if
-    `augment` is none of these.
-    """
-    if augment not in AUGMENTATIONS:
-        raise ValueError(f"--augment {augment}: choose one of {', '.join(AUGMENTATIONS)}")
-    if batch_size < 1 or batch_size % size:
-        lower = batch_size // size * size
-        choices = f"{lower} or {lower + size}" if lower > 0 else f"{size} or {2 * size}"
-        raise ValueError(f"--batch-size {batch_size} cannot be split evenly over {size} ranks: use {choices}")
-    if len(images) != len(labels) or not len(labels):
-        raise ValueError(f"{len(images)} images with {len(labels)} labels: need equally many, and at least one")
-    if batch_size > len(images):
-        raise ValueError(f"--batch-size {batch_size}: there are {len(images):,} training images; use at most so many")
-    # The generator is a separate function, so that the errors above come at the call and not at the first batch.
-    return _stream(images, labels, batch_size, seed, augment, range(first_step, last_step), rank, size)
-
-
-def _stream(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, augment: str, steps: range, rank: int, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    margin, mode = {"none": (0, "edge"), "standard": (4, "reflect"), "shift": (3, "edge")}[augment]
-    padding = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-    orientation = np.random.default_rng([seed, _ORIENTATION]).integers(2, size=len(images))
-    part = slice(rank * batch_size // size, (rank + 1) * batch_size // size)
-    for step in steps:
-        chosen = indices(step, batch_size=batch_size, num_images=len(images), seed=seed)
-        rng = np.random.default_rng([seed, _AUGMENTATION, step])
-        down, right = rng.integers(2 * margin + 1, size=(2, batch_size))
-        if augment == "standard":
-            epochs = np.arange(step * batch_size, (step + 1) * batch_size) // len(images)
-            flipped = (orientation[chosen] + epochs) % 2
-        else:
-            flipped = rng.integers(2, size=batch_size)
-        # Each batch is padded by itself. All images, padded at once, would be half as large again on every rank.
-        padded = np.pad(images[chosen[part]], padding, mode=mode) if margin else images[chosen[part]]  # type: ignore[call-overload]
-        crops = sliding_window_view(padded, (32, 32, 3), axis=(1, 2, 3))  # type: ignore[call-overload]
-        batch = crops[np.arange(len(padded)), down[part], right[part], 0]
-        if augment != "none":
-            mirrored = np.flatnonzero(flipped[part])
-            batch[mirrored] = batch[mirrored, :, ::-1]
-        yield batch, labels[chosen[part]].astype(np.int64, copy=False)

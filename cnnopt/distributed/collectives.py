@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnnopt.distributed import cpu_tuning, gpus, host, rendezvous, slurm
+from cnnopt.distributed import cpu_tuning, gpus, host, rendezvous, slurm, xla_cache
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.world import LaunchError, World, count, launched, threads_per_rank
 from cnnopt.errors import RunError
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def prepare(world: World, *, deterministic: bool, verbose: bool, compiles: bool = False) -> dict[str, str]:
     """Set the environment variables that TensorFlow and Horovod read at start. Call before importing either.
 
-    ``compiles``: whether XLA will compile the step. If it cannot do so for a GPU, one line says what is missing.
+    ``compiles``: whether XLA will compile the step; it keeps what it compiles for later processes. If it cannot compile
+    for a GPU, one line says what is missing.
+
     A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError if this rank
     and the others cannot reach each other, LaunchError if a variable that must be a whole number is not one.
     """
@@ -54,6 +56,8 @@ def prepare(world: World, *, deterministic: bool, verbose: bool, compiles: bool 
             print(f"cnnopt: {platform.node()}: {lacking}", file=sys.stderr, flush=True)
     if deterministic:
         others["TF_DETERMINISTIC_OPS"] = "1"
+    if compiles:
+        others |= xla_cache.variables()
     if not verbose:
         others |= {**host.QUIET, "HOROVOD_LOG_LEVEL": "error"}
     settings = host.prepare({**numbers, **others})

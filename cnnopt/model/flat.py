@@ -62,12 +62,28 @@ class View(tf.Variable):
         """Add ``delta`` to the entries."""
         self.assign(self.value() + delta)
 
+    def assign_sub(self, delta: Any, *_: Any, **__: Any) -> None:
+        """Subtract ``delta`` from the entries."""
+        self.assign(self.value() - delta)
+
     def __tf_tensor__(self, dtype: tf.DType | None = None, name: str | None = None) -> tf.Tensor:
         # ``dtype`` is ignored: Keras asks for float32 and casts to the compute type, which ``current`` has already.
         return self.value()
 
     def __repr__(self) -> str:
         return f"<View {self.name!r} {self.shape}>"
+
+
+def read(variables: Sequence[tf.Variable]) -> list[np.ndarray]:
+    """The value of each variable. A vector that has many views is copied from its device once."""
+    vectors = {id(view.vector): view.vector for view in variables if isinstance(view, View)}
+    values = {key: vector.numpy() for key, vector in vectors.items()}
+    return [
+        values[id(variable.vector)][variable.offset : variable.offset + variable.size].reshape(variable.shape)
+        if isinstance(variable, View)
+        else variable.numpy()
+        for variable in variables
+    ]
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ class DynamicLossScale:
 
     def __init__(self, enabled: bool, *, initial: float = 2.0**15, growth_steps: int = 1000) -> None:
         self.enabled = enabled
+        #: Steps in a row that may be skipped because of the scale: the largest, 2^24, is 1 after 24 halvings.
+        self.most_skipped = 24 if enabled else 0
         self.growth_steps = growth_steps
         self.value = tf.Variable(initial if enabled else 1.0, trainable=False, name="loss_scale", dtype=tf.float32)
         self.finite_steps = tf.Variable(0, trainable=False, name="finite_steps", dtype=tf.int64)

@@ -16,6 +16,7 @@ import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 
 from cnnopt.errors import RunError
+from cnnopt.model.flat import View, read
 from cnnopt.schedules import PruningWindow
 
 
@@ -26,7 +27,7 @@ class PruningError(RunError):
 Scope = Literal["uniform", "global"]
 
 
-def prunable_kernels(model: keras.Model) -> list[tf.Variable]:
+def prunable_kernels(model: keras.Model) -> list[View]:
     """The kernels of all convolutions and dense layers: the ones that tfmot's ``prune_low_magnitude`` prunes."""
     return [layer.kernel for layer in model.layers if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense))]
 
@@ -36,31 +37,28 @@ def num_pruned(size: int, sparsity: float) -> int:
     return size - round(size * (1 - sparsity))
 
 
-def magnitude_masks(kernels: Sequence[tf.Tensor], sparsity: float, scope: Scope) -> list[tf.Tensor]:
-    """Boolean masks for float32 kernels: True for a kept weight, and exactly as many False as ``sparsity`` asks for.
+def magnitude_mask(weights: tf.Tensor, sizes: Sequence[int], pruned: Sequence[int] | tf.Tensor) -> tf.Tensor:
+    """bool [n]: True for a kept weight of ``weights``, float32 [n], which are ranked in consecutive parts of ``sizes``.
 
-    ``uniform`` prunes each kernel to ``sparsity``; ``global`` ranks the weights of all kernels together.
-    Among weights of equal magnitude, the lower index is pruned first. So equal weights give equal masks on every rank.
+    Exactly ``pruned[i]`` entries of part i are False: those of smallest magnitude, and of equal magnitudes the lower
+    indices. So equal weights give equal masks on every rank.
     """
-    flat = [tf.reshape(kernel, [-1]) for kernel in kernels]
-    if scope == "global":
-        masks = tf.split(_largest(tf.concat(flat, 0), sparsity), [len(part) for part in flat])
-    else:
-        masks = [_largest(part, sparsity) for part in flat]
-    return [tf.reshape(mask, kernel.shape) for mask, kernel in zip(masks, kernels, strict=True)]
-
-
-def _largest(weights: tf.Tensor, sparsity: float) -> tf.Tensor:
-    """bool [n]: False for the entries of ``weights`` [n] that ``sparsity`` prunes."""
-    pruned = num_pruned(len(weights), sparsity)
+    starts, parts = np.cumsum(sizes) - sizes, np.repeat(np.arange(len(sizes)), sizes)
     # Floats without sign have the same order as their bits read as integers. The bits are compared, because TensorFlow
-    # treats floats below 1e-38 as zeros.
+    # treats floats below 1e-38 as zeros. The number of the part stands before them, so one sort serves all parts.
     magnitudes = tf.bitwise.bitwise_and(tf.bitcast(weights, tf.int32), 0x7FFFFFFF)
-    # The threshold is the largest pruned magnitude. ``ties`` weights of exactly this magnitude are pruned too.
-    threshold = tf.sort(magnitudes)[pruned - 1] if pruned else -1
-    below, equal = magnitudes < threshold, magnitudes == threshold
-    ties = pruned - tf.math.count_nonzero(below, dtype=tf.int32)
-    return ~(below | (equal & (tf.cumsum(tf.cast(equal, tf.int32)) <= ties)))
+    keys = tf.cast(magnitudes, tf.int64) + tf.constant(parts << 31, tf.int64)
+    ordered = tf.sort(keys)
+    # The threshold is the largest pruned key of a part. As many of the entries that equal it are pruned as are missing.
+    ends = tf.constant(starts, tf.int64) + tf.cast(pruned, tf.int64)
+    thresholds = tf.where(tf.cast(pruned, tf.int64) > 0, tf.gather(ordered, tf.maximum(ends - 1, 0)), -1)
+    missing = ends - tf.searchsorted(ordered, thresholds, out_type=tf.int64)
+    threshold = tf.gather(thresholds, parts)
+    equal = keys == threshold
+    # Counted in float64, because TensorFlow has no cumulative sum of integers for a GPU.
+    counted = tf.cumsum(tf.cast(equal, tf.float64))
+    most = tf.gather(tf.pad(counted, [[1, 0]]), starts) + tf.cast(missing, tf.float64)
+    return ~((keys < threshold) | (equal & (counted <= tf.gather(most, parts))))
 
 
 class Pruner:
@@ -68,8 +66,8 @@ class Pruner:
 
     def __init__(
         self,
-        kernels: Sequence[tf.Variable],
-        masks: Sequence[tf.Variable],
+        kernels: Sequence[View],
+        masks: tf.Variable,
         *,
         schedule: Literal["none", "constant", "polynomial"],
         final_sparsity: float,
@@ -77,7 +75,14 @@ class Pruner:
         window: PruningWindow,
         scope: Scope,
     ) -> None:
-        self.kernels, self.masks = list(kernels), list(masks)
+        """``kernels`` are views of one vector, and ``masks`` is a vector of the same length."""
+        self.kernels = list(kernels)
+        self.masks = [kernel.like(masks, f"mask/{kernel.name}:0") for kernel in kernels]
+        self._vectors = kernels[0].vector, masks
+        # The places of the weights that are ranked, in the order in which equal ones are pruned.
+        self._places = tf.constant(np.concatenate([np.arange(k.offset, k.offset + k.size) for k in kernels])[:, None])
+        sizes = [kernel.size for kernel in kernels]
+        self._sizes = [sum(sizes)] if scope == "global" else sizes
         self.scope = scope
         self.window = window
         self.final_sparsity = final_sparsity
@@ -99,6 +104,10 @@ class Pruner:
         """True if the masks change after ``step`` steps."""
         return self.enabled and self.window.updates_after(step)
 
+    def next_update(self, step: int) -> int | None:
+        """The number of steps, more than ``step``, after which the masks change next; None if they stay."""
+        return self.window.next_update(step) if self.enabled else None
+
     def target(self, step: int) -> float:
         """The sparsity of the masks after ``step`` steps."""
         if not self.enabled or step < self.window.begin:
@@ -119,16 +128,23 @@ class Pruner:
         """Compute the masks that are due after ``step`` steps, and set the pruned weights to zero."""
         # The schedule computes in float32. At its end, the exact final sparsity is used instead.
         sparsity = self.final_sparsity if step >= self.window.end else self.target(step)
-        masks = magnitude_masks(self.kernels, sparsity, self.scope)
-        for variable, kernel, mask in zip(self.masks, self.kernels, masks, strict=True):
-            variable.assign(tf.cast(mask, tf.float32))
-            kernel.assign(tf.where(mask, kernel, 0.0))
+        weights, masks = self._vectors
+        ranked = tf.gather_nd(weights.read_value(), self._places)
+        kept = magnitude_mask(ranked, self._sizes, [num_pruned(size, sparsity) for size in self._sizes])
+        mask = tf.tensor_scatter_nd_update(tf.ones_like(weights), self._places, tf.cast(kept, tf.float32))
+        masks.assign(mask)
+        weights.assign(tf.where(mask == 0, 0.0, weights))
+
+    def _zeros(self) -> list[int]:
+        """The number of exact zeros in each kernel."""
+        return [int(np.sum(values == 0)) for values in read(self.kernels)]
 
     def sparsities(self) -> dict[str, float]:
         """The measured share of exact zeros: of each kernel, by its layer's name, and of all kernels as ``total``."""
-        zeros = {k.name.split("/")[0]: (int(np.sum(k.numpy() == 0)), int(np.prod(k.shape))) for k in self.kernels}
-        total = (sum(z for z, _ in zeros.values()), sum(n for _, n in zeros.values()))
-        return {name: z / n for name, (z, n) in {**zeros, "total": total}.items()}
+        zeros, sizes = self._zeros(), [kernel.size for kernel in self.kernels]
+        names = [kernel.name.split("/")[0] for kernel in self.kernels]
+        shares = {name: zero / size for name, zero, size in zip(names, zeros, sizes, strict=True)}
+        return {**shares, "total": sum(zeros) / sum(sizes)}
 
     def verify_final(self) -> None:
         """Raise PruningError unless the number of zeros is the target, within one weight: per kernel, or in total.
@@ -137,8 +153,7 @@ class Pruner:
         """
         if not self.enabled:
             return
-        zeros = [int(np.sum(kernel.numpy() == 0)) for kernel in self.kernels]
-        sizes = [int(np.prod(kernel.shape)) for kernel in self.kernels]
+        zeros, sizes = self._zeros(), [kernel.size for kernel in self.kernels]
         names = [kernel.name for kernel in self.kernels]
         if self.scope == "global":
             zeros, sizes, names = [sum(zeros)], [sum(sizes)], ["all kernels"]

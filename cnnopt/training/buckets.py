@@ -32,43 +32,14 @@ class Choice:
     reason: str
 
 
-class Bucket:
-    """A vector that is sent in one allreduce, float32 [size], and the entries that are kept: at first all."""
-
-    def __init__(self, size: int, *, dense: bool, name: str) -> None:
-        self.size, self.dense, self.name = size, dense, name
-        # The first dimension is None: its length changes with the masks, and this must not trace the step again.
-        self.kept = tf.Variable(
-            np.ones(size, bool) if dense else np.arange(size)[:, np.newaxis], trainable=False,
-            shape=[size] if dense else [None, 1],
-        )  # fmt: skip
-
-    def keep(self, kept: np.ndarray) -> None:
-        """Keep the entries that are True in ``kept``, bool [size]. ``kept`` must be the same on all ranks."""
-        self.kept.assign(kept if self.dense else np.argwhere(kept))
-
-    def take(self, flat: tf.Tensor) -> tf.Tensor:
-        """The entries to send, float32 [kept]; dense sends all of them."""
-        return flat if self.dense else tf.gather_nd(flat, self.kept)
-
-    def put_back(self, summed: tf.Tensor) -> tf.Tensor:
-        """Put the kept entries back in their places, float32 [size], with 0 elsewhere."""
-        kept = self.kept.read_value()
-        if self.dense:
-            return tf.where(kept, summed, 0.0)
-        if collectives.device() == "GPU":
-            # to_dense is avoided here: TensorFlow's sparse_to_dense_op.cc says that its GPU kernel accesses memory
-            # illegally (b/184077412).
-            return tf.tensor_scatter_nd_update(tf.zeros([self.size]), kept, summed)
-        # to_dense takes a fifth of the time of the line above (docs/benchmarks.md, "Whose core it is").
-        return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [self.size]), validate_indices=False)
-
-
 class Exchange:
     """Average float32 vectors of the lengths ``sizes`` over all ranks. Each is sent as soon as it is ready.
 
     With one size, the vectors are joined and sent as one. ``masks``, float32, 1 or 0, belong to the first entries of
     the joined vectors; the entries after them are always kept. ``wire`` is the type that is sent.
+
+    ``pack`` and ``unpack`` are arithmetic, which XLA may compile. ``send``, between them, is never compiled: Horovod,
+    the clock, and the number of kept entries, which changes with the masks.
     """
 
     def __init__(
@@ -79,15 +50,30 @@ class Exchange:
         self.ranks, self.choice, self.wire, self.clock = ranks, choice, tf.as_dtype(wire), clock
         self.seconds = tf.Variable(0, trainable=False, dtype=tf.float64)
         self.bytes = tf.Variable(0, trainable=False, dtype=tf.int64)
-        self.buckets = [Bucket(size, dense=choice.kind == "dense", name=f"step.{i}") for i, size in enumerate(sizes)]
+        self.step_bytes = tf.Variable(0, trainable=False, dtype=tf.int64)
+        #: The number of entries that each bucket sends.
+        self.entries = list(sizes)
+        # The indices of the kept entries of each bucket, for a sparse exchange. The first dimension is None: its length
+        # changes with the masks, and this must not trace the step again.
+        self.kept = [
+            tf.Variable(np.arange(size)[:, np.newaxis], trainable=False, shape=[None, 1])
+            for size in sizes
+            if choice.kind == "sparse"
+        ]
+        self.sizes = list(sizes)
 
     def follow_masks(self) -> None:
-        """From now on, send the entries that the masks keep."""
-        kept = np.ones(self.size, bool)
-        kept[: self.masks.shape[0]] = self.masks.numpy() != 0
-        ends = np.cumsum([bucket.size for bucket in self.buckets])
-        for bucket, part in zip(self.buckets, np.split(kept, ends[:-1]), strict=True):
-            bucket.keep(part)
+        """From now on, send the entries that the masks keep, and count their bytes."""
+        if self.kept:
+            for variable, part in zip(self.kept, tf.split(self._is_kept(), self.sizes), strict=True):
+                variable.assign(tf.where(part))
+            self.entries = [int(tf.shape(variable)[0]) for variable in self.kept]
+        self.step_bytes.assign(sum(self.entries) * self.wire.size if self.ranks > 1 else 0)
+
+    def _is_kept(self) -> tf.Tensor:
+        """bool [size]: whether an entry is kept."""
+        others = self.size - self.masks.shape[0]
+        return tf.pad(self.masks, [[0, others]], constant_values=1.0) != 0
 
     def restart(self) -> None:
         """Count ``seconds`` and ``bytes`` from 0."""
@@ -98,28 +84,54 @@ class Exchange:
         """The means over all ranks, joined, float32 [size]; and whether all of them are finite on all ranks.
 
         Pruned entries come back as 0. They are not checked to be finite, because a sparse exchange does not send them.
+        """
+        return self.unpack(self.send(self.pack(vectors)))
+
+    def pack(self, vectors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The vector of each bucket: in the type of the wire for a dense exchange, else float32."""
+        if len(self.sizes) == 1:
+            vectors = [tf.concat(vectors, 0)]
+        return list(vectors) if self.kept else [tf.cast(flat, self.wire) for flat in vectors]
+
+    def send(self, vectors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The sums over all ranks of what ``pack`` returned. With one rank nothing is sent.
+
         ``seconds`` counts from the moment the last vector is ready: sending while others are computed costs nothing.
         """
-        if len(self.buckets) == 1:
-            vectors = [tf.concat(vectors, 0)]
-        taken = [bucket.take(flat) for bucket, flat in zip(self.buckets, vectors, strict=True)]
-        with tf.control_dependencies(taken):
+        if self.kept:
+            vectors = [
+                tf.cast(tf.gather_nd(flat, kept), self.wire) for flat, kept in zip(vectors, self.kept, strict=True)
+            ]
+        with tf.control_dependencies(vectors):
             before = self.clock()
-        sums = [
-            bucket.put_back(self.total(flat, bucket.name)) for bucket, flat in zip(self.buckets, taken, strict=True)
-        ]
-        total = tf.concat(sums, 0)
-        with tf.control_dependencies([total]):
+        if self.ranks > 1:
+            vectors = [collectives.allreduce_sum(flat, f"step.{i}") for i, flat in enumerate(vectors)]
+        if self.kept:
+            vectors = [
+                _put_back(tf.cast(flat, tf.float32), kept.read_value(), size)
+                for flat, kept, size in zip(vectors, self.kept, self.sizes, strict=True)
+            ]
+        with tf.control_dependencies(vectors):
             self.seconds.assign_add(self.clock() - before)
+        return list(vectors)
+
+    def unpack(self, sums: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """The means and whether they are finite, as ``__call__`` returns them, from the sums. Adds to ``bytes``."""
+        total = tf.cast(tf.concat(sums, 0), tf.float32)
+        if not self.kept:
+            total = tf.where(self._is_kept(), total, 0.0)
+        self.bytes.assign_add(self.step_bytes)
         return total / self.ranks, tf.reduce_all(tf.math.is_finite(total))
 
-    def total(self, flat: tf.Tensor, name: str) -> tf.Tensor:
-        """The sum of ``flat`` over all ranks, float32 [kept]. Adds to ``bytes``. With one rank nothing is sent."""
-        sent = tf.cast(flat, self.wire)
-        if self.ranks > 1:
-            self.bytes.assign_add(tf.size(sent, tf.int64) * self.wire.size)
-            sent = collectives.allreduce_sum(sent, name)
-        return tf.cast(sent, tf.float32)
+
+def _put_back(summed: tf.Tensor, kept: tf.Tensor, size: int) -> tf.Tensor:
+    """Put the entries ``kept``, int64 [n, 1], back in their places, float32 [size], with 0 elsewhere."""
+    if collectives.device() == "GPU":
+        # to_dense is avoided here: TensorFlow's sparse_to_dense_op.cc says that its GPU kernel accesses memory
+        # illegally (b/184077412).
+        return tf.tensor_scatter_nd_update(tf.zeros([size]), kept, summed)
+    # to_dense takes a fifth of the time of the line above (docs/benchmarks.md, "Whose core it is").
+    return tf.sparse.to_dense(tf.sparse.SparseTensor(kept, summed, [size]), validate_indices=False)
 
 
 def choose(

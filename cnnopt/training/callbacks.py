@@ -21,11 +21,11 @@ from cnnopt.distributed.world import World
 from cnnopt.errors import RunError
 from cnnopt.run import checkpoint
 from cnnopt.schedules import Duration, Timeline
-from cnnopt.training.loop import evaluate
+from cnnopt.training.loop import Boundary, evaluate
 from cnnopt.training.step import SynchronousModel
 
 
-class Prune(Callback):
+class Prune(Boundary):
     """Renews the masks when they are due, and compares them with those of the other ranks before the next step.
 
     Calls ``say`` with a warning when a kernel has lost its last weight.
@@ -44,6 +44,10 @@ class Prune(Callback):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Renew masks that are due after ``batch + 1`` steps."""
         self._prune(batch + 1)
+
+    def next_step(self, step: int) -> int | None:
+        """The next mask update."""
+        return self.model.pruner.next_update(step)
 
     def _prune(self, step: int) -> None:
         if self.model.pruner.due(step):
@@ -82,22 +86,16 @@ class StopIfDiverged(Callback):
     def __init__(self, checkpoints: Path) -> None:
         super().__init__()
         self.checkpoints = checkpoints
-        self.skipped_in_a_row = 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Raise DivergedError if the run must end. Every rank sees the same flag, so every rank stops."""
+        """Raise DivergedError if the run must end. Every rank sees the same numbers, so every rank stops."""
         assert logs is not None
-        if bool(logs["finite"]):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        # The largest scale, 2^24, reaches 1 after 24 halvings.
-        if self.model.loss_scale.enabled and self.skipped_in_a_row <= 24:
+        if not (step := int(logs["diverged"])):
             return
         saved = checkpoint.list_steps(self.checkpoints)
         last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
         raise DivergedError(
-            f"step {batch + 1}: loss or gradients are not finite; a lower learning rate (--base-lr) may help; {last}"
+            f"step {step}: loss or gradients are not finite; a lower learning rate (--base-lr) may help; {last}"
         )
 
 
@@ -165,7 +163,7 @@ class StopWhenTold(Callback):
             self.model.stop_training = True
 
 
-class Save(Callback):
+class Save(Boundary):
     """Saves checkpoints every so many epochs, steps or minutes, at a requested stop, and at the end. Rank 0 writes.
 
     Rank 0 counts the minutes. It asks for the save through the step's exchange, so all ranks save at the same step.
@@ -182,6 +180,10 @@ class Save(Callback):
         self.folder, self.world, self.console = folder, world, console
         self.saved_at = time.monotonic()
         self.due = False
+
+    def next_step(self, step: int) -> int | None:
+        """The next save by steps."""
+        return (step // (every := round(self.every.value)) + 1) * every if self.every.unit == "s" else None
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Rank 0 asks for a save when the minutes are over."""
@@ -235,9 +237,8 @@ class Save(Callback):
             self.console.print(f"{failure}; training goes on")
 
     def _write(self, step: int, state: dict[str, Any]) -> str | None:
-        arrays = {name: variable.numpy() for name, variable in self.model.named_state().items()}
         try:
-            checkpoint.save(self.folder, step, arrays, state, keep=self.config.keep)
+            checkpoint.save(self.folder, step, self.model.arrays(), state, keep=self.config.keep)
         except checkpoint.SaveError as error:
             return str(error)
         return None

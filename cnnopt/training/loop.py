@@ -1,71 +1,66 @@
-"""The training loop: the stream of image shards, epochs with Keras' hooks, and exact evaluation over all ranks."""
+"""The training loop: calls of the step, epochs with Keras' hooks, and exact evaluation over all ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt.config import TrainConfig
-from cnnopt.data.datasets import Dataset, batches
 from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 from cnnopt.schedules import Timeline
 from cnnopt.training.step import SynchronousModel
+from cnnopt.training.stream import Stream
 
-_kept: list[tf.data.Iterator] = []
+#: Seconds that a call of several steps may take. A stop is seen after the call in which it was asked for and the next
+#: one, and horovodrun kills ranks 5 seconds after it has told them to stop.
+LONGEST_CALL = 0.5
 
 
-@contextlib.contextmanager
-def training_stream(
-    config: TrainConfig, data: Dataset, world: World, *, first_step: int, last_step: int
-) -> Iterator[tf.data.Iterator]:
-    """This rank's shards of the global batches ``first_step`` .. ``last_step - 1``, prepared ahead of the step.
+class Boundary(keras.callbacks.Callback):
+    """A hook that must act right after certain steps. A call of several steps ends there."""
 
-    On leaving without an error, the stream is drained. A stream is kept and never destroyed: TensorFlow would hold
-    Python's lock while it waits for the stream's thread, and this thread may be waiting for the same lock.
-    """
-    left = threading.Event()
+    def next_step(self, step: int) -> int | None:
+        """The number of steps, more than ``step``, after which this hook acts next; None for never."""
+        raise NotImplementedError
 
-    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        shards = batches(
-            data.train_images,
-            data.train_labels,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augment=config.augment,
-            first_step=first_step,
-            last_step=last_step,
-            rank=world.rank,
-            size=world.size,
-        )
-        return itertools.takewhile(lambda _: not left.is_set(), shards)
 
-    shard = config.batch_size // world.size
-    signature = (tf.TensorSpec([shard, 32, 32, 3], tf.uint8), tf.TensorSpec([shard], tf.int64))
-    stream = iter(tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4))
-    _kept.append(stream)
-    yield stream
-    left.set()
-    for _ in stream:
-        pass
+class CallLength:
+    """The number of steps of a call, equal on all ranks: ``asked``, or as many as ``LONGEST_CALL`` allows if None."""
+
+    def __init__(self, asked: int | None) -> None:
+        self.steps, self.measures = asked or 1, asked is None
+        self.compiled = False
+
+    def took(self, steps: int, seconds: float) -> None:
+        """Follow the time of a call. This is a collective if it measures: rank 0's clock counts for all."""
+        if self.measures and self.compiled:
+            seconds = collectives.broadcast_object(seconds)
+            self.steps = max(1, min(int(LONGEST_CALL * steps / seconds), 8 * self.steps))
+        self.compiled = True
 
 
 def fit(
-    model: SynchronousModel, stream: tf.data.Iterator, timeline: Timeline, callbacks: Sequence[keras.callbacks.Callback]
+    model: SynchronousModel,
+    stream: Stream,
+    timeline: Timeline,
+    callbacks: Sequence[keras.callbacks.Callback],
+    *,
+    steps_per_call: int | None = 1,
 ) -> None:
     """Train like Keras' ``fit``, from ``model.run.global_step`` on. An epoch need not be a whole number of steps.
 
-    ``on_train_batch_end`` gets the number of steps done before the batch.
+    Between calls of ``steps_per_call`` steps (None: measured) the hooks act. A call ends early at the end of an epoch
+    and where a ``Boundary`` asks for it. ``on_train_batch_begin`` gets the number of steps done before the call's first
+    step, ``on_train_batch_end`` that before its last.
     """
     hooks = keras.callbacks.CallbackList(list(callbacks), model=model, add_history=False, add_progbar=False)
-    step = int(model.run.global_step.numpy())
-    train_function = model.make_train_function()
+    boundaries = [hook for hook in callbacks if isinstance(hook, Boundary)]
+    step, length = int(model.run.global_step.numpy()), CallLength(steps_per_call)
+    train = model.compiler.announced(model.train, "the step")
     model.stop_training = False
     model.exchange.follow_masks()
     hooks.on_train_begin()
@@ -74,10 +69,16 @@ def fit(
         hooks.on_epoch_begin(epoch)
         end = min(timeline.epoch_end(epoch), timeline.total_steps)
         while step < end and not model.stop_training:
+            following = (hook.next_step(step) for hook in boundaries)
+            last = min(end, step + length.steps, *(at for at in following if at is not None))
             hooks.on_train_batch_begin(step)
-            logs = train_function(stream)
-            hooks.on_train_batch_end(step, logs)
-            step += 1
+            started = time.perf_counter()
+            logs = train(stream, step, last, several=steps_per_call != 1)
+            # Reading a value waits for the device.
+            logs = {name: value.numpy() for name, value in logs.items()}
+            length.took(last - step, time.perf_counter() - started)
+            step = last
+            hooks.on_train_batch_end(step - 1, logs)
         if step == end:
             hooks.on_epoch_end(epoch, model.end_epoch())
     hooks.on_train_end()
@@ -92,11 +93,23 @@ def evaluate(
     block is computed by one rank, and the sums are in float64.
     """
     blocks = range(0, len(images), batch_size)
+    # XLA compiles for one shape, so the last block is filled up.
+    size = batch_size if model.compiler.enabled else 1
     sums = np.zeros([len(blocks), 3])
     with model.evaluation_weights():
         for i in range(world.rank, len(blocks), world.size):
             part = slice(blocks[i], blocks[i] + batch_size)
-            sums[i] = model.evaluation_step(tf.constant(images[part]), tf.constant(labels[part])).numpy()
+            sums[i] = model.evaluation_step(*_filled(images[part], labels[part], size)).numpy()
     total = collectives.allreduce_sum(tf.constant(sums), name="evaluation").numpy()
     correct, loss, count = total.sum(axis=0)
     return {"accuracy": correct / count, "loss": loss / count, "count": int(count)}
+
+
+def _filled(images: np.ndarray, labels: np.ndarray, size: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Images and labels, filled up to ``size`` with empty ones, and the number of real ones."""
+    missing = max(0, size - len(labels))
+
+    def filled(values: np.ndarray) -> tf.Tensor:
+        return tf.constant(np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)))
+
+    return filled(images), filled(labels), tf.constant(len(labels), tf.int64)

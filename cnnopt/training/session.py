@@ -10,6 +10,7 @@ from tf_keras.callbacks import Callback
 
 from cnnopt.config import TrainConfig
 from cnnopt.data.datasets import Dataset
+from cnnopt.data.stream import Draws
 from cnnopt.distributed import collectives
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import StopRequest
@@ -19,6 +20,7 @@ from cnnopt.schedules import Timeline, parse_duration
 from cnnopt.training import callbacks, loop, metrics
 from cnnopt.training.progress import Show
 from cnnopt.training.step import SynchronousModel
+from cnnopt.training.stream import training_stream
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ def train(
     if world.first:
         # Show comes last: an epoch is printed only after it is recorded and saved.
         hooks += [show]
-    steps = {"first_step": first_step, "last_step": timeline.total_steps}
-    with loop.training_stream(config, images, world, **steps) as stream:
+    draws = Draws(
+        len(images.train_images), batch_size=config.batch_size, seed=config.seed, augment=config.augment,
+        rank=world.rank, size=world.size,
+    )  # fmt: skip
+    gpu = collectives.device() == "GPU"
+    with training_stream(
+        images, draws, first_step=first_step, last_step=timeline.total_steps, resident=config.resident(gpu=gpu)
+    ) as stream:
         try:
-            loop.fit(model, stream, timeline, hooks)
+            loop.fit(model, stream, timeline, hooks, steps_per_call=config.call_length(gpu=gpu))
         finally:
             show.clear()
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from cnnopt.config import TrainConfig
-from cnnopt.data.datasets import Dataset
+from cnnopt.data.stream import cut
 from cnnopt.distributed import collectives
-from cnnopt.model.flat import Vectors, View, views
-from cnnopt.model.precision import DynamicLossScale, Precision
-from cnnopt.model.pruning import Pruner, prunable_kernels
-from cnnopt.model.resnet import FLOAT, Parts, pixel_statistics, resnet
-from cnnopt.optim import muon
-from cnnopt.optim.sgd import SGD
-from cnnopt.schedules import LearningRate, PruningWindow, Timeline, parse_drops, parse_duration
-from cnnopt.training.buckets import Exchange, choose
+from cnnopt.model.flat import Vectors, View, read
+from cnnopt.model.precision import DynamicLossScale
+from cnnopt.model.pruning import Pruner
+from cnnopt.training.buckets import Exchange
+from cnnopt.training.stream import Stream
+from cnnopt.training.xla import Compiler
 
 
-class _RunState:
+class RunState:
     """The run's variables that are not weights of the network. Keras counts every variable that is an attribute of a
     model as one of its weights, but does not look into this object.
     """
@@ -39,13 +38,17 @@ class _RunState:
         both = {"average_of_weights": vectors.weights, "average_of_moving": vectors.moving}
         self.averaged = [variable(vector, name) for name, vector in both.items() if average]
         self.global_step = variable(0, "global_step", tf.int64)
+        # Steps that were skipped since the last finite one, and the step at which the run diverged.
+        self.skipped_in_a_row, self.diverged = (
+            variable(0, name, tf.int64) for name in ("skipped_in_a_row", "diverged")
+        )
         self.requests, self.granted = variable([0, 0], "requests"), variable([0, 0], "granted")
         # Sums over this rank's part of the epoch so far: losses, steps, accuracies, steps.
         self.sums = variable([0, 0, 0, 0], "sums")
 
 
 class SynchronousModel(keras.Model):
-    """A network whose ``train_step`` leaves every rank with the same numbers. ``build_model`` makes it.
+    """A network whose ``train_step`` leaves every rank with the same numbers. ``build.build_model`` makes it.
 
     Its layers have views of two vectors (model/flat.py). A step allreduces (buckets.py) three things: the gradients;
     the changes of BatchNorm's moving statistics, so that these too are equal on all ranks after every step; and two
@@ -63,7 +66,8 @@ class SynchronousModel(keras.Model):
     pruner: Pruner
     loss_scale: DynamicLossScale
     exchange: Exchange
-    run: _RunState
+    run: RunState
+    compiler: Compiler
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -87,38 +91,56 @@ class SynchronousModel(keras.Model):
         targets = tf.one_hot(labels, classes) * (1 - self.label_smoothing) + self.label_smoothing / classes
         return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
 
-    # Without this, AutoGraph rewrites each function called below, Horovod's too. That takes seconds, and none needs it.
-    @tf.autograph.experimental.do_not_convert
-    def train_step(self, data: tuple[tf.Tensor, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Do one update from this rank's shard of the global batch: uint8 images [shard, 32, 32, 3], int64 labels."""
-        vectors, scaling = self.vectors, self.loss_scale.enabled
-        gradients, changes, loss, correct = self.forward_backward(*data)
-        # The last stage's gradients are ready first. The changes and requests, ready even earlier, go with them.
-        last = tf.concat([gradients[-1], changes, self.run.requests.read_value()], 0)
-        means, finite = self.exchange([*gradients[:-1], last])
-        gradient, changes, granted = tf.split(means, [vectors.weights.shape[0], vectors.moving.shape[0], 2])
-        self.run.granted.assign(granted)
-        sums = tf.stack([loss, 1.0, correct, 1.0])
-        if scaling:
-            gradient /= self.loss_scale.value
-            # The forward pass of a skipped step may have overflowed. Its infinities would stay in both for ever.
-            changes, sums = (tf.where(finite, values, 0.0) for values in (changes, sums))
-        vectors.moving.assign_add(changes)
-        self.run.sums.assign_add(sums)
-        if scaling:
-            tf.cond(finite, lambda: self.update(gradient), tf.no_op)
-        else:
-            self.update(gradient)
-        self.loss_scale.update(finite)
-        self.run.global_step.assign_add(1)
-        return {"loss": loss, "finite": finite}
+    def train(self, stream: Stream, first: int, last: int, *, several: bool = False) -> dict[str, tf.Tensor]:
+        """Do the steps ``first`` to ``last - 1`` in one call of a TensorFlow function. Returns what the last returns.
+
+        ``several``: calls have different numbers of steps, and the loop over them runs on the device.
+        """
+        steps = tf.constant(last - first) if several else None
+        return self.train_call(stream.given(first, last), stream.item, steps)
+
+    @functools.cached_property
+    def train_call(self) -> tf.types.experimental.PolymorphicFunction:
+        """``train``, as a TensorFlow function of a stream's tensors. It is traced once for each stream."""
+        # A function that is not inlined is optimized by itself, so in a loop a step computes the same bits as alone.
+        step = tf.function(self.train_step, autograph=False, experimental_attributes={"_noinline": True})
+
+        def call(given: Any, item: Callable[..., Any], steps: tf.Tensor | None) -> dict[str, tf.Tensor]:
+            if steps is None:
+                return self.train_step(item(given, 0))
+            nothing = {"loss": 0.0, "finite": True, "diverged": tf.constant(0, tf.int64)}
+            return tf.while_loop(
+                lambda i, _: i < steps,
+                lambda i, _: (i + 1, step(item(given, i))),
+                (0, nothing),
+                parallel_iterations=1,
+            )[1]
+
+        # AutoGraph would rewrite each function called, Horovod's too. That takes seconds, and none needs it.
+        return tf.function(call, autograph=False)
+
+    def train_step(self, data: tuple[tf.Tensor, ...]) -> dict[str, tf.Tensor]:
+        """Do one update from this rank's part of the global batch; ``data`` are arguments of ``forward_backward``.
+
+        Returns the ``loss``, whether it and the gradients are ``finite``, and the step at which the run ``diverged``,
+        0 for none: the first one whose numbers are not finite though the loss scale cannot be the cause.
+        """
+        packed, loss, correct = self._forward_backward(*data)
+        return self._update(self.exchange.send(packed), loss, correct)
+
+    # XLA may compile both. What Horovod sends is between them, outside of what is compiled.
+    _forward_backward = functools.cached_property(lambda self: self.compiler.compiled(self.forward_backward))
+    _update = functools.cached_property(lambda self: self.compiler.compiled(self.update))
 
     def forward_backward(
-        self, images: tf.Tensor, labels: tf.Tensor
-    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Compute for one shard: the gradients of each stage's weights, times the loss scale; the changes of the
-        moving statistics; the mean loss; the share of images that are classified correctly.
+        self, images: tf.Tensor, labels: tf.Tensor, sources: tf.Tensor | None = None, draws: tf.Tensor | None = None
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Compute for uint8 images [shard, 32, 32, 3] and int64 labels, or for what ``draws`` (data/stream.py) cuts out
+        of all images: the vectors to send, which are the gradients of each stage's weights times the loss scale, the
+        changes of the moving statistics and the requests; the mean loss; the share that is classified correctly.
         """
+        if draws is not None:
+            images, labels = cut(images, sources, draws, tf.gather), tf.gather(labels, draws[0])
         vectors = self.vectors
         stages, moving = tf.split(vectors.weights, vectors.stages), vectors.moving.read_value()
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -129,15 +151,51 @@ class SynchronousModel(keras.Model):
             loss = tf.reduce_mean(self.losses_of(labels, logits))
             scaled_loss = loss * self.loss_scale.value if self.loss_scale.enabled else loss
         gradients = tape.gradient(scaled_loss, stages)
+        # The last stage's gradients are ready first. The changes and requests, ready even earlier, go with them.
+        last = tf.concat([gradients[-1], moved - moving, self.run.requests.read_value()], 0)
         correct = tf.reduce_mean(tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float32))
-        return gradients, moved - moving, loss, correct
+        return self.exchange.pack([*gradients[:-1], last]), loss, correct
 
-    def update(self, gradient: tf.Tensor) -> tf.Operation:
+    def update(self, sums: list[tf.Tensor], loss: tf.Tensor, correct: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Do all that follows the exchange, from its sums over all ranks: the update, the counters, the metrics."""
+        vectors, scaling = self.vectors, self.loss_scale.enabled
+        means, finite = self.exchange.unpack(sums)
+        gradient, changes, granted = tf.split(means, [vectors.weights.shape[0], vectors.moving.shape[0], 2])
+        self.run.granted.assign(granted)
+        metrics = tf.stack([loss, 1.0, correct, 1.0])
+        if scaling:
+            gradient /= self.loss_scale.value
+            # The forward pass of a skipped step may have overflowed. Its infinities would stay in both for ever.
+            changes, metrics = (tf.where(finite, values, 0.0) for values in (changes, metrics))
+        vectors.moving.assign_add(changes)
+        self.run.sums.assign_add(metrics)
+        # A skipped step computes as every other, and gets the old values back. A condition would be asked of the host.
+        learned = [vectors.weights, *self.run.averaged, *self.optimizer.variables] if scaling else []
+        before = [variable.read_value() for variable in learned]
+        self.learn(gradient)
+        for variable, old in zip(learned, before, strict=True):
+            variable.assign(tf.where(finite, variable, old))
+        self.loss_scale.update(finite)
+        return {"loss": loss, "finite": finite, "diverged": self._count(finite)}
+
+    def _count(self, finite: tf.Tensor) -> tf.Tensor:
+        """Count this step. Returns the step at which the run diverged, or 0."""
+        run = self.run
+        skipped = tf.where(~finite, run.skipped_in_a_row + 1, 0)
+        step = run.global_step + 1
+        now = (run.diverged == 0) & (skipped > self.loss_scale.most_skipped)
+        diverged = tf.where(now, step, run.diverged)
+        run.skipped_in_a_row.assign(skipped)
+        run.global_step.assign(step)
+        run.diverged.assign(diverged)
+        return diverged
+
+    def learn(self, gradient: tf.Tensor) -> None:
         """Apply weight decay, optimizer, masks and moving average of weights. Gradients of pruned weights are 0."""
         weights = self.vectors.weights
         decayed = gradient + self.run.weight_decay * weights
         self.optimizer.learning_rate.assign(tf.gather(self.learning_rates, self.run.global_step))
-        # The exchange has aggregated the gradients. Keras' aggregation cannot be traced inside the tf.cond of float16.
+        # The exchange has aggregated the gradients.
         self.optimizer.apply_gradients([(decayed, weights)], skip_gradients_aggregation=True)
         weights.assign(weights * self.run.masks)
         # The decay is smaller in early steps, so that the average soon forgets the initial weights.
@@ -145,23 +203,29 @@ class SynchronousModel(keras.Model):
         decay = tf.minimum(self.ema, (1 + age) / (10 + age))
         for average, vector in self._averages():
             average.assign_sub((1 - decay) * (average - vector))
-        return tf.no_op()
 
     def _averages(self) -> list[tuple[tf.Variable, tf.Variable]]:
         return list(zip(self.run.averaged, (self.vectors.weights, self.vectors.moving), strict=False))
 
-    @tf.function(
-        input_signature=[tf.TensorSpec([None, 32, 32, 3], tf.uint8), tf.TensorSpec([None], tf.int64)],
-    )
-    def evaluation_step(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        """float64 [3]: number correct, sum of cross-entropies, number of images."""
+    @functools.cached_property
+    def evaluation_step(self) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]:
+        """``evaluation_sums`` as a TensorFlow function, traced once for all sizes."""
+        images, labels = tf.TensorSpec([None, 32, 32, 3], tf.uint8), tf.TensorSpec([None], tf.int64)
+        signature = [images, labels, tf.TensorSpec([], tf.int64)]
+        step = tf.function(self.evaluation_sums, signature, autograph=False, jit_compile=self.compiler.enabled or None)
+        return self.compiler.announced(step, "the evaluation")
+
+    def evaluation_sums(self, images: tf.Tensor, labels: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        """Of the first ``count`` images, float64 [3]: number correct, sum of cross-entropies, number of images."""
         vectors = self.vectors
         stages = tf.split(vectors.weights, vectors.stages)
         with vectors.reading(stages, vectors.moving.read_value(), self.compute_dtype):
             logits = self(images, training=False)
-        correct = tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float64))
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        return tf.stack([correct, tf.reduce_sum(tf.cast(losses, tf.float64)), tf.cast(tf.size(labels), tf.float64)])
+        correct = tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float64)
+        losses = tf.cast(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits), tf.float64)
+        counts = tf.range(tf.size(labels, tf.int64)) < count
+        sums = [tf.reduce_sum(tf.where(counts, values, 0.0)) for values in (correct, losses)]
+        return tf.stack([*sums, tf.cast(count, tf.float64)])
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -193,6 +257,11 @@ class SynchronousModel(keras.Model):
         }
         return {**state, "global_step": self.run.global_step}
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The values of ``named_state``, with one copy from the device for each vector."""
+        state = self.named_state()
+        return dict(zip(state, read(list(state.values())), strict=True))
+
     def _average_of(self, weight: tf.Variable) -> tf.Variable:
         for average, vector in self._averages():
             if getattr(weight, "vector", None) is vector:
@@ -209,93 +278,5 @@ class SynchronousModel(keras.Model):
 
     def agree(self) -> str:
         """Compare weights and masks with those of the other ranks. Returns their digest."""
-        names = [(w.name, w) for w in self.weights] + [(m.name, m) for m in self.pruner.masks]
-        return collectives.agree({name: variable.numpy() for name, variable in names})
-
-
-def _exchange(
-    config: TrainConfig, model: SynchronousModel, total_steps: int, *, ranks: int, bucketed: bool
-) -> Exchange:
-    """Make the exchange of the gradients, the changes of moving statistics, and two requests."""
-    *stages, last = model.vectors.stages
-    sizes = [*stages, last + model.vectors.moving.shape[0] + 2]
-    choice = choose(
-        config.exchange,
-        size=sum(sizes),
-        prunable=sum(kernel.size for kernel in model.pruner.kernels),
-        sparsity=model.pruner.mean_target(total_steps),
-        ranks=ranks,
-        wire=config.wire_dtype,
-        deterministic=config.deterministic,
-    )
-    # With --deterministic, TensorFlow refuses to read the clock. The exchange then counts as 0 s.
-    clock = (lambda: tf.constant(0.0, tf.float64)) if config.deterministic else tf.timestamp
-    sizes = sizes if bucketed else [sum(sizes)]
-    return Exchange(sizes, model.run.masks, ranks=ranks, choice=choice, wire=config.wire_dtype, clock=clock)
-
-
-def _optimizer(name: str, rate: float, decay: float, vectors: Vectors) -> keras.optimizers.Optimizer:
-    if name == "adam":
-        return keras.optimizers.Adam(rate, jit_compile=False)
-    if name == "muon":
-        return muon.Muon(rate, momentum=0.9, weight_decay=decay, runs=vectors.runs())
-    return SGD(rate, momentum=0.9)
-
-
-def build_model(
-    config: TrainConfig, data: Dataset, timeline: Timeline, precision: Precision, *, ranks: int,
-    parts: Parts = FLOAT, bucketed: bool = True,
-) -> SynchronousModel:  # fmt: skip
-    """Build the network, its optimizer, masks and schedules from ``config``. ``config.seed`` decides the weights.
-
-    ``ranks``: the number of ranks that exchange; 1 sends nothing. ``parts``: the layers that the network is made of.
-    ``bucketed``: True sends gradients in buckets, each as soon as it is ready; False sends all in one.
-    """
-    keras.utils.set_random_seed(config.seed)
-    if config.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    precision.apply()
-    mean, std = pixel_statistics(data.train_images, config.normalize)
-    with views() as made:
-        network = resnet(config.depth, data.num_classes, mean=mean, std=std, widen=precision.widen, parts=parts)
-    vectors = Vectors(made)
-    model = SynchronousModel(network.inputs, network.outputs, name=network.name)
-
-    begin, end, frequency = (
-        timeline.steps(parse_duration(d)) for d in (config.prune_begin, config.prune_end, config.prune_frequency)
-    )
-    kernels, run = prunable_kernels(model), _RunState(vectors, average=bool(config.ema))
-    model.pruner = Pruner(
-        kernels,
-        [kernel.like(run.masks, f"mask/{kernel.name}:0") for kernel in kernels],
-        schedule=config.sparsity_schedule,
-        final_sparsity=config.sparsity,
-        initial_sparsity=config.initial_sparsity,
-        window=PruningWindow.aligned(begin, end, frequency),
-        scope=config.sparsity_scope,
-    )
-    rate = LearningRate(
-        peak=config.peak_rate(),
-        warmup_steps=timeline.steps(parse_duration(config.warmup)),
-        total_steps=timeline.total_steps,
-        schedule=config.lr_schedule,
-        drops=tuple((timeline.steps(when), factor) for when, factor in parse_drops(config.lr_drops)),
-    )
-    decay, orthogonal = config.weight_decay, config.optimizer == "muon"
-    assert decay is not None
-    if orthogonal:
-        collectives.assert_same("--optimizer muon", muon.digest(), remedy="choose --optimizer sgd")
-    model.compile()
-    # The optimizer is not given to compile(), which would wrap it in Keras' own loss scale under mixed_float16.
-    model.optimizer = _optimizer(config.optimizer, rate.peak, decay, vectors)
-    model.optimizer.build([vectors.weights])
-    for kernel in kernels:
-        # Muon applies weight decay to the kernels of convolutions itself.
-        if not (orthogonal and kernel.shape.rank == 4):
-            kernel.like(run.weight_decay, kernel.name).assign(tf.fill(kernel.shape, decay))
-    model.vectors, model.run = vectors, run
-    model.learning_rates = tf.constant([rate(step) for step in range(timeline.total_steps)], tf.float32)
-    model.label_smoothing, model.ema = config.label_smoothing, config.ema
-    model.loss_scale = DynamicLossScale(precision.scales_loss or config.wire_dtype == "float16")
-    model.exchange = _exchange(config, model, timeline.total_steps, ranks=ranks, bucketed=bucketed)
-    return model
+        variables = [*self.weights, *self.pruner.masks]
+        return collectives.agree({v.name: value for v, value in zip(variables, read(variables), strict=True)})

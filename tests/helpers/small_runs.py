@@ -8,11 +8,14 @@ import tensorflow as tf
 
 from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
-from cnnopt.distributed.world import World
+from cnnopt.data.stream import Draws
 from cnnopt.model import precision
 from cnnopt.schedules import Timeline
 from cnnopt.training import loop
-from cnnopt.training.step import SynchronousModel, build_model
+from cnnopt.training.build import build_model
+from cnnopt.training.step import SynchronousModel
+from cnnopt.training.stream import Stream, training_stream
+from cnnopt.training.xla import Compiler
 
 IMAGES = datasets.load("synthetic", seed=0, synthetic_sizes=(256, 75))
 
@@ -28,25 +31,31 @@ def timeline_of(config: TrainConfig) -> Timeline:
     return Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
 
 
-def build(config: TrainConfig) -> SynchronousModel:
+def build(config: TrainConfig, compiler: Compiler | None = None) -> SynchronousModel:
     compute = precision.choose(config.precision, has_gpu=False)
-    return build_model(config, IMAGES, timeline_of(config), compute, ranks=1)
+    return build_model(config, IMAGES, timeline_of(config), compute, ranks=1, compiler=compiler)
 
 
-def stream(config: TrainConfig, first_step: int = 0) -> AbstractContextManager[tf.data.Iterator]:
-    last_step = timeline_of(config).total_steps
-    return loop.training_stream(config, IMAGES, World(), first_step=first_step, last_step=last_step)
+def stream(config: TrainConfig, first_step: int = 0) -> AbstractContextManager[Stream]:
+    draws = Draws(len(IMAGES.train_images), batch_size=config.batch_size, seed=config.seed, augment=config.augment)
+    return training_stream(
+        IMAGES,
+        draws,
+        first_step=first_step,
+        last_step=timeline_of(config).total_steps,
+        resident=config.resident(gpu=False),
+    )
 
 
-def first_batch(config: TrainConfig) -> tuple[tf.Tensor, tf.Tensor]:
+def first_batch(config: TrainConfig) -> tuple[tf.Tensor, ...]:
     with stream(config) as batches:
-        return next(batches)
+        return batches.item(batches.given(0, 1), tf.constant(0))
 
 
 def fit(model: SynchronousModel, config: TrainConfig, callbacks: Sequence) -> None:
     """Train from the model's current step to the end of the run."""
     with stream(config, int(model.run.global_step.numpy())) as batches:
-        loop.fit(model, batches, timeline_of(config), callbacks)
+        loop.fit(model, batches, timeline_of(config), callbacks, steps_per_call=config.call_length(gpu=False))
 
 
 def state(model: SynchronousModel) -> dict[str, np.ndarray]:

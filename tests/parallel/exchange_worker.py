@@ -24,11 +24,14 @@ import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
 from cnnopt.data import datasets  # noqa: E402
+from cnnopt.data.stream import Draws  # noqa: E402
 from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 from cnnopt.training import callbacks, loop  # noqa: E402
 from cnnopt.training.buckets import choose  # noqa: E402
-from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
+from cnnopt.training.build import build_model  # noqa: E402
+from cnnopt.training.step import SynchronousModel  # noqa: E402
+from cnnopt.training.stream import training_stream  # noqa: E402
 
 CONFIG = TrainConfig(dataset="synthetic", depth=8, batch_size=64, epochs=2, base_lr=0.1, sparsity=0.9,
                      prune_begin="2s", prune_end="10s", prune_frequency="2s", deterministic=True)  # fmt: skip
@@ -53,7 +56,7 @@ class Count(keras.callbacks.Callback):
 
 def collective_operations(model: SynchronousModel, stream) -> tuple[dict[str, int], list[int]]:
     """Horovod's operations in the graph of a step, by type; and how many gradients of kernels each one waits for."""
-    graph = model.train_function.get_concrete_function(iter(stream)).graph.as_graph_def()
+    graph = model.train_call.get_concrete_function(stream.given(0, 1), stream.item, None).graph.as_graph_def()
     bodies = [graph.node, *(function.node_def for function in graph.library.function)]
     (body,) = [nodes for nodes in bodies if any(node.op.startswith("Horovod") for node in nodes)]
     sent = [node for node in body if node.op.startswith("Horovod")]
@@ -92,7 +95,9 @@ def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], 
     model = build_model(config, IMAGES, timeline, compute, ranks=world.size)
     collectives.broadcast(list(model.named_state().values()))
     count = Count()
-    with loop.training_stream(config, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
+    draws = Draws(len(IMAGES.train_images), batch_size=config.batch_size, seed=config.seed, augment=config.augment,
+                  rank=world.rank, size=world.size)  # fmt: skip
+    with training_stream(IMAGES, draws, first_step=0, last_step=timeline.total_steps) as stream:
         loop.fit(model, stream, timeline, [count, callbacks.Prune()])
     model.pruner.verify_final()
     model.agree()
@@ -105,7 +110,7 @@ def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], 
         "size": model.exchange.size,
         "collectives": ops,
         "waits_for": waits,
-        "traces": model.train_function.experimental_get_tracing_count(),
+        "traces": model.train_call.experimental_get_tracing_count(),
     }
 
 

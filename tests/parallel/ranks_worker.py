@@ -22,10 +22,13 @@ import tensorflow as tf  # noqa: E402
 import tf_keras as keras  # noqa: E402
 
 from cnnopt.data import datasets  # noqa: E402
+from cnnopt.data.stream import Draws, batches  # noqa: E402
 from cnnopt.model import precision  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 from cnnopt.training import callbacks, loop  # noqa: E402
-from cnnopt.training.step import SynchronousModel, build_model  # noqa: E402
+from cnnopt.training.build import build_model  # noqa: E402
+from cnnopt.training.step import SynchronousModel  # noqa: E402
+from cnnopt.training.stream import training_stream  # noqa: E402
 
 CONFIG = TrainConfig(
     dataset="synthetic",
@@ -60,11 +63,22 @@ def build(compute: str, optimizer: str = "sgd") -> tuple[SynchronousModel, Timel
     return build_model(config, IMAGES, timeline, chosen, ranks=world.size), timeline
 
 
+def draws(config: TrainConfig) -> Draws:
+    return Draws(
+        len(IMAGES.train_images),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        augment=config.augment,
+        rank=world.rank,
+        size=world.size,
+    )
+
+
 def train(compute: str, optimizer: str = "sgd") -> tuple[SynchronousModel, list[float]]:
     model, timeline = build(compute, optimizer)
     collectives.broadcast(list(model.named_state().values()))
     losses = Losses()
-    with loop.training_stream(CONFIG, IMAGES, world, first_step=0, last_step=timeline.total_steps) as stream:
+    with training_stream(IMAGES, draws(CONFIG), first_step=0, last_step=timeline.total_steps) as stream:
         loop.fit(model, stream, timeline, [*collectives.callbacks(), callbacks.Prune(), losses])
     return model, losses.losses
 
@@ -73,13 +87,10 @@ def images_of_an_epoch() -> list[int]:
     """The training images that this rank meets in the first epoch, by an index written into their pixels."""
     numbered = np.zeros_like(IMAGES.train_images)
     numbered[:, 0, 0, 0], numbered[:, 0, 0, 1] = np.divmod(np.arange(len(numbered)), 256)
-    plain = datasets.Dataset(
-        "numbered", numbered, IMAGES.train_labels, numbered, IMAGES.train_labels, IMAGES.class_names
-    )
     config = TrainConfig(dataset="synthetic", depth=8, batch_size=50 * world.size, augment="none", epochs=1)
     steps = Timeline(len(numbered), config.batch_size, 1).total_steps
-    with loop.training_stream(config, plain, world, first_step=0, last_step=steps) as shards:
-        return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images.numpy()]
+    shards = batches(numbered, IMAGES.train_labels, draws(config), first_step=0, last_step=steps)
+    return [int(i[0, 0, 0]) * 256 + int(i[0, 0, 1]) for images, _ in shards for i in images]
 
 
 def wrong_mask_is_named(model: SynchronousModel) -> str:

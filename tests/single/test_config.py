@@ -352,6 +352,26 @@ def test_help_names_every_flag_and_its_default(capsys):
     assert "15% of the run [30%]" in " ".join(text.split())
 
 
+# How the step runs ---------------------------------------------------------------------------------------------
+
+
+def test_auto_compiles_and_keeps_images_on_a_gpu_and_does_neither_on_cpus():
+    config = TrainConfig()
+    assert (config.compiles(gpu=True), config.resident(gpu=True), config.call_length(gpu=True)) == (True, True, None)
+    assert (config.compiles(gpu=False), config.resident(gpu=False), config.call_length(gpu=False)) == (False, False, 1)
+    for gpu in (True, False):
+        asked = TrainConfig(compile="on", stream="device", steps_per_call="7")
+        assert (asked.compiles(gpu=gpu), asked.resident(gpu=gpu), asked.call_length(gpu=gpu)) == (True, True, 7)
+        refused = TrainConfig(compile="off", stream="host", steps_per_call="1")
+        assert (refused.compiles(gpu=gpu), refused.resident(gpu=gpu), refused.call_length(gpu=gpu)) == (False, False, 1)
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "1.5", "many", ""])
+def test_steps_per_call_is_auto_or_a_number(steps):
+    with pytest.raises(ConfigError, match=f"^--steps-per-call {steps}: auto, or a number of steps$"):
+        TrainConfig(steps_per_call=steps)
+
+
 # What a resumed run may change ---------------------------------------------------------------------------------
 
 FREE = {
@@ -367,6 +387,9 @@ FREE = {
     "quantize",
     "verbose",
     "exchange",
+    "compile",
+    "stream",
+    "steps_per_call",
 }
 
 
@@ -374,7 +397,7 @@ def test_the_identity_is_what_decides_the_result():
     assert TrainConfig().identity().keys() == FIELDS.keys() - FREE
     free = TrainConfig(data_dir="x", run_dir="y", name="z", resume="never", save_every="5m", keep=9, strict_save=True,
                        expect_ranks=4, share_gpus=True, quantize=True, verbose=True,
-                       exchange="sparse")  # fmt: skip
+                       exchange="sparse", compile="on", stream="device", steps_per_call="9")  # fmt: skip
     assert free.difference(TrainConfig().identity()) is None
 
 

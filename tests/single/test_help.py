@@ -47,7 +47,7 @@ def test_the_list_has_every_command_on_one_line():
 
 def test_the_flags_of_training_are_in_groups_with_their_defaults():
     help = parser().format_help()
-    groups = ["data", "network", "training", "pruning", "precision", "exchange", "saving", "running"]
+    groups = ["data", "network", "training", "pruning", "precision", "exchange", "step", "saving", "running"]
     assert re.findall(r"(?m)^(\w+):$", help) == ["options", *groups, "presets", "example"]
     for field in dataclasses.fields(TrainConfig):
         flag = f"--{field.name.replace('_', '-')}"

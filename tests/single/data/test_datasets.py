@@ -1,4 +1,4 @@
-"""The published layouts, the training stream, and downloads from a real server."""
+"""The published layouts, and downloads from a real server."""
 
 import hashlib
 import http.server
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cnnopt.data import datasets
 from cnnopt.data.datasets import DataError
@@ -258,156 +256,6 @@ def test_import_is_light():
     code = f"import sys, cnnopt.data.datasets; print([m for m in {slow} if m in sys.modules])"
     root = Path(datasets.__file__).parents[2]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
-
-
-# The training stream -------------------------------------------------------------------------------------------
-
-
-def numbered_images(count: int) -> np.ndarray:
-    return np.random.default_rng(count).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
-
-
-def stream(images, *, first_step=0, last_step=4, **options):
-    settings_ = {"batch_size": 8, "seed": 5, "augment": "none", **options}
-    labels = np.arange(len(images))
-    parts = list(datasets.batches(images, labels, first_step=first_step, last_step=last_step, **settings_))
-    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
-
-
-@given(num_images=st.integers(1, 60), batch_size=st.integers(1, 80), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=60)
-def test_each_image_comes_once_an_epoch_and_batches_are_full(num_images, batch_size, seed):
-    steps = -(-3 * num_images // batch_size)
-    taken = [datasets.indices(s, batch_size=batch_size, num_images=num_images, seed=seed) for s in range(steps)]
-    assert all(part.shape == (batch_size,) and part.dtype == np.int64 for part in taken)
-    flat = np.concatenate(taken)
-    for epoch in range(3):
-        part = flat[epoch * num_images : (epoch + 1) * num_images]
-        np.testing.assert_array_equal(np.sort(part), np.arange(num_images))
-
-
-def test_epochs_and_seeds_have_different_orders():
-    orders = [datasets.indices(e, batch_size=50, num_images=50, seed=s).tolist() for e in range(2) for s in range(2)]
-    assert len({tuple(order) for order in orders}) == 4
-
-
-@given(
-    num_images=st.integers(20, 40),
-    shard=st.integers(1, 5),
-    size=st.sampled_from([1, 2, 4]),
-    augment=st.sampled_from(datasets.AUGMENTATIONS),
-    seed=st.integers(0, 2**63),
-    resume=st.integers(0, 5),
-)
-@settings(deadline=None, max_examples=40)
-def test_ranks_and_resumes_give_one_and_the_same_stream(num_images, shard, size, augment, seed, resume):
-    images = numbered_images(num_images)
-    options = {"batch_size": 4 * shard, "augment": augment, "seed": seed, "last_step": 5}
-    whole_images, whole_labels = stream(images, **options)
-    parts = [
-        list(
-            datasets.batches(images, np.arange(num_images), first_step=min(resume, 4), rank=rank, size=size, **options)
-        )
-        for rank in range(size)
-    ]
-    start = min(resume, 4) * 4 * shard
-    found_images = np.concatenate([x for step in zip(*parts, strict=True) for x, _ in step])
-    found_labels = np.concatenate([y for step in zip(*parts, strict=True) for _, y in step])
-    np.testing.assert_array_equal(found_images, whole_images[start:])
-    np.testing.assert_array_equal(found_labels, whole_labels[start:])
-
-
-def test_types_and_order_of_a_batch():
-    images = numbered_images(20)
-    found, labels = next(
-        datasets.batches(
-            images, np.arange(20), batch_size=8, seed=1, augment="none", first_step=2, last_step=3, rank=1, size=2
-        )
-    )
-    expected = datasets.indices(2, batch_size=8, num_images=20, seed=1)[4:]
-    np.testing.assert_array_equal(labels, expected)
-    np.testing.assert_array_equal(found, images[expected])
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    assert labels.dtype == np.int64
-
-
-def test_no_steps_are_no_batches():
-    images = numbered_images(3)
-    none = datasets.batches(images, np.arange(3), batch_size=2, seed=0, augment="none", first_step=4, last_step=4)
-    assert list(none) == []
-
-
-def windows(image: np.ndarray, margin: int, mode: str) -> list[np.ndarray]:
-    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode=mode)
-    places = range(2 * margin + 1)
-    return [padded[y : y + 32, x : x + 32] for y in places for x in places]
-
-
-@pytest.mark.parametrize(("augment", "margin", "mode"), [("standard", 4, "reflect"), ("shift", 3, "edge")])
-def test_augmented_images_are_windows_of_the_padded_image(augment, margin, mode):
-    images = numbered_images(8)
-    found, labels = stream(images, augment=augment, last_step=30)
-    offsets, flips = set(), 0
-    allowed = {}
-    for i, image in enumerate(images):
-        for place, window in enumerate(windows(image, margin, mode)):
-            allowed[window.tobytes(), i] = (place, False)
-            allowed[window[:, ::-1].tobytes(), i] = (place, True)
-    for image, label in zip(found, labels, strict=True):
-        place, flipped = allowed[image.tobytes(), label]
-        offsets.add(place)
-        flips += flipped
-    assert len(offsets) > 0.8 * (2 * margin + 1) ** 2
-    assert 0.3 < flips / len(found) < 0.7
-
-
-def flips_by_epoch(augment: str, num_images: int, epochs: int) -> np.ndarray:
-    """Whether image i was mirrored in epoch e, as [e, i], from images whose left half is dark."""
-    images = np.zeros((num_images, 32, 32, 3), np.uint8)
-    images[:, :, 16:] = 255
-    found, labels = stream(images, augment=augment, last_step=epochs * num_images // 8)
-    flipped = np.zeros((epochs, num_images), bool)
-    for position, (image, label) in enumerate(zip(found, labels, strict=True)):
-        flipped[position // num_images, label] = image[:, :8].mean() > 128
-    return flipped
-
-
-def test_alternating_flip_shows_each_image_in_both_orientations_in_two_epochs():
-    # 20 images in batches of 8: the boundary of two epochs falls inside a batch.
-    flipped = flips_by_epoch("standard", 20, 4)
-    np.testing.assert_array_equal(flipped[0], ~flipped[1])
-    np.testing.assert_array_equal(flipped[0], flipped[2])
-    assert 0 < flipped[0].sum() < 20
-
-
-def test_flips_of_shift_are_independent():
-    flipped = flips_by_epoch("shift", 40, 4)
-    assert (flipped[0] == flipped[1]).any()
-    assert (flipped[0] != flipped[1]).any()
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "size", "choices"),
-    [(130, 4, "128 or 132"), (3, 4, "4 or 8"), (7, 2, "6 or 8"), (0, 2, "2 or 4"), (-4, 2, "2 or 4")],
-)
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_at_the_call(batch_size, size, choices):
-    with pytest.raises(ValueError, match=rf"^--batch-size {batch_size} .* {size} ranks: use {choices}$"):
-        datasets.batches(
-            numbered_images(2), np.arange(2), batch_size=batch_size, seed=0, augment="none",
-            first_step=0, last_step=1, size=size,
-        )  # fmt: skip
-
-
-def test_more_than_there_is_is_refused_at_the_call():
-    assert len(stream(numbered_images(8), batch_size=8)[0]) == 32
-    with pytest.raises(ValueError, match=r"^--batch-size 9: there are 8 training images; use at most so many$"):
-        stream(numbered_images(8), batch_size=9)
-
-
-def test_an_unknown_augmentation_names_the_choices():
-    with pytest.raises(ValueError, match="--augment cutout: choose one of none, standard, shift"):
-        stream(numbered_images(2), augment="cutout")
 
 
 # Downloads -----------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cnnopt.model import pruning as model_pruning
-from cnnopt.model.pruning import Pruner, PruningError, num_pruned, prunable_kernels
+from cnnopt.model.flat import View
+from cnnopt.model.pruning import Pruner, PruningError, magnitude_mask, num_pruned, prunable_kernels
 from cnnopt.schedules import PruningWindow
 from cnnopt.training.callbacks import Prune
 from tests.helpers import small_runs
@@ -28,19 +28,27 @@ SPARSITIES = st.one_of(st.sampled_from([0.0, 0.5, 0.6, 0.7, 0.9, 0.999]), st.flo
 
 
 def magnitude_masks(kernels: list[np.ndarray], sparsity: float, scope: str) -> list[np.ndarray]:
-    return [mask.numpy() for mask in model_pruning.magnitude_masks(kernels, sparsity, scope)]
+    sizes = [kernel.size for kernel in kernels]
+    parts = [sum(sizes)] if scope == "global" else sizes
+    flat = tf.constant(np.concatenate([kernel.ravel() for kernel in kernels]))
+    mask = magnitude_mask(flat, parts, [num_pruned(size, sparsity) for size in parts]).numpy()
+    split = np.split(mask, np.cumsum(sizes)[:-1])
+    return [part.reshape(kernel.shape) for part, kernel in zip(split, kernels, strict=True)]
 
 
-def normal_kernels(*shapes: tuple[int, ...]) -> list[tf.Variable]:
+def normal_kernels(*shapes: tuple[int, ...]) -> list[View]:
+    """Views of one vector, in which other weights come before, between and after them."""
     rng = np.random.default_rng(0)
+    offsets = np.cumsum([3, *(int(np.prod(shape)) + 2 for shape in shapes)])
+    vector = tf.Variable(rng.standard_normal(offsets[-1]).astype(np.float32))
     return [
-        tf.Variable(rng.standard_normal(shape).astype(np.float32), name=f"layer{i}/kernel")
-        for i, shape in enumerate(shapes)
+        View(vector, int(offset), tf.TensorShape(shape), f"layer{i}/kernel:0")
+        for i, (offset, shape) in enumerate(zip(offsets, shapes, strict=False))
     ]
 
 
 def pruner(kernels, schedule="polynomial", final=0.6, initial=0.0, window=(4, 24, 4), scope="uniform") -> Pruner:
-    masks = [tf.Variable(tf.ones_like(kernel)) for kernel in kernels]
+    masks = tf.Variable(tf.ones_like(kernels[0].vector))
     return Pruner(kernels, masks, schedule=schedule, final_sparsity=final, initial_sparsity=initial,
                   window=PruningWindow(*window), scope=scope)  # fmt: skip
 
@@ -109,6 +117,17 @@ def test_global_ranking_leaves_large_weights_where_uniform_does_not():
     kernels = [np.full(10, 5, np.float32), np.arange(10, dtype=np.float32) / 10]
     assert [int(mask.sum()) for mask in magnitude_masks(kernels, 0.5, "global")] == [10, 0]
     assert [int(mask.sum()) for mask in magnitude_masks(kernels, 0.5, "uniform")] == [5, 5]
+
+
+def test_an_update_changes_only_the_weights_that_it_prunes():
+    kernels = normal_kernels((20, 50), (7,), (3, 3))
+    vector, before = kernels[0].vector, kernels[0].vector.numpy()
+    pruning = pruner(kernels, scope="global")
+    pruning.update(24)
+    masks = pruning.masks[0].vector.numpy()
+    np.testing.assert_array_equal(vector, np.where(masks == 1, before, 0))
+    assert np.sum(masks == 0) == num_pruned(1016, 0.6)
+    assert np.sum(masks == 1) == len(before) - num_pruned(1016, 0.6)
 
 
 # Schedules -----------------------------------------------------------------------------------------------------

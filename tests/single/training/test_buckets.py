@@ -102,7 +102,7 @@ def test_a_run_is_the_same_with_either_exchange(optimizer):
         config = small_runs.settings(exchange=kind, optimizer=optimizer)
         model = small_runs.build(config)
         small_runs.fit(model, config, [Prune()])
-        assert model.train_function.experimental_get_tracing_count() == 1
+        assert model.train_call.experimental_get_tracing_count() == 1
         states.append(small_runs.state(model))
     for name, value in states[0].items():
         assert value.tobytes() == states[1][name].tobytes(), name
@@ -111,9 +111,8 @@ def test_a_run_is_the_same_with_either_exchange(optimizer):
 def operations(config: TrainConfig) -> int:
     """In the graph of a step and the functions that it calls."""
     model = small_runs.build(config)
-    model.make_train_function()
     with small_runs.stream(config) as batches:
-        graph = model.train_function.get_concrete_function(batches).graph.as_graph_def()
+        graph = model.train_call.get_concrete_function(batches.given(0, 1), batches.item, None).graph.as_graph_def()
     return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
 
