@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         render.save(content, options.run)
         page.save(content, options.run, images)
         model_card.save(content, options.run)
-        tensorboard.save(content, options.run)
+        tensorboard.save(content, options.run, images)
         render.show(content)
     except KeyboardInterrupt:
         return 130

@@ -6,24 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
-import platform
 import time
-from pathlib import Path
 
 import tensorflow as tf
 from rich.console import Console
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.plugins.hparams import api as hparams
-from tensorboard.summary.writer.record_writer import RecordWriter
 from tf_keras.callbacks import Callback
 
 from cnnopt.config import TrainConfig
 from cnnopt.distributed import collectives
 from cnnopt.run.atomic_files import WriteError
-from cnnopt.run.run_folder import RunFolder
+from cnnopt.run.run_folder import RunFolder, minutes
 from cnnopt.schedules import Timeline
+from cnnopt.training.curves import Curves
 
 
 class Measure(Callback):
@@ -76,14 +70,6 @@ class Measure(Callback):
         )
 
 
-# The curves by group. TensorBoard shows the curves of one group side by side.
-TRAIN_CURVES = {
-    "epoch": ("accuracy", "loss"),
-    "schedule": ("learning_rate", "loss_scale", "skipped_steps"),
-    "speed": ("images_per_second", "step_seconds", "exchange_share", "exchange_bytes"),
-}
-
-
 class Record(Callback):
     """Rank 0: writes metrics.jsonl and TensorBoard's files, and adds the measured ``sparsity`` to the logs.
 
@@ -100,17 +86,12 @@ class Record(Callback):
         #: All lines of the run, including the waiting ones.
         self.recorded = folder.metrics()
         try:
-            for name in ("train", "validation", "pruning", "hparams"):
-                _continue_at(folder.tensorboard / name, first_step)
+            self.curves = Curves(
+                folder.tensorboard, first_step, evaluated="validation",
+                trial=folder.path.name, settings=config.identity(),
+            )  # fmt: skip
         except OSError as error:
             raise WriteError(f"{error.filename}: cannot be written ({error.strerror}); check the folder") from None
-        self.writers = {
-            # The path goes to C++ as bytes. Text would become UTF-8, even if the locale encodes file names otherwise.
-            name: tf.summary.create_file_writer(os.fsencode(folder.tensorboard / name))
-            for name in ("train", "validation", "pruning", "hparams")
-        }
-        with self.writers["hparams"].as_default():
-            hparams.hparams({k: "" if v is None else v for k, v in config.identity().items()}, trial_id=config.name)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Write one line, and one point of every curve. Raises WriteError if the last epoch's line is not written."""
@@ -121,7 +102,9 @@ class Record(Callback):
         self.recorded.append(self.waiting[-1])
         try:
             self._write_lines()
-            self._draw(logs, sparsities)
+            weights = {kernel.name.split("/")[0]: kernel.numpy() for kernel in self.model.pruner.kernels}
+            kept = {name: values[values != 0] for name, values in weights.items()}
+            self.curves.draw(logs, sparsities, kept, minutes(self.recorded))
         except (OSError, tf.errors.OpError) as error:
             why = f"cannot record epoch {epoch + 1} in {self.folder.path}: {error}"
             if self.waiting and logs["step"] == self.timeline.total_steps:
@@ -137,45 +120,3 @@ class Record(Callback):
         while self.waiting:
             self.folder.append(self.waiting[0])
             del self.waiting[0]
-
-    def _draw(self, logs: dict, sparsities: dict[str, float]) -> None:
-        step = logs["step"]
-        points = {
-            "train": {f"{group}/{name}": logs[name] for group, names in TRAIN_CURVES.items() for name in names},
-            "validation": {"epoch/accuracy": logs["val_accuracy"], "epoch/loss": logs["val_loss"]},
-            "hparams": {"result/accuracy": logs["val_accuracy"]},
-            "pruning": {
-                "sparsity/target": logs["target_sparsity"],
-                "sparsity/total": logs["sparsity"],
-                **{f"sparsity_by_kernel/{name}": value for name, value in sparsities.items()},
-            },
-        }
-        for writer, values in points.items():
-            with self.writers[writer].as_default(step):
-                for name, value in values.items():
-                    tf.summary.scalar(name, value)
-        with self.writers["pruning"].as_default(step):
-            for kernel in self.model.pruner.kernels:
-                weights = kernel.numpy()
-                tf.summary.histogram(f"kept/{kernel.name.split('/')[0]}", weights[weights != 0])
-        for writer in self.writers.values():
-            writer.flush()
-
-
-_starts = itertools.count()
-
-
-def _continue_at(folder: Path, step: int) -> None:
-    """Tell TensorBoard to drop the points that an earlier process wrote after ``step``: those steps are done again."""
-    now = time.time()
-    events = [
-        Event(wall_time=now, file_version="brain.Event:2"),
-        Event(wall_time=now, step=step + 1, session_log=SessionLog(status=SessionLog.START)),
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard's EventFileWriter is not used, because it gives its path to C++ as text. TensorBoard reads files in
-    # the order of their names. This name sorts before that of the file that the next writer makes.
-    name = f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}.{next(_starts)}.resume"
-    with (folder / name).open("wb") as file:
-        for event in events:
-            RecordWriter(file).write(event.SerializeToString())

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
 
 from cnnopt.config import parse_args
 from cnnopt.distributed.rendezvous import Rendezvous
@@ -23,7 +21,7 @@ from cnnopt.launch import rank_variables
 from cnnopt.model.pruning import num_pruned
 from cnnopt.run import checkpoint
 from cnnopt.run.run_folder import RunFolder
-from tests.helpers import ROOT
+from tests.helpers import ROOT, tensorboard
 from tests.helpers.cifar_copies import BINARY_10, small_copy
 
 PROGRAM = ROOT / "train_hvd.py"
@@ -221,18 +219,6 @@ def complete(shell, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess
     return runs / "tiny", program(arguments(runs), shell)
 
 
-def curves(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of a folder."""
-    return EventAccumulator(str(folder)).Reload()
-
-
-def points(events: EventAccumulator, tag: str) -> dict[int, float]:
-    """The value of each step; a step that is there twice fails."""
-    found = [(event.step, float(make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
-    assert len(dict(found)) == len(found), f"{tag}: a step twice"
-    return dict(found)
-
-
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -248,11 +234,11 @@ def test_a_run_ends_with_its_result_line_and_its_files(complete):
     folder, done = complete
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    *_, line, tensorboard = done.stdout.splitlines()
+    *_, line, hint = done.stdout.splitlines()
     assert line.startswith("test accuracy ")
     assert "at the last epoch, sparsity 70.0" in line
     assert line.endswith(str(folder))
-    prefix, command, flag, logdir = tensorboard.split()
+    prefix, command, flag, logdir = hint.split()
     assert (prefix, flag, logdir) == ("TensorBoard:", "--logdir", str(folder / "tb"))
     assert Path("/", command).exists()  # from where the run was started
     epochs = [text for text in done.stdout.splitlines() if re.match(r"\d\d:\d\d epoch ", text)]
@@ -262,7 +248,7 @@ def test_a_run_ends_with_its_result_line_and_its_files(complete):
     assert [text.split()[0] for text in table if re.match(r"  \w", text)][:4] == ["started", "run", "ranks", "threads"]
     names = {path.name for path in folder.iterdir()}
     assert names == {".lock", "config.json", "env.json", "metrics.jsonl", "result.json", "tb", "checkpoints"}
-    assert {path.name for path in (folder / "tb").iterdir()} == {"train", "validation", "pruning", "hparams"}
+    assert {path.name for path in (folder / "tb").iterdir()} == {"train", "validation"}
     config, environment = (json.loads((folder / name).read_text()) for name in ("config.json", "env.json"))
     assert (config["name"], config["identity"]["depth"], config["identity"]["sparsity"]) == ("tiny", 8, 0.7)
     assert (environment["ranks"], environment["precision"]) == (1, "float32")
@@ -319,30 +305,32 @@ def test_tensorboard_has_every_promised_curve(complete):
     folder, _ = complete
     lines = metrics(folder)
     steps = [line["step"] for line in lines]
-    events = {name: curves(folder / "tb" / name) for name in ("train", "validation", "pruning", "hparams")}
+    events = {name: tensorboard.curves(folder / "tb" / name) for name in ("train", "validation")}
     promised = {
-        "train": {"epoch/loss": "loss", "epoch/accuracy": "accuracy", "schedule/learning_rate": "learning_rate",
-                  "schedule/loss_scale": "loss_scale", "schedule/skipped_steps": "skipped_steps",
-                  "speed/images_per_second": "images_per_second", "speed/step_seconds": "step_seconds",
-                  "speed/exchange_share": "exchange_share", "speed/exchange_bytes": "exchange_bytes"},
-        "validation": {"epoch/accuracy": "val_accuracy", "epoch/loss": "val_loss"},
-        "hparams": {"result/accuracy": "val_accuracy"},
-        "pruning": {"sparsity/target": "target_sparsity", "sparsity/total": "sparsity"},
+        "train": {"epoch/loss": "loss", "epoch/accuracy": "accuracy", "learning/learning_rate": "learning_rate",
+                  "learning/loss_scale": "loss_scale", "learning/skipped_steps": "skipped_steps",
+                  "performance/images_per_second": "images_per_second", "performance/step_seconds": "step_seconds",
+                  "performance/exchange_share": "exchange_share", "performance/exchange_bytes": "exchange_bytes",
+                  "pruning/target": "target_sparsity", "pruning/total": "sparsity"},
+        "validation": {"epoch/accuracy": "val_accuracy", "epoch/loss": "val_loss", "epoch/zeros": "sparsity"},
     }  # fmt: skip
     for name, tags in promised.items():
         for tag, metric in tags.items():
-            found = points(events[name], tag)
+            found = tensorboard.points(events[name], tag)
             assert list(found) == steps, tag
             assert list(found.values()) == pytest.approx([line[metric] for line in lines], rel=1e-5), tag
-    tags = set(events["pruning"].Tags()["tensors"])
+    tags = set(events["train"].Tags()["tensors"])
     kernels = [f"stage{s}_block1_conv{c}" for s in (1, 2, 3) for c in (1, 2)] + ["stem", "classifier"]
-    assert {f"sparsity_by_kernel/{name}" for name in kernels} | {f"kept/{name}" for name in kernels} <= tags
+    assert {f"pruning_by_layer/{name}" for name in kernels} | {f"kept/{name}" for name in kernels} <= tags
     result = json.loads((folder / "result.json").read_text())
     for name in kernels:
-        ended = list(points(events["pruning"], f"sparsity_by_kernel/{name}").values())[-1]
+        ended = list(tensorboard.points(events["train"], f"pruning_by_layer/{name}").values())[-1]
         assert ended == pytest.approx(result["kernels"][name], rel=1e-5), name
-        assert [event.step for event in events["pruning"].Tensors(f"kept/{name}")] == steps
-    assert "_hparams_/session_start_info" in events["hparams"].PluginTagToContent("hparams")
+        assert [event.step for event in events["train"].Tensors(f"kept/{name}")] == steps
+    assert len(events["train"].Tensors("pruning/zeros_by_layer")) == len(steps)
+    ((settings, results),) = tensorboard.table(folder)
+    assert (settings["depth"], settings["sparsity"], settings["dataset"]) == (8, 0.7, "synthetic")
+    assert results["epoch/minutes"] == pytest.approx(result["minutes"], rel=1e-5)
 
 
 def test_the_same_command_says_that_the_run_is_complete(complete, shell):
@@ -401,7 +389,7 @@ def test_files_are_in_the_folder_that_was_named_whatever_its_name_and_the_locale
             )
             assert done.returncode == 0, done.stderr.decode(errors="replace")
         assert name in os.listdir(os.fsencode(tmp_path))
-        for part in (b"train", b"validation", b"pruning", b"hparams", b"quantize"):
+        for part in (b"train", b"validation", b"quantize"):
             events = os.listdir(os.path.join(runs, b"tiny/tb", part))
             assert any(event.startswith(b"events.out.tfevents.") for event in events), part
         assert {b"report.json", b"report.md", b"report.png", b"export"} <= set(os.listdir(os.path.join(runs, b"tiny")))
@@ -565,8 +553,8 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(complete, shell,
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {stopped_at} from {saved}" in done.stdout
     assert [line["step"] for line in metrics(folder)] == [16, 32, 48]
-    for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("pruning", "sparsity/total")):
-        assert list(points(curves(folder / "tb" / name), tag)) == [16, 32, 48]
+    for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("train", "pruning/total")):
+        assert list(tensorboard.points(tensorboard.curves(folder / "tb" / name), tag)) == [16, 32, 48]
 
     uninterrupted, _ = complete
     with (np.load(uninterrupted / "checkpoints" / "step-00000048" / "arrays.npz") as expected,

@@ -170,28 +170,67 @@ def test_the_codes_of_a_kernel_are_those_of_the_kernel_with_batchnorm_folded_in(
         assert np.abs(expected - found.dense).max() <= 1, layer
 
 
-def test_tensorboard_holds_the_card(trained):
+def test_tensorboard_holds_the_report(trained):
     path, content, _ = trained
     host.prepare({**host.TENSORFLOW, **host.QUIET})
-    import tensorflow as tf
+    from cnnopt.data import datasets
+    from cnnopt.export import page
+    from cnnopt.export import tensorboard as written
+    from tests.helpers import tensorboard
 
-    from cnnopt.export import tensorboard
-
-    tensorboard.save(content, path)  # a second time: it must replace the first
-    (file,) = (path / "tb/quantize").glob("events.out.tfevents.*")
-    found = {}
-    for event in tf.compat.v1.train.summary_iterator(str(file)):
-        for value in event.summary.value:
-            assert event.step == content["run"]["step"]
-            found[value.tag] = tf.make_ndarray(value.tensor)
+    for _ in range(2):  # the second time must replace the first
+        written.save(content, path, datasets.load("synthetic", seed=0))
+    assert {entry.name for entry in (path / "tb").iterdir()} == {"train", "validation", "quantize"}
+    events = tensorboard.curves(path / "tb/quantize")
+    tags = events.Tags()["tensors"]
+    assert all(tag.startswith("quantize/") for tag in tags)
+    assert all([event.step for event in events.Tensors(tag)] == [content["run"]["step"]] for tag in tags)
+    found = {tag: tensorboard.points(events, tag) for tag in tags if tag.count("/") == 2}
     for name, entry in entries(content).items():
-        assert found[f"accuracy/{name}"] == pytest.approx(entry["test"]["accuracy"])
-        assert found[f"bytes_gzip/{name}"] == entry["size"]["gzip"]
-        assert found[f"latency_ms_1_thread/{name}"] == pytest.approx(entry["latency"][0]["median_ms"])
-    assert found["card"].item().decode() == render.markdown(content)
-    width, height, png = found["figure"]
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int(width), int(height)) == (1430, 990)
+        (accuracy,), (size,), (latency,) = (
+            found[f"quantize/{quantity}/{name}"].values() for quantity in ("accuracy", "bytes", "latency_ms")
+        )
+        assert accuracy == pytest.approx(entry["test"]["accuracy"])
+        assert size == page.smallest(entry)[0]
+        assert latency == pytest.approx(entry["latency"][0]["median_ms"])
+    for tag in ("figure", "confusion", "answers"):
+        assert tensorboard.image(events, f"quantize/{tag}").std() > 10
+    assert tensorboard.image(events, "quantize/figure").shape == (990, 1430, 3)
+    (size,) = tensorboard.points(tensorboard.curves(path / "tb/validation"), "quantize/packed_bytes").values()
+    assert size == page.smallest(page.best(content))[0]
+
+
+def test_the_text_in_tensorboard_is_a_table(trained):
+    _, content, _ = trained
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    from cnnopt.export import page, tensorboard
+
+    shown = markdown_to_safe_html(tensorboard.text(content))
+    assert f"<strong>{page.headline(content)}</strong>" in shown
+    assert shown.count("<tr>") == 1 + len(content["files"])
+    assert shown.count("<li>") == len(content["notes"])
+    for name, entry in entries(content).items():
+        (row,) = (row for row in shown.split("<tr>") if f">{name}</td>" in row)
+        assert f"{100 * entry['test']['accuracy']:.2f}</td>" in row
+
+
+def test_sample_images_have_the_answers_of_the_evaluation(trained):
+    path, content, _ = trained
+    host.prepare({**host.TENSORFLOW, **host.QUIET})
+    from cnnopt.data import datasets
+    from cnnopt.export import page, tensorboard
+
+    images, entry = datasets.load("synthetic", seed=0), page.best(content)
+    found = tensorboard.samples(path / entry["file"], images)
+    assert len(found) == tensorboard.SAMPLES
+    assert {each.label for each in found} == set(images.class_names)
+    wrong = {images.test_images[w["image"]].tobytes(): w for w in entry["test"]["mistakes"]}
+    for each in found:
+        if (known := wrong.get(each.image.tobytes())) is not None:
+            assert each.answer == images.class_names[known["predicted"]]
+            assert each.probability == pytest.approx(known["probability"], abs=1e-3)
 
 
 def test_batches_threads_and_sparse_encoding_change_no_result(trained):
