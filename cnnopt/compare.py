@@ -133,7 +133,7 @@ def _milliseconds(entry: dict[str, Any]) -> float:
 
 
 def _text(spread: Spread | None, digits: int, unit: str = "") -> str:
-    return spread.text(digits) + unit if spread else ""
+    return spread.text(digits, unit) if spread else ""
 
 
 def tables(groups: Sequence[Group], *, short: bool = False) -> list[tuple[list[str], list[list[str]]]]:
@@ -183,10 +183,13 @@ def sections(groups: Sequence[Group]) -> list[str]:
     """The tables as sections of comparison.html."""
     found = []
     for title, legend, (columns, rows) in zip(("Results", "Files"), LEGENDS, tables(groups), strict=False):
-        cells = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>"]
-        cells += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+        kinds = ["" if name in ("run", "file") else "n" for name in columns]
+        lines = [
+            "".join(f'<{tag} class="{k}">{escape(c)}</{tag}>' for k, c in zip(kinds, cells, strict=True))
+            for tag, cells in (("th", columns), *(("td", row) for row in rows))
+        ]
         note = escape(legend).replace("`", "")
-        table = f"<div class=scroll><table>{''.join(cells)}</table></div><p class=small>{note}</p>"
+        table = f"<div class=scroll><table><tr>{'</tr><tr>'.join(lines)}</tr></table></div><p class=small>{note}</p>"
         found.append(page.section(title, table, "wide"))
     return found
 

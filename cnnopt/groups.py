@@ -53,10 +53,10 @@ class Spread:
             return None
         return cls(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
-    def text(self, digits: int) -> str:
-        """Such as ``91.26 ±0.34``."""
+    def text(self, digits: int, unit: str = "") -> str:
+        """Such as ``91.26% ±0.34``, with the unit ``%``."""
         deviation = "" if self.deviation is None else f" ±{self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{deviation}"
+        return f"{self.mean:.{digits}f}{unit}{deviation}"
 
 
 @dataclass(frozen=True)
