@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from cnnopt.grid import records, report, tables  # noqa: E402
 from cnnopt.grid.table import Table  # noqa: E402
+from cnnopt.run.run_folder import RunFolder  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 #: The rows of the README's table: runs of one setting that differ in their seed, the one with measured files first.
@@ -61,11 +62,12 @@ def packed(report: dict[str, Any], names: tuple[str, ...]) -> str:
 
 def row(runs: tuple[str, ...]) -> str:
     """A row of the README's table."""
-    identity, environment, card = (read(runs[0], name) for name in ("config.json", "env.json", "report.json"))
-    identity = identity["identity"]
-    results = [read(run, "result.json") for run in runs]
-    seeds = ", ".join(str(read(run, "config.json")["identity"]["seed"]) for run in runs)
-    accuracies = ", ".join(f"{100 * result['accuracy']:.2f}" for result in results)
+    environment, card = (read(runs[0], name) for name in ("env.json", "report.json"))
+    identities = [RunFolder(RESULTS / run).identity("restore it") for run in runs]
+    identity = identities[0]
+    results = [RunFolder(RESULTS / run).result() or {} for run in runs]
+    seeds = ", ".join(str(identity["seed"]) for identity in identities)
+    accuracies = ", ".join(f"{100 * result.get('test_accuracy', result.get('accuracy')):.2f}" for result in results)
     took = sorted({rounded(result["minutes"]) for result in results})
     minutes = " to ".join(map(str, dict.fromkeys((took[0], took[-1]))))
     cores = environment["cores"]

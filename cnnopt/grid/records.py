@@ -41,7 +41,7 @@ def of_run(path: Path) -> dict[str, Any] | None:
         "ranks": environment.get("ranks"),
         "precision": environment.get("precision"),
         "device": environment.get("device"),
-        "result": {key: result.get(key) for key in KEPT},
+        "result": {key: result.get(f"test_{key}", result.get(key)) for key in KEPT},
         "files": _files(path, result["step"]),
         "machine": {key: environment.get(key) for key in ("cpu", "cores", "system")},
         "versions": {"python": environment.get("python"), **environment.get("packages", {})},
