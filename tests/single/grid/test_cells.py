@@ -2,9 +2,9 @@
 
 import pytest
 
-from cnnopt.config import PRESETS
 from cnnopt.grid import cells
 from cnnopt.grid.cells import NAME, GridError, choose, expand, read, recipe
+from cnnopt.presets import PRESETS
 from cnnopt.study import main
 
 GRID = """
