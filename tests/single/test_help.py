@@ -45,6 +45,12 @@ def test_the_list_has_every_command_on_one_line():
         assert re.search(rf"(?m)^  {re.escape(command)} +{re.escape(about)}$", done.stdout)
 
 
+def test_the_list_is_complete():
+    modules = [path for path in (ROOT / "cnnopt").glob("*.py") if path.stem != "__main__"]
+    programs = {f"python -m cnnopt.{p.stem}" for p in modules if '__name__ == "__main__"' in p.read_text()}
+    assert programs | {"python train_hvd.py"} == COMMANDS.keys()
+
+
 def test_the_flags_of_training_are_in_groups_with_their_defaults():
     help = parser().format_help()
     groups = ["data", "network", "training", "pruning", "precision", "exchange", "step", "saving", "running"]
