@@ -41,13 +41,33 @@ def test_a_signal_is_passed_on_and_the_parent_waits(number):
         assert parent.wait(60) == 75
 
 
+def test_a_child_is_told_to_stop_when_its_parent_is_killed():
+    program = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'heard\\n'), sys.exit(75)))\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with start(program) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.readline() == "heard\n"
+        # The child held it last.
+        assert parent.stdout.read() == ""
+
+
+def test_a_child_that_cannot_be_started_has_the_status_of_a_shell():
+    code = "import sys; from cnnopt.distributed import child; sys.exit(child.run(['/no/such/program']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (127, "/no/such/program: No such file or directory\n")
+
+
 def test_a_signal_is_not_lost_while_the_child_starts():
     # It arrives before there is a child: blocked by then, or the parent would end by it.
     program = (
         "import os, signal, sys; from cnnopt.distributed import child\n"
-        "spawn = os.posix_spawn\n"
-        "def late(*a, **k): os.kill(os.getpid(), signal.SIGTERM); return spawn(*a, **k)\n"
-        "os.posix_spawn = late\n"
+        "fork = os.fork\n"
+        "def late(): os.kill(os.getpid(), signal.SIGTERM); return fork()\n"
+        "os.fork = late\n"
         "sys.exit(child.run([sys.executable, '-c', 'import time; time.sleep(60)']))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60)
