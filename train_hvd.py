@@ -12,7 +12,6 @@ command resumes a run that was stopped. Exit status: 0 done, 1 failed, 2 wrong i
 saved, 130 stopped by Ctrl-C and saved.
 """
 
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +19,10 @@ from typing import Any, NoReturn
 
 # Python does not search this folder for modules if PYTHONSAFEPATH is set.
 sys.path.insert(0, str(Path(__file__).parent.resolve()))
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    # Without this, Ctrl-C during the imports below would print a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from cnnopt import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()
 
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.distributed import collectives, entrypoint, host

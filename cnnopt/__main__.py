@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from cnnopt.command_line import Parser, one_line
+from cnnopt.output import need_readers
 
 #: Each command, with one line about it, in the order of their use.
 COMMANDS = {
@@ -53,4 +54,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    need_readers()
     sys.exit(main())

@@ -15,20 +15,37 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cnnopt import __version__
+from cnnopt import __version__, interrupt
+from cnnopt.distributed.signals import INTERRUPTED
 from cnnopt.errors import CnnoptError, UserError
 
+#: The function of a command: the command line to the exit status.
+Main = Callable[..., int]
 
-def one_line(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Make the ``main`` of command ``name`` answer an expected failure with one line and its exit status."""
 
-    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+def one_line(name: str, speaks: Callable[[], bool] = lambda: True) -> Callable[[Main], Main]:
+    """Make the ``main`` of command ``name`` answer an expected failure with one line and its exit status.
+
+    The status after Ctrl-C is 130. ``speaks``: whether this process prints the line, as only one rank should.
+    """
+
+    def decorate(main: Main) -> Main:
         @functools.wraps(main)
         def answered(*arguments: Any) -> int:
             try:
-                return main(*arguments)
+                interrupt.raise_error()
+                status = main(*arguments)
+                # Here an error of standard output still becomes one line.
+                print(end="", flush=True)
+                return status
+            except KeyboardInterrupt:
+                # The second Ctrl-C of an impatient user.
+                interrupt.end_at_once()
+                return INTERRUPTED
             except CnnoptError as error:
-                print(f"{name}: {error}", file=sys.stderr)
+                # Silence is usual where the reader has gone, as with ``| head``.
+                if speaks() and not isinstance(error.__cause__, BrokenPipeError):
+                    print(f"{name}: {error}", file=sys.stderr)
                 return error.exit_status
 
         return answered
@@ -41,7 +58,8 @@ def python_m(module: str) -> list[str]:
 
     PYTHONPATH cannot name a folder with a colon, and with PYTHONSAFEPATH Python searches no other folder of ours.
     """
-    code = f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parents[1].resolve())!r}); "
+    # argv[0] is as Python sets it for -m (cnnopt/__init__.py).
+    code = f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parents[1].resolve())!r}); sys.argv[0] = '-m'; "
     return [sys.executable, "-c", f"{code}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
 
 

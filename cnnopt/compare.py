@@ -26,6 +26,7 @@ from cnnopt.command_line import Parser, one_line
 from cnnopt.errors import UserError
 from cnnopt.export import page
 from cnnopt.groups import Group, Run, Spread, by_settings, find, read
+from cnnopt.output import need_readers
 from cnnopt.run import atomic_files
 from cnnopt.run.run_folder import minutes
 
@@ -312,4 +313,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    need_readers()
     sys.exit(main())

@@ -180,18 +180,15 @@ def parser() -> Parser:
 @one_line("cnnopt.elastic")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and has an exit status."""
-    try:
-        options, flags = parser().parse_known_args(argv)
-        if not 1 <= options.min_np <= options.max_np:
-            raise ConfigError(f"--min-np {options.min_np} --max-np {options.max_np}: must be 1 or more, and in order")
-        config = parse_args(flags)
-        # A closing terminal sends SIGHUP. nohup starts this process with SIGHUP ignored. Leave it ignored.
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
-        return train(options, config, flags)
-    except KeyboardInterrupt:
-        return 130
+    options, flags = parser().parse_known_args(argv)
+    if not 1 <= options.min_np <= options.max_np:
+        raise ConfigError(f"--min-np {options.min_np} --max-np {options.max_np}: must be 1 or more, and in order")
+    config = parse_args(flags)
+    # A closing terminal sends SIGHUP. nohup starts this process with SIGHUP ignored. Leave it ignored.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
+    return train(options, config, flags)
 
 
 if __name__ == "__main__":

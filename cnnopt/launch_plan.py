@@ -21,6 +21,7 @@ from typing import Any
 from cnnopt.command_line import Parser, one_line
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.errors import UserError
+from cnnopt.output import need_readers
 
 
 class PlanError(UserError):
@@ -173,7 +174,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
     return plan, given.only
 
 
-@one_line("launch_plan")
+@one_line("cnnopt.launch_plan")
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan. Every wrong input prints one line. Returns the exit status."""
     plan, only = parse_plan(sys.argv[1:] if argv is None else argv)
@@ -190,4 +191,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    need_readers()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Let a run go on when nobody can read its standard output or standard error any more.
+"""Standard output and standard error that nobody can take: a run goes on, and a command that only answers fails.
 
 Standard library only, and for any Python from 3.7, like ``cnnopt.launch``.
 """
@@ -11,6 +11,12 @@ import os
 import sys
 from typing import Any
 
+from cnnopt.errors import RunError
+
+
+class OutputError(RunError):
+    """Standard output cannot be written."""
+
 
 class _File(io.FileIO):
     """A file descriptor that accepts everything, even if the disk is full or the other end of the pipe has gone."""
@@ -22,13 +28,38 @@ class _File(io.FileIO):
         return len(data)
 
 
+class _Answer(_File):
+    """A file descriptor whose first failure raises OutputError. Later writes are dropped: Python's end makes one."""
+
+    failed = False
+
+    def write(self, data: Any) -> int:
+        if self.failed:
+            return len(data)
+        try:
+            return io.FileIO.write(self, data) or len(data)
+        except OSError as error:
+            self.failed = True
+            raise OutputError(f"standard output: {error.strerror}; free some space, or send it elsewhere") from error
+
+
 def outlive_readers() -> None:
-    """From now on, output of this process that nobody can take is dropped and raises nothing.
+    """From now on, output of this process that nobody can take is dropped and raises nothing."""
+    _take_over(_File)
+
+
+def need_readers() -> None:
+    """From now on, standard output that nobody can take raises OutputError. Standard error is dropped."""
+    _take_over(_Answer)
+
+
+def _take_over(output: type[_File]) -> None:
+    """Replace both streams. Standard output becomes a text stream on ``output``.
 
     A stream that was closed before the program started becomes /dev/null. Otherwise the next file to be opened would
     get its number, and C++ code would write its messages for standard error into that file.
     """
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for number, name, kind in ((1, "stdout", output), (2, "stderr", _File)):
         given = getattr(sys, name)
         settings: dict[str, Any] = {}
         if given is None:
@@ -44,5 +75,5 @@ def outlive_readers() -> None:
             # Python writes through if it was started with -u.
             by_lines = given.line_buffering or given.write_through
             settings = {"encoding": given.encoding, "errors": given.errors, "line_buffering": by_lines}
-        buffer = io.BufferedWriter(_File(number, "w", closefd=False))
+        buffer = io.BufferedWriter(kind(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, **settings))

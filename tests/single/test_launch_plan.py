@@ -96,7 +96,7 @@ def test_wrong_input_is_one_line(argv, message, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
-    assert line.startswith("launch_plan: ")
+    assert line.startswith("cnnopt.launch_plan: ")
     assert message in line
 
 

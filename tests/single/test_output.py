@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from cnnopt.command_line import python_m
 from tests.helpers import ROOT
 
 PROGRAM = """
@@ -74,6 +76,38 @@ def test_a_line_of_an_error_that_nobody_can_read_changes_no_status(module):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", module, "--wrong"], cwd=ROOT, stdout=full, stderr=full, timeout=60)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("command", ["cnnopt.launch_plan", "cnnopt.compare docs/results/resnet20-np2-4epochs"])
+def test_an_answer_that_nobody_can_take_is_an_error_of_one_line(command):
+    given = [sys.executable, "-m", *command.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(given, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    line = f"{command.split()[0]}: standard output: No space left on device; free some space, or send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    # As with ``| head``, nobody is there to read the line.
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(given, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+COMMANDS = ["launch", "launch_plan", "elastic", "finetune", "quantize", "compare", "predict"]
+
+
+@pytest.mark.parametrize("command", [*(["-m", f"cnnopt.{name}"] for name in COMMANDS), python_m("cnnopt.finetune")[1:],
+                                     [str(ROOT / "train_hvd.py")]], ids=lambda command: command[-1][-20:])  # fmt: skip
+def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(command, tmp_path):
+    # A module that all of them import.
+    (tmp_path / "difflib.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, *command, "--help"], cwd=ROOT, env=environment, text=True, **pipes)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (-signal.SIGINT, "")
 
 
 def test_a_program_of_ours_is_found_below_a_folder_with_a_colon(tmp_path):
