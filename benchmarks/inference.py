@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from side_by_side import command
 
+from cnnopt import packages
 from cnnopt.data import datasets
 from cnnopt.distributed import host
 from cnnopt.errors import CnnoptError, UserError
@@ -38,23 +38,6 @@ PACKAGES = ("nncf", "onnx", "onnxruntime", "openvino")
 WORKER = Path(__file__).with_name("workers") / "onnx_openvino.py"
 
 
-def folded(run: trained.TrainedRun) -> dict[str, np.ndarray]:
-    """Weights by layer, BatchNorm folded in, as ONNX has them: ``<layer>/weight`` [out, in, h, w], ``<layer>/bias``."""
-    weights = run.weights
-    arrays = {"mean": weights["mean:0"], "std": weights["std:0"], "depth": np.array(run.depth)}
-    for layer, kernel in run.kernels().items():
-        if layer == "classifier":
-            arrays |= {f"{layer}/weight": kernel, f"{layer}/bias": weights[f"{layer}/bias:0"]}
-            continue
-        gamma, beta, mean, variance = (
-            weights[f"{layer}_bn/{name}:0"] for name in ("gamma", "beta", "moving_mean", "moving_variance")
-        )
-        gain = gamma / np.sqrt(variance + 1e-5)
-        arrays[f"{layer}/weight"] = (kernel * gain).transpose(3, 2, 0, 1)
-        arrays[f"{layer}/bias"] = beta - mean * gain
-    return arrays
-
-
 class Ours:
     """The .tflite files of a run, in this process; ``Peers`` answers the same questions."""
 
@@ -63,7 +46,7 @@ class Ours:
 
         self.interpret, self.files, self.calls = interpret, files, {}
         self.pixels = np.random.default_rng(0).integers(0, 256, [1, 32, 32, 3], dtype=np.uint8)
-        self.versions = {"tensorflow": interpret.tf.__version__}
+        self.versions = host.versions(["tensorflow"])
         for name, path in files.items():
             interpreter = interpret.start(path.read_bytes(), path, threads=1).interpreter
             self.calls[name] = functools.partial(self._call, interpreter, *interpreter.get_input_details(),
@@ -147,6 +130,10 @@ class Peers:
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
     """Every figure of the comparison."""
+    import onnx
+
+    from cnnopt.export import onnx_graph
+
     run = trained.read(given.run)
     files = {name: given.run / "export" / f"{name}.tflite" for name in ("float32", "int8")}
     card = given.run / "report.json"
@@ -156,7 +143,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     test, labels = images.test_images[: given.images], images.test_labels[: given.images]
     chosen = json.loads(card.read_text())["calibration"]["indices"]
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "network.npz", **folded(run))
+        onnx.save(onnx_graph.graph(run.weights, run.depth), Path(folder) / "float32.onnx")
         np.savez(Path(folder) / "images.npz", test=test, calibration=images.train_images[chosen])
         peers = Peers(Path(folder))
         ours = Ours(files)
@@ -228,8 +215,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for inference.json and inference.md")
     given = parser.parse_args()
     try:
-        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-            raise UserError(f"{', '.join(missing)}: not installed; on Python 3.11 or newer, run make env EXTRAS=1")
+        packages.require("other runtimes", PACKAGES)
         host.prepare({**host.TENSORFLOW, **host.QUIET})
         found = compare(given)
     except CnnoptError as error:

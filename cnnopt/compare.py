@@ -25,6 +25,7 @@ from typing import Any
 from cnnopt.command_line import Parser, one_line
 from cnnopt.errors import UserError
 from cnnopt.export import page
+from cnnopt.export.shipped import MEANING, shipped
 from cnnopt.groups import Group, Run, Spread, by_settings, find, read
 from cnnopt.output import need_readers
 from cnnopt.run import atomic_files
@@ -110,8 +111,8 @@ def file_rows(groups: Sequence[Group]) -> list[list[str]]:
                     name,
                     _text(accuracy, 2),
                     f"{against.mean - accuracy.mean:.2f}" if against and accuracy else "",
-                    _text(Spread.of(page.smallest(entry)[0] / 1024 for entry, _ in entries), 1),
-                    _text(Spread.of(page.smallest(entry)[1] for entry, _ in entries), 2, "x"),
+                    _text(Spread.of(shipped(entry).bytes / 1024 for entry, _ in entries), 1),
+                    _text(Spread.of(shipped(entry).times_smaller for entry, _ in entries), 2, "x"),
                     _text(Spread.of(_milliseconds(entry) for entry, _ in entries), 2),
                     _text(
                         Spread.of(_milliseconds(page.reference(card)) / _milliseconds(e) for e, card in entries), 2, "x"
@@ -159,8 +160,8 @@ LEGENDS = (
     "`test %`: the last epoch, mean ± standard deviation where several runs differ in their seed only; `lost`: points "
     "below the dense run of the same data set, depth and epochs.",
     "Files as `cnnopt.quantize` has measured them. `lost`: points below the dense run, or else below the report's "
-    "`--baseline`; `KiB`: packed, or through gzip -9; `smaller`, `faster`: against the float32 reference of the "
-    "report as it is; `ms`: median of one image at one thread.",
+    f"`--baseline`; `KiB`: as it is shipped; `smaller`: {MEANING}; `faster`: than that reference; `ms`: median of one "
+    "image at one thread.",
 )
 
 
@@ -214,7 +215,7 @@ def png(groups: Sequence[Group]) -> bytes:
             curves.plot(epochs, [100 * line["val_accuracy"] for line in run.metrics], **style)
             if run.card:
                 entries = [entry for entry in run.card["files"] if entry["name"] in COMPARED]
-                points = [(page.smallest(entry)[0] / 1024, 100 * entry["test"]["accuracy"]) for entry in entries]
+                points = [(shipped(entry).bytes / 1024, 100 * entry["test"]["accuracy"]) for entry in entries]
                 others[0].plot(*zip(*points, strict=True), "o", **style)
                 for entry, point in zip(entries, points, strict=True):
                     others[0].annotate(

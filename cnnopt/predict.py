@@ -10,7 +10,6 @@ Exit status: 0 done, 1 failed, 2 wrong input.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from cnnopt.command_line import Parser, one_line
 from cnnopt.distributed import host
 from cnnopt.errors import UserError
+from cnnopt.output import need_readers
+from cnnopt.packages import RUNTIMES, choose_runtime
 from cnnopt.run import atomic_files
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 #: The number of classes that are printed for an image.
 TOP = 5
-#: The packages that contain the interpreter. The first loads ten times as fast.
-PACKAGES = {"litert": "ai-edge-litert", "tf": "tensorflow"}
 
 
 class PredictError(UserError):
@@ -53,15 +52,6 @@ def exported(run: Path, name: str) -> tuple[Path, list[str]]:
     if not isinstance(classes, list) or not classes:
         raise PredictError(f"{card} names no classes: run python -m cnnopt.quantize {run} again")
     return path, [str(name) for name in classes]
-
-
-def choose_runtime(asked: str | None) -> str:
-    """``tf`` or ``litert``: the runtime asked for, or else an installed one. Raises PredictError if it is missing."""
-    for runtime in [asked] if asked else PACKAGES:
-        if importlib.util.find_spec(PACKAGES[runtime].replace("-", "_")):
-            return runtime
-    package = PACKAGES[asked or "litert"]
-    raise PredictError(f"--runtime {asked or 'litert'}: {package} is not installed; pip install {package}")
 
 
 def image_files(named: Sequence[str]) -> Iterator[str]:
@@ -171,7 +161,7 @@ def parser() -> Parser:
     made.add_argument("images", nargs="+", metavar="IMAGE", help="image file or folder of them; - for standard input")
     made.add_argument("--file", default="int8", metavar="NAME", help="which file of RUN/export to ask [int8]")
     made.add_argument("--threads", type=int, metavar="N", help="threads that share the images [all cores]")
-    made.add_argument("--runtime", choices=PACKAGES, help="interpreter [litert where it is installed, else tf]")
+    made.add_argument("--runtime", choices=RUNTIMES, help="interpreter [litert where it is installed, else tf]")
     made.add_argument("--json", action="store_true", help="print a list of images and their predictions")
     return made
 
@@ -179,23 +169,21 @@ def parser() -> Parser:
 @one_line("cnnopt.predict")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and gives an exit status."""
-    try:
-        given = parser().parse_args(argv)
-        if given.threads is not None and given.threads < 1:
-            raise PredictError(f"--threads {given.threads}: give 1 or more")
-        if given.images.count("-") > 1:
-            raise PredictError("- is named twice, but standard input holds one image; name it once")
-        path, classes = exported(given.run, given.file)
-        names = list(image_files(given.images))
-        results = predict(path, classes, names, threads=given.threads or host.cores(), runtime=given.runtime)
-        if given.json:
-            print(json.dumps(results, indent=1))
-        else:
-            show(results)
-    except KeyboardInterrupt:
-        return 130
+    given = parser().parse_args(argv)
+    if given.threads is not None and given.threads < 1:
+        raise PredictError(f"--threads {given.threads}: give 1 or more")
+    if given.images.count("-") > 1:
+        raise PredictError("- is named twice, but standard input holds one image; name it once")
+    path, classes = exported(given.run, given.file)
+    names = list(image_files(given.images))
+    results = predict(path, classes, names, threads=given.threads or host.cores(), runtime=given.runtime)
+    if given.json:
+        print(json.dumps(results, indent=1))
+    else:
+        show(results)
     return 0
 
 
 if __name__ == "__main__":
+    need_readers()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
     python -m cnnopt.quantize runs/NAME --clusters 16 --baseline runs/DENSE
     horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
+    python -m cnnopt.quantize runs/NAME --variants int8,saved-model,keras,onnx,safetensors
     python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
@@ -12,18 +13,19 @@ Files go to runs/NAME/export/. The report goes to runs/NAME/report.json, .md, .p
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnnopt.command_line import Parser, python_m
+from cnnopt import interrupt
+from cnnopt.command_line import Parser, one_line, python_m
 from cnnopt.distributed import child
 from cnnopt.distributed.world import is_first, launched
-from cnnopt.errors import CnnoptError
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
+from cnnopt.export.shipped import shipped
 from cnnopt.output import outlive_readers
 from cnnopt.run import atomic_files
 
@@ -44,7 +46,7 @@ def writable(folder: Path, remedy: str) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A request that passed the checks: ``variants`` of ``run``, and the float32 file of ``baseline``."""
 
@@ -65,6 +67,7 @@ def check(options: Options) -> Plan:
     from cnnopt.data import datasets
     from cnnopt.export import trained
 
+    options.check_packages()
     run = trained.read(options.run)
     variants = choose(options, run.sparsity)
     baseline = trained.read_baseline(options.baseline, run) if options.baseline else None
@@ -116,17 +119,20 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
     # ---- Convert -------------------------------------------------------------------------------------------------
     print(f"{run.path}: ResNet-{run.depth}, {run.sparsity:.2%} of the weights zero, step {run.step}")
     host.prepare({**host.TENSORFLOW, **host.QUIET})
-    with host.quiet_stderr():
-        from cnnopt.export import report, variants
+    with interrupt.importing(), host.quiet_stderr():
+        from cnnopt.export import formats, report, variants
 
     exports = []
     baseline = [variants.float32(plan.baseline, "dense-float32")] if plan.baseline else []
     for variant in (*baseline, *variants.of_run(run, plan.variants, clusters=options.clusters, tuned=tuned)):
         exports.append(variants.write(variant, plan.folder, images.train_images[chosen]))
         print(f"  {exports[-1].path}  {len(exports[-1].content):,} bytes")
+    others = {name: formats.write(name, run, plan.folder) for name in options.formats}
+    for path in others.values():
+        print(f"  {path}  {len(formats.content_of(path)):,} bytes")
 
     # ---- Measure these very files --------------------------------------------------------------------------------
-    content = report.report(exports, images, clusters=options.clusters)
+    content = report.report(exports, others, images, clusters=options.clusters, runtime=options.runtime)
     content["calibration"] = {
         "split": "train",
         "seed": options.seed,
@@ -137,6 +143,8 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
         for entry, export in zip(content["files"], exports, strict=True):
             if entry["name"] in PACKED:
                 entry["packed"] = packed(export.path, export.content, entry["size"], content["reference"]["raw"])
+    for entry in content["files"]:
+        entry["shipped"] = dataclasses.asdict(shipped(entry))
     return content, images
 
 
@@ -204,36 +212,30 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
             print(f"{target}  {len(content):,} bytes, SHA-256 {tflite_file.digest(content)}")
 
 
+@one_line("cnnopt.quantize", speaks=is_first)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Every expected failure prints one line and gives an exit status."""
     argv = sys.argv[1:] if argv is None else argv
     first = is_first()
-    try:
-        if argv and argv[0] in ("pack", "unpack"):
-            if first:
-                archive_command(argv[0], argv[1:])
-            return 0
-        options = parse_args(argv, __doc__)
-        plan = check(options) if first else None
-        if options.qat and (status := fine_tune(options, plan)):
-            return status
-        if plan is None:
-            print("cnnopt.quantize: rank 0 of this job writes the report")
-            return 0
-        content, images = quantize(plan)
-        from cnnopt.export import model_card, page, render, tensorboard
-
-        render.save(content, options.run)
-        page.save(content, options.run, images)
-        model_card.save(content, options.run)
-        tensorboard.save(content, options.run, images)
-        render.show(content)
-    except KeyboardInterrupt:
-        return 130
-    except CnnoptError as error:
+    if argv and argv[0] in ("pack", "unpack"):
         if first:
-            print(f"cnnopt.quantize: {error}", file=sys.stderr)
-        return error.exit_status
+            archive_command(argv[0], argv[1:])
+        return 0
+    options = parse_args(argv, __doc__)
+    plan = check(options) if first else None
+    if options.qat and (status := fine_tune(options, plan)):
+        return status
+    if plan is None:
+        print("cnnopt.quantize: rank 0 of this job writes the report")
+        return 0
+    content, images = quantize(plan)
+    from cnnopt.export import model_card, page, render, tensorboard
+
+    render.save(content, options.run)
+    page.save(content, options.run, images)
+    model_card.save(content, options.run)
+    tensorboard.save(content, options.run, images)
+    render.show(content)
     return 0
 
 

@@ -1,9 +1,8 @@
-"""ONNX Runtime and OpenVINO for benchmarks/inference.py: builds the network, quantizes it, answers requests.
+"""ONNX Runtime and OpenVINO for benchmarks/inference.py: quantizes the network and answers requests.
 
-    python onnx_openvino.py FOLDER      (network.npz and images.npz in FOLDER; one JSON line for each request line)
+    python onnx_openvino.py FOLDER
 
-The ONNX graph is written node by node: the network of cnnopt.model.resnet.resnet with BatchNorm folded in. So no
-converter can change the weights.
+FOLDER has float32.onnx and images.npz. Prints one line of JSON for each line of standard input.
 """
 
 from __future__ import annotations
@@ -19,64 +18,9 @@ from pathlib import Path
 
 import nncf
 import numpy as np
-import onnx
 import onnxruntime as ort
 import openvino as ov
-from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quant_pre_process, quantize_static
-
-
-def graph(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """Pixels float32 [n, 32, 32, 3] to logits [n, classes]."""
-    nodes, initializers = [], []
-
-    def constant(name: str, value: np.ndarray) -> str:
-        initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        return name
-
-    def add(operator: str, inputs: list[str], output: str, **attributes: object) -> str:
-        nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
-        return output
-
-    def convolution(x: str, layer: str, stride: int) -> str:
-        weights = [constant(f"{layer}/{part}", arrays[f"{layer}/{part}"]) for part in ("weight", "bias")]
-        # TensorFlow's "same" pads the end only where the stride is 2 and the size is even.
-        pads = [1, 1, 1, 1] if stride == 1 else [0, 0, 1, 1]
-        return add("Conv", [x, *weights], layer, kernel_shape=[3, 3], strides=[stride] * 2, pads=pads)
-
-    def shortcut(x: str, name: str, channels: int) -> str:
-        slices = [constant(f"{name}/{part}", np.array(v, np.int64)) for part, v in
-                  (("starts", [0, 0]), ("ends", [32, 32]), ("axes", [2, 3]), ("steps", [2, 2]))]  # fmt: skip
-        half = channels // 2
-        pads = constant(f"{name}/pads", np.array([0, half, 0, 0, 0, half, 0, 0], np.int64))
-        return add("Pad", [add("Slice", [x, *slices], f"{name}/half"), pads], name)
-
-    mean, std = (np.broadcast_to(arrays[name], (*([1, 1, 3]),) if arrays[name].ndim < 3 else (32, 32, 3))
-                 .transpose(2, 0, 1)[np.newaxis] for name in ("mean", "std"))  # fmt: skip
-    x = add("Transpose", ["pixels"], "nchw", perm=[0, 3, 1, 2])
-    x = add("Div", [add("Sub", [x, constant("mean", mean)], "centred"), constant("std", std)], "standardized")
-    x = add("Relu", [convolution(x, "stem", 1)], "stem_relu")
-    for stage in (1, 2, 3):
-        for block in range(1, (int(arrays["depth"]) - 2) // 6 + 1):
-            name, down = f"stage{stage}_block{block}", stage > 1 and block == 1
-            y = add("Relu", [convolution(x, f"{name}_conv1", 2 if down else 1)], f"{name}_relu1")
-            y = convolution(y, f"{name}_conv2", 1)
-            x = shortcut(x, f"{name}_shortcut", 8 << (stage - 1)) if down else x
-            x = add("Relu", [add("Add", [x, y], f"{name}_add")], f"{name}_relu2")
-    x = add("Flatten", [add("GlobalAveragePool", [x], "pool")], "features")
-    weights = [constant(f"classifier/{part}", arrays[f"classifier/{part}"]) for part in ("weight", "bias")]
-    add("Gemm", [x, *weights], "logits")
-    ends = [
-        helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 32, 32, 3]),
-        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(arrays["classifier/bias"])]),
-    ]
-    model = helper.make_model(
-        helper.make_graph(nodes, "resnet", ends[:1], ends[1:], initializers),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
-    )
-    onnx.checker.check_model(model, full_check=True)
-    return model
 
 
 def saturates() -> bool:
@@ -111,7 +55,6 @@ def build(folder: Path, calibration: np.ndarray) -> tuple[dict[str, Callable], d
     calls: dict[str, Callable] = {}
     found: dict[str, dict[str, int]] = {}
     exact, prepared, int8 = (folder / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
-    onnx.save(graph(dict(np.load(folder / "network.npz"))), exact)
     quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
     quantize_static(
         str(prepared), str(int8), Images(calibration), quant_format=QuantFormat.QDQ, per_channel=True,

@@ -26,12 +26,12 @@ class ConversionError(RunError):
 
 def float_model(run: TrainedRun) -> keras.Model:
     """The network of ``run`` in float32 with its last weights. Input: raw pixels [batch, 32, 32, 3]; output: logits."""
-    return _network(run, FLOAT)
+    return network(run, FLOAT)
 
 
 def fine_tuned_model(run: TrainedRun) -> keras.Model:
     """The fake-quantized network of a run of ``cnnopt.finetune``, with its ranges and the weights that it used."""
-    model = _network(run, qat.parts())
+    model = network(run, qat.parts())
     for layer in layer_names(run.depth):
         centroids = run.weights.get(f"{layer}/{CENTROIDS}")
         if centroids is not None:
@@ -40,7 +40,8 @@ def fine_tuned_model(run: TrainedRun) -> keras.Model:
     return model
 
 
-def _network(run: TrainedRun, parts: Parts) -> keras.Model:
+def network(run: TrainedRun, parts: Parts) -> keras.Model:
+    """The network of ``run``, made of ``parts``, with its last weights. Raises TrainedError."""
     # The exported network must not depend on whether this machine has a GPU.
     tf.config.set_visible_devices([], "GPU")
     mean, std = run.weights["mean:0"], run.weights["std:0"]

@@ -6,6 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from cnnopt.export.shipped import shipped
+
 
 def png(content: dict[str, Any]) -> bytes:
     """The figure of a report.json."""
@@ -29,7 +31,7 @@ def png(content: dict[str, Any]) -> bytes:
         )
 
         for entry, color in zip(files, colors, strict=True):
-            best = entry["packed"]["bytes"] if entry["packed"] else entry["size"]["gzip"]
+            best = shipped(entry).bytes
             top = 100 * entry["test"]["accuracy"]
             size.plot([best / 1024, entry["size"]["raw"] / 1024], [top, top], color=color, linewidth=1, alpha=0.4)
             size.plot(entry["size"]["raw"] / 1024, top, "|", color=color)

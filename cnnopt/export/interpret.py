@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnopt import interrupt
 from cnnopt.distributed.host import quiet_stderr
 from cnnopt.export.tflite_file import TfliteError
 
@@ -24,15 +25,16 @@ class Session:
     fallback: str | None
 
 
-def _library(runtime: str) -> tuple[Any, Any]:
+def library(runtime: str) -> tuple[Any, Any]:
     """Interpreter and OpResolverType of TensorFlow (``tf``) or LiteRT (``litert``). Both have the same code."""
-    if runtime == "litert":
-        from ai_edge_litert import interpreter
+    with interrupt.importing():
+        if runtime == "litert":
+            from ai_edge_litert import interpreter
 
-        return interpreter.Interpreter, interpreter.OpResolverType
-    import tensorflow as tf
+            return interpreter.Interpreter, interpreter.OpResolverType
+        import tensorflow as tf
 
-    return tf.lite.Interpreter, tf.lite.experimental.OpResolverType
+        return tf.lite.Interpreter, tf.lite.experimental.OpResolverType
 
 
 def start(data: bytes, path: Path, *, threads: int, batch: int = 1, runtime: str = "tf") -> Session:
@@ -41,7 +43,7 @@ def start(data: bytes, path: Path, *, threads: int, batch: int = 1, runtime: str
 
     XNNPACK refuses some graphs (sparse int8 weights under float activations). TFLite's own kernels run those graphs.
     """
-    interpreter_of, resolver = _library(runtime)
+    interpreter_of, resolver = library(runtime)
     reasons = []
     for kind in (resolver.AUTO, resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
         try:

@@ -26,6 +26,7 @@ from cnnopt.command_line import Parser, one_line, python_m
 from cnnopt.distributed import host
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.export import tflite_file
+from cnnopt.packages import RUNTIMES, choose_runtime
 
 WARM_UP = 20
 
@@ -34,13 +35,15 @@ class LatencyError(RunError):
     """The measuring process failed."""
 
 
-def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2.0) -> list[list[dict[str, Any]]]:
+def measure(
+    files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2.0, runtime: str = "tf"
+) -> list[list[dict[str, Any]]]:
     """A list for each file, with one dict for each number of threads. ``one`` lists the keys. Raises LatencyError.
 
     A new process imports the interpreter once and forks for each file.
     """
     command = [*python_m("cnnopt.export.latency"), "--threads", ",".join(map(str, threads))]
-    command += ["--seconds", str(seconds), *map(str, files)]
+    command += ["--seconds", str(seconds), "--runtime", runtime, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -48,7 +51,7 @@ def measure(files: Sequence[Path], threads: Sequence[int], *, seconds: float = 2
     return json.loads(done.stdout)
 
 
-def one(path: Path, threads: int, seconds: float) -> dict[str, Any]:
+def one(path: Path, threads: int, seconds: float, runtime: str) -> dict[str, Any]:
     """Latency of one image, in milliseconds, and memory of this process, in bytes.
 
     Times are for ``invoke`` alone, after ``WARM_UP`` calls, over ``seconds`` and at least 20 calls. The measurement of
@@ -60,7 +63,7 @@ def one(path: Path, threads: int, seconds: float) -> dict[str, Any]:
     data = tflite_file.read(path)
     _reset_peak()
     before = _status("VmRSS")
-    session = interpret.start(data, path, threads=threads)
+    session = interpret.start(data, path, threads=threads, runtime=runtime)
     interpreter = session.interpreter
     source = interpreter.get_input_details()[0]
     pixels = np.random.default_rng(0).integers(0, 256, source["shape"], dtype=np.uint8)
@@ -101,18 +104,18 @@ def _status(field: str) -> int:
     raise LatencyError(f"/proc/self/status has no {field}; latency is measured on Linux only")
 
 
-def _child(connection: Connection, path: Path, threads: Sequence[int], seconds: float) -> None:
+def _child(connection: Connection, path: Path, threads: Sequence[int], seconds: float, runtime: str) -> None:
     try:
-        connection.send([one(path, count, seconds) for count in threads])
+        connection.send([one(path, count, seconds, runtime) for count in threads])
     except CnnoptError as error:
         connection.send(error)
 
 
-def _measured(path: Path, threads: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+def _measured(path: Path, threads: Sequence[int], seconds: float, runtime: str) -> list[dict[str, Any]]:
     """``one`` for each number of threads, in a separate process."""
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
-    process = fork.Process(target=_child, args=(send, path, threads, seconds))
+    process = fork.Process(target=_child, args=(send, path, threads, seconds, runtime))
     process.start()
     send.close()
     try:
@@ -140,11 +143,16 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--threads", type=_counts, default=[1, host.cores()], help="numbers, with commas")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="tf", help="package of the interpreter [tf]")
     given = parser.parse_args()
+    choose_runtime(given.runtime)
     host.prepare({**host.TENSORFLOW, **host.QUIET})
+    from cnnopt.export import interpret
+
     with host.quiet_stderr():
-        import tensorflow.lite  # noqa: F401  (once here, so that the forked processes need not)
-    print(json.dumps([_measured(path, given.threads, given.seconds) for path in given.files]))
+        # Once here, so that the forked processes need not.
+        interpret.library(given.runtime)
+    print(json.dumps([_measured(path, given.threads, given.seconds, given.runtime) for path in given.files]))
     return 0
 
 

@@ -23,13 +23,16 @@ def sizes(data: bytes, kernels: Sequence[Kernel]) -> dict[str, int]:
     """
     coded = weights_entropy(kernels)
     other = len(data) - sum(kernel.nbytes for kernel in kernels)
+    return {**compressed(data), "entropy_bound": other + coded, "weights_entropy": coded}
+
+
+def compressed(data: bytes) -> dict[str, int]:
+    """Bytes of any file: ``raw``, ``gzip`` (``gzip -9``) and ``xz`` (``xz -9``)."""
     return {
         "raw": len(data),
         # Without a time stamp and a name, the size depends on the content alone.
         "gzip": len(gzip.compress(data, 9, mtime=0)),
         "xz": len(lzma.compress(data, preset=9)),
-        "entropy_bound": other + coded,
-        "weights_entropy": coded,
     }
 
 
@@ -95,10 +98,15 @@ def ledger(stages: Mapping[str, Mapping[str, np.ndarray]], masks: Mapping[str, n
     }
 
 
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """The logarithm of the softmax of logits [n, classes], in float64. Finite for logits of any size."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax of logits [n, classes], in float64."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+    """The softmax of logits [n, classes], in float64."""
+    return np.exp(log_probabilities(logits))
 
 
 def mistakes(logits: np.ndarray, labels: np.ndarray, count: int = 20) -> list[dict[str, Any]]:
@@ -117,9 +125,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> d
     ``logits`` and ``reference`` are float32 [n, classes], ``labels`` int64 [n]. ``reference`` holds the logits of the
     float32 network in TensorFlow. ``agreement`` is the share of images for which both predict the same class.
     """
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+    losses = -log_probabilities(logits)[np.arange(len(labels)), labels]
     predicted, classes = logits.argmax(axis=1), logits.shape[1]
     confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
     return {

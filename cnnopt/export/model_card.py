@@ -31,6 +31,13 @@ USE = """\
     interpreter.invoke()
     print(classes[interpreter.get_tensor(sink["index"])[0].argmax()])
 """
+#: How to read the other formats. All take float32 [n, 32, 32, 3], 0 to 255.
+FORMAT_USE = {
+    "saved-model": '`tf.saved_model.load("saved_model").signatures["serving_default"](pixels=images)["logits"]`',
+    "keras": '`tf_keras.models.load_model("model.keras").predict(images)`',
+    "onnx": '`onnxruntime.InferenceSession("model.onnx").run(None, {"pixels": images})[0]`',
+    "safetensors": '`safetensors.numpy.load_file("model.safetensors")`: weights and masks by name, no network',
+}
 
 
 def save(content: Mapping[str, Any], folder: Path) -> None:
@@ -55,6 +62,18 @@ def markdown(content: Mapping[str, Any], command: str) -> str:
         )
         for entry in own(content)
     ]
+    rows += [
+        (
+            f"`{Path(entry['file']).name}`",
+            f"{entry['size']['raw']:,}",
+            "",
+            f"{run['sparsity']:.1%}",
+            f"{100 * entry['test']['accuracy']:.2f}",
+            "",
+            f"`{entry['sha256'][:16]}`",
+        )
+        for entry in content.get("formats", [])
+    ]
     columns = ("file", "bytes", "packed", "zeros", "top-1 %", "ms", "SHA-256")
     return "\n".join(
         [
@@ -69,8 +88,9 @@ def markdown(content: Mapping[str, Any], command: str) -> str:
             "",
             *("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)),
             "",
-            f"Top-1 over {content['files'][0]['test']['images']:,} test images, by TensorFlow Lite; ms: median of one "
-            f"image at one thread of {machine['cpu']}. Packed: `python -m cnnopt.quantize unpack` restores the file.",
+            f"Top-1 over {content['files'][0]['test']['images']:,} test images, each file in its own runtime; ms: "
+            f"median of one image at one thread of {machine['cpu']}. Packed: `python -m cnnopt.quantize unpack` "
+            "restores the file.",
             "",
             "## Use",
             "",
@@ -79,6 +99,7 @@ def markdown(content: Mapping[str, Any], command: str) -> str:
             "",
             USE.format(file=Path(page.best(content)["file"]).name, classes=json.dumps(run["classes"])).rstrip(),
             "",
+            *(f"`{Path(entry['file']).name}`: {FORMAT_USE[entry['name']]}\n" for entry in content.get("formats", [])),
             "## Limits",
             "",
             f"It knows the {len(run['classes'])} classes of {run['dataset']} and names one of them for any image. Its "
@@ -102,11 +123,17 @@ def header(content: Mapping[str, Any], name: str) -> list[str]:
             "dataset": {"name": data, "type": HUB_NAMES.get(data, data), "split": "test"},
             "metrics": [{"type": "accuracy", "value": entry["test"]["accuracy"], "name": entry["name"]}],
         }
-        for entry in own(content)
+        for entry in (*own(content), *content.get("formats", []))
     ]
     fields: dict[str, Any] = {
         "pipeline_tag": "image-classification",
-        "tags": ["tflite", "resnet", "pruning", "quantization"],
+        "tags": [
+            "tflite",
+            *(entry["name"] for entry in content.get("formats", [])),
+            "resnet",
+            "pruning",
+            "quantization",
+        ],
         "metrics": ["accuracy"],
         "model-index": [{"name": name, "results": results}],
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cnnopt.command_line import Parser, nearest
 from cnnopt.errors import UserError
+from cnnopt.packages import RUNTIMES, choose_runtime, require
 
 #: The files that can be exported. The end of a name says how the file stores its weights.
 VARIANTS = {
@@ -26,6 +27,15 @@ VARIANTS = {
 NEEDS = {"clustered-int8": ("clusters",), "int8-qat": ("qat",), "clustered-int8-qat": ("clusters", "qat")}
 #: The variants that --pack packs: int8 files that store their zeros.
 PACKED = ("dynamic", "int8", *NEEDS)
+#: Other formats of the float32 network. They are made only if --variants names them.
+FORMATS = {
+    "saved-model": "TensorFlow's SavedModel, for TensorFlow alone",
+    "keras": "a .keras file, for tf_keras alone",
+    "onnx": "ONNX, with BatchNorm folded in",
+    "safetensors": "weights and masks by name",
+}
+#: The optional packages with which a format is written and measured.
+FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}
 MIN_CALIBRATION = 32
 #: Allowed numbers of distinct values of a kernel.
 CLUSTERS = range(4, 257)
@@ -41,6 +51,7 @@ class Options:
 
     run: Path
     variants: tuple[str, ...] | None
+    formats: tuple[str, ...]
     clusters: int | None
     qat: int | None
     baseline: Path | None
@@ -48,6 +59,15 @@ class Options:
     seed: int
     data_dir: str | None
     pack: bool
+    runtime: str
+
+    def check_packages(self) -> None:
+        """Raise MissingError if a package that these options need is not installed."""
+        # Without TensorFlow nothing can be converted, whoever measures.
+        if self.runtime != "tf":
+            choose_runtime(self.runtime)
+        for name in self.formats:
+            require(f"--variants {name}", FORMAT_PACKAGES.get(name, ()))
 
     def asked(self) -> list[str]:
         """The variants that --variants names. Without --variants, all variants whose flags are given."""
@@ -69,14 +89,16 @@ class Options:
 
 def parser(description: str | None = None) -> Parser:
     """The parser of ``cnnopt.quantize``. ``description`` is the first text that ``--help`` prints."""
-    listing = "\n".join(f"  {name:<20}{text}" for name, text in VARIANTS.items())
+    listing, others = (
+        "\n".join(f"  {name:<20}{text}" for name, text in known.items()) for known in (VARIANTS, FORMATS)
+    )
     made = Parser(
         prog="python -m cnnopt.quantize",
         description=description,
-        epilog=f"variants:\n{listing}",
+        epilog=f"variants:\n{listing}\n\nother formats, only if named:\n{others}",
     )
     made.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    made.add_argument("--variants", metavar="A,B", help="which files to make [all that apply to the run]")
+    made.add_argument("--variants", metavar="A,B", help="which files to make [all .tflite that apply]")
     made.add_argument(
         "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
     )
@@ -92,6 +114,9 @@ def parser(description: str | None = None) -> Parser:
     made.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
     made.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
+    made.add_argument(
+        "--runtime", choices=RUNTIMES, default="tf", help="interpreter that measures: TensorFlow's or LiteRT's [tf]"
+    )
     return made
 
 
@@ -101,12 +126,16 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
     Raises UserError; SystemExit(0) for ``--help``.
     """
     given = vars(parser(description).parse_args(argv))
+    given["formats"] = ()
     if given["variants"] is not None:
-        given["variants"] = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
-        for name in given["variants"]:
-            if name not in VARIANTS:
-                near = nearest(name, VARIANTS)
-                raise OptionError(f"--variants {name}: choose from {', '.join(VARIANTS)}{near and f': {near}'}")
+        names = tuple(dict.fromkeys(name.strip() for name in given["variants"].split(",")))
+        known = [*VARIANTS, *FORMATS]
+        for name in names:
+            if name not in known:
+                near = nearest(name, known)
+                raise OptionError(f"--variants {name}: choose from {', '.join(known)}{near and f': {near}'}")
+        given["variants"] = tuple(name for name in names if name in VARIANTS)
+        given["formats"] = tuple(name for name in names if name in FORMATS)
         for flag in ("clusters", "qat"):
             users = [name for name, flags in NEEDS.items() if flag in flags]
             named = [name for name in users if name in given["variants"]]

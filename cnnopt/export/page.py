@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnopt.config import TrainConfig
-from cnnopt.export import charts
+from cnnopt.export import charts, render
+from cnnopt.export.shipped import MEANING, shipped
 from cnnopt.run import atomic_files
 from cnnopt.run.run_folder import RunFolder, minutes
 
@@ -38,13 +39,6 @@ MATRIX_CLASSES = 20
 HERE = Path(__file__).parent
 
 
-def smallest(entry: Mapping[str, Any]) -> tuple[int, float]:
-    """Bytes of a file, packed or else through gzip, and how many times smaller than the reference that is."""
-    if packed := entry["packed"]:
-        return packed["bytes"], packed["times_smaller"]
-    return entry["size"]["gzip"], entry["times_smaller"]["gzip"]
-
-
 def reference(content: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of the float32 file that the others are compared with."""
     return next(entry for entry in content["files"] if entry["name"] == content["reference"]["file"])
@@ -60,7 +54,7 @@ def best(content: Mapping[str, Any]) -> dict[str, Any]:
     least = charts.wilson(test["correct"], test["images"])[0]
     as_good = [entry for entry in entries if entry["test"]["accuracy"] >= least]
     if as_good:
-        return min(as_good, key=lambda entry: smallest(entry)[0])
+        return min(as_good, key=lambda entry: shipped(entry).bytes)
     return max(entries, key=lambda entry: entry["test"]["accuracy"])
 
 
@@ -71,7 +65,7 @@ def headline(content: Mapping[str, Any]) -> str:
     speed = against["latency"][0]["median_ms"] / entry["latency"][0]["median_ms"]
     points = f"{abs(lost):.1f} points {'gained' if lost <= -0.05 else 'lost'}"
     pace = f"{speed:.1f}x faster" if speed >= 1 else f"{1 / speed:.1f}x slower"
-    return f"{entry['name']}: {smallest(entry)[1]:.1f}x smaller, {points}, {pace}"
+    return f"{entry['name']}: {shipped(entry).times_smaller:.1f}x smaller, {points}, {pace}"
 
 
 def save(content: Mapping[str, Any], folder: Path, images: Dataset) -> None:
@@ -89,8 +83,7 @@ def run_page(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
     summary = (
         f"ResNet-{run['depth']} on {run['dataset']}, {run['parameters']:,} parameters, {run['sparsity']:.0%} of the "
         f"weights zero. {test['images']:,} test images: {_percent(test)} right, against {_percent(against['test'])} of "
-        f"{against['name']}. Small is {'packed' if entry['packed'] else 'through gzip -9'}, against the raw "
-        f"{against['name']} file; fast is one image at one thread."
+        f"{against['name']}. Smaller: {MEANING}. Faster: one image at one thread."
     )
     layers = entry["weights"]["layers"]
     zeros = [(layer, 100 * (1 - found["nonzero"] / found["weights"])) for layer, found in layers.items()]
@@ -98,6 +91,7 @@ def run_page(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
         _network(content, folder, images),
         section("Accuracy and size", _accuracy([("", content)])),
         section("Files", _files(content)),
+        section("Other formats", _formats(content)) if content.get("formats") else "",
         section("Latency", _latency((e["name"], e, 0) for e in content["files"])),
         section(
             f"Zeros of {entry['name']} by layer",
@@ -133,7 +127,7 @@ def comparison_page(runs: Sequence[Any], *, title: str | None = None, first: Seq
         ]
     if any(run.metrics for run in runs):
         sections.append(section("Training", _training([(run.name, run.metrics) for run in runs])))
-    best_run = max(cards, key=lambda card: smallest(best(card[1]))[1], default=None)
+    best_run = max(cards, key=lambda card: shipped(best(card[1])).times_smaller, default=None)
     line = f"{best_run[0]}, {headline(best_run[1])}" if best_run else f"{len(runs)} runs"
     return _page(
         title or ", ".join(run.name for run in runs), line, "The run whose best file is the smallest.", sections
@@ -170,7 +164,7 @@ def _accuracy(cards: Sequence[tuple[str, Mapping[str, Any]]], colors: Mapping[st
         for number, entry in enumerate(card["files"], start=1):
             test = entry["test"]
             low, high = charts.wilson(test["correct"], test["images"])
-            size = smallest(entry)[0] / 1024
+            size = shipped(entry).bytes / 1024
             who = f"{name}: {entry['name']}" if name else entry["name"]
             points.append(
                 charts.Point(
@@ -207,11 +201,10 @@ def _files(content: Mapping[str, Any]) -> str:
     head = "".join(f'<th class="{kind}">{name}</th>' for kind, name in names)
     rows = []
     for number, entry in enumerate(content["files"], start=1):
-        size, times = smallest(entry)
-        test = entry["test"]
+        form, test = shipped(entry), entry["test"]
         cells = (
-            ("n", f"{size / 1024:.1f}"),
-            ("n", f"{times:.2f}x"),
+            ("n", f"{form.bytes / 1024:.1f}"),
+            ("n", f"{form.times_smaller:.2f}x"),
             ("n", f"{100 * test['accuracy']:.2f}"),
             ("n agree", f"{100 * test['agreement']:.2f}"),
             ("n", f"{entry['latency'][0]['median_ms']:.2f}"),
@@ -224,9 +217,15 @@ def _files(content: Mapping[str, Any]) -> str:
         )
     return (
         f"<div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>"
-        "<p class=small>KiB packed, or gzip -9 where a file is not packed; agree: share of test images on which the "
-        "file and the float32 network name one class; ms: median of one image at one thread.</p>"
+        f"<p class=small>KiB as it is shipped. Smaller: {MEANING}; agree: share of test images on which the file and "
+        "the float32 network name one class; ms: median of one image at one thread.</p>"
     )
+
+
+def _formats(content: Mapping[str, Any]) -> str:
+    rows = [render.FORMAT_COLUMNS, *render.format_rows(content)]
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table>{cells}</table></div><p class=small>{render.FORMATS_MEANING}. Sizes in KiB.</p>"
 
 
 def _latency(entries: Iterable[tuple[str, Mapping[str, Any], int]]) -> str:

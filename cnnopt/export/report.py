@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cnnopt.data.datasets import Dataset
 from cnnopt.distributed import host
 from cnnopt.errors import RunError
-from cnnopt.export import explain, interpret, latency, measure, qat, tflite_file
+from cnnopt.export import explain, formats, interpret, latency, measure, qat, tflite_file
 from cnnopt.export.render import SCHEMA
 from cnnopt.export.trained import TrainedRun
 from cnnopt.export.variants import Export, Kernels
+from cnnopt.packages import RUNTIMES
 
 #: CPU flags in /proc/cpuinfo for which XNNPACK has kernels that sum int8 products directly. The last two are ARM's.
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
 
-def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) -> dict[str, Any]:
+def report(
+    exports: Sequence[Export], in_formats: Mapping[str, Path], images: Dataset, *, clusters: int | None, runtime: str
+) -> dict[str, Any]:
     """The content of report.json, except calibration and archives (docs/quantize.md, "report.json").
 
     ``exports``: the files of one run, including float32, and optionally the float32 file of a baseline. If there is a
-    baseline, sizes are compared with it. Raises RunError if two files are equal, TfliteError, LatencyError.
+    baseline, sizes are compared with it. ``in_formats``: the run's network in other formats. ``runtime``: the package
+    of the interpreter, ``tf`` or ``litert``. Raises RunError if two files are equal, ConversionError, TfliteError,
+    LatencyError.
     """
     _check_that_files_differ(exports)
     own = next(export for export in exports if export.variant.label == "float32")
@@ -58,19 +64,24 @@ def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) 
                     "weights": measure.weights(export.kernels, _quantized_from(export, exports)),
                     "fine_tuned": _fine_tuning(variant.tuned, run) if variant.tuned else None,
                     "ledger": measure.ledger(_stages(export, own), run.masks) if variant.run is run else None,
-                    "test": _test(export, data, images, expected, threads, progress),
+                    "test": _test(export, data, images, expected, threads, runtime, progress),
                     "packed": None,
                 }
             )
+    measured = functools.partial(
+        formats.measured, run=run, images=images, expected=expected, reference=reference_size, threads=threads
+    )
     print("  latency, one file after the other")
     # One thread comes first, because that is the usual comparison.
     counts = sorted({1, threads})
-    for entry, timings in zip(files, latency.measure([e.path for e in exports], counts), strict=True):
+    timings_of_all = latency.measure([e.path for e in exports], counts, runtime=runtime)
+    for entry, timings in zip(files, timings_of_all, strict=True):
         entry["latency"] = timings
     content = {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine(threads),
+        "runtime": runtime,
+        "machine": machine(threads, RUNTIMES[runtime]),
         "run": {
             "path": str(run.path),
             "dataset": images.name,
@@ -92,6 +103,7 @@ def report(exports: Sequence[Export], images: Dataset, *, clusters: int | None) 
             **reference_size,
         },
         "files": files,
+        "formats": [measured(name, path) for name, path in in_formats.items()],
     }
     return {**content, "notes": explain.notes(content)}
 
@@ -126,13 +138,19 @@ def _stages(export: Export, own: Export) -> Mapping[str, Kernels]:
 
 
 def _test(
-    export: Export, data: bytes, images: Dataset, expected: np.ndarray, threads: int, progress: Progress
+    export: Export,
+    data: bytes,
+    images: Dataset,
+    expected: np.ndarray,
+    threads: int,
+    runtime: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Accuracy on the test images, and the seconds that the test took."""
     task = progress.add_task(export.variant.label, total=len(images.test_images))
     begin = time.perf_counter()
     advance = functools.partial(progress.advance, task)
-    logits = interpret.logits(data, export.path, images.test_images, threads=threads, advance=advance)
+    logits = interpret.logits(data, export.path, images.test_images, threads=threads, runtime=runtime, advance=advance)
     seconds = time.perf_counter() - begin
     return {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds}
 
@@ -142,8 +160,8 @@ def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
     return {"epochs": tuned.identity["epochs"], "path": str(tuned.path.relative_to(run.path)), **known}
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """The machine on which the latencies were measured."""
+def machine(threads: int, *packages: str) -> dict[str, Any]:
+    """The machine on which the latencies were measured. ``packages``: more whose versions matter."""
     flags = host.cpu_flags()
     return {
         "host": platform.node(),
@@ -153,5 +171,5 @@ def machine(threads: int) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": host.versions(["tensorflow", "tf-keras", "numpy"]),
+        "packages": host.versions(["tensorflow", "tf-keras", "numpy", *packages]),
     }

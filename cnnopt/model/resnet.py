@@ -95,7 +95,9 @@ class IdentityShortcut(layers.Layer):
 
 @dataclass(frozen=True)
 class Parts:
-    """The layers that a network is made of. ``cnnopt.export.qat`` has other parts, which compute like int8 arithmetic.
+    """The layers that a network is made of.
+
+    ``cnnopt.export.qat`` has parts that compute like int8 arithmetic, and ``cnnopt.export.formats`` standard layers.
 
     ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
     """
@@ -103,6 +105,7 @@ class Parts:
     standardize: Callable[..., layers.Layer] = Standardize
     convolution: Callable[..., layers.Layer] = Conv2D
     dense: Callable[..., layers.Layer] = layers.Dense
+    shortcut: Callable[..., Callable[[tf.Tensor], tf.Tensor]] = IdentityShortcut
     rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
 
 
@@ -141,7 +144,7 @@ def resnet(
     x = parts.standardize(mean, std, name="standardize")(images)
     x = relu(conv_bn(x, topology.FILTERS[0], 1, "stem"), "stem_relu")
     for block in topology.blocks(depth):
-        shortcut = IdentityShortcut(name=f"{block.name}_shortcut")(x) if block.downsamples else x
+        shortcut = parts.shortcut(name=f"{block.name}_shortcut")(x) if block.downsamples else x
         strides = 2 if block.downsamples else 1
         y = relu(conv_bn(x, block.filters, strides, f"{block.name}_conv1"), f"{block.name}_relu1")
         y = parts.rounded(conv_bn(y, block.filters, 1, f"{block.name}_conv2"), f"{block.name}_conv2")

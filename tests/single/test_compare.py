@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,5 +138,11 @@ def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):
     (runs[1] / "kept.jsonl").rename(runs[1] / "metrics.jsonl")
     (runs[0] / "config.json").write_text("[" * 100_000)
     assert "config.json is damaged" in refused(*runs)
+    # No file may grow beyond 1 KiB.
+    command = f"ulimit -f 1; exec {sys.executable} -m cnnopt.compare {runs[1]} --output {tmp_path}/out"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path}/out/comparison.png: cannot be written (File too large)" in done.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["comparison.md"]
     (tmp_path / "file").write_text("")
     assert "--output" in refused(runs[1], "--output", tmp_path / "file")

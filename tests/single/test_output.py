@@ -93,10 +93,10 @@ def test_an_answer_that_nobody_can_take_is_an_error_of_one_line(command):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-COMMANDS = ["launch", "launch_plan", "elastic", "finetune", "quantize", "compare", "predict"]
+COMMANDS = ["", ".launch", ".launch_plan", ".elastic", ".finetune", ".quantize", ".compare", ".predict", ".study"]
 
 
-@pytest.mark.parametrize("command", [*(["-m", f"cnnopt.{name}"] for name in COMMANDS), python_m("cnnopt.finetune")[1:],
+@pytest.mark.parametrize("command", [*(["-m", f"cnnopt{name}"] for name in COMMANDS), python_m("cnnopt.finetune")[1:],
                                      [str(ROOT / "train_hvd.py")]], ids=lambda command: command[-1][-20:])  # fmt: skip
 def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(command, tmp_path):
     # A module that all of them import.

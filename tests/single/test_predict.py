@@ -12,7 +12,8 @@ from PIL import Image
 from cnnopt.data import datasets
 from cnnopt.distributed import host
 from cnnopt.export.measure import probabilities
-from cnnopt.predict import PACKAGES, main, read_image
+from cnnopt.packages import RUNTIMES
+from cnnopt.predict import main, read_image
 from tests.helpers.exported_run import ENVIRONMENT, ROOT, make_run, quantize
 
 pytestmark = pytest.mark.timeout(600)
@@ -191,6 +192,6 @@ def test_wrong_flags_and_images(refused, light, tmp_path, monkeypatch):
 
 def test_a_runtime_that_is_not_installed(refused, light, tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "x.png")
-    for runtime, package in PACKAGES.items():
+    for runtime, package in RUNTIMES.items():
         assert f"pip install {package}" in refused(light, tmp_path / "x.png", "--runtime", runtime)
     assert "pip install ai-edge-litert" in refused(light, tmp_path / "x.png")

@@ -293,9 +293,15 @@ def test_terminal_and_markdown_hold_the_figures(trained):
     path, content, printed = trained
     text = (path / "report.md").read_text()
     assert text == render.markdown(content)
-    table = printed.split("sizes in KiB")[1]
+    rows = {line.split()[0]: line.split() for line in printed.split("sizes in KiB")[1].splitlines() if "x " in line}
+    html = (path / "report.html").read_text()
     for entry in content["files"]:
-        assert f" {entry['name']} " in table
+        ratio = content["reference"]["raw"] / (entry["packed"] or {"bytes": entry["size"]["gzip"]})["bytes"]
+        # One figure, whoever says it.
+        assert entry["shipped"]["times_smaller"] == pytest.approx(ratio)
+        assert f"{ratio:.2f}x" in rows[entry["name"]]
+        assert f"| {ratio:.2f}x |" in text
+        assert f">{ratio:.2f}x</td>" in html
         assert f"{100 * entry['test']['accuracy']:.2f}" in text
     for note in content["notes"]:
         assert note in text
@@ -522,7 +528,10 @@ def test_sparse_variants_of_a_dense_run(no_tensorflow, tmp_path, capsys):
         choose(parse_args([str(run), "--variants", "sparse-int8"]), 0.1)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+)
 def test_a_signal_reaches_the_fine_tuning_and_its_status_is_handed_on(number, status, tmp_path):
     path = make_run(tmp_path / "r")
     command = [sys.executable, "-m", "cnnopt.quantize", str(path), "--qat", "50", "--variants", "int8-qat"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +20,9 @@ from cnnopt.errors import RunError
 from cnnopt.export import pack as pack_module
 from cnnopt.export.clustering import assign, cluster, codebook
 from cnnopt.export.explain import notes
-from cnnopt.export.measure import accuracy, entropy, ledger, ratios, sizes
+from cnnopt.export.measure import accuracy, entropy, ledger, probabilities, ratios, sizes
 from cnnopt.export.pack import PackError, pack, unpack
+from cnnopt.export.shipped import Shipped, shipped
 from cnnopt.export.tflite_file import Kernel, TfliteError, kernels, read
 
 
@@ -58,6 +60,12 @@ def test_ratios_are_against_the_reference_as_it_is():
     size = {"raw": 50, "gzip": 25, "xz": 20, "entropy_bound": 10, "weights_entropy": 9}
     found = ratios(size, {"raw": 200, "gzip": 100})
     assert found == {"raw": 4, "gzip": 8, "xz": 10, "entropy_bound": 20, "gzip_to_gzip": 4}
+
+
+def test_a_file_is_shipped_packed_or_else_through_gzip():
+    entry = {"size": {"gzip": 25}, "times_smaller": {"gzip": 8}, "packed": None}
+    assert shipped(entry) == Shipped("gzip", 25, 8)
+    assert shipped({**entry, "packed": {"bytes": 20, "times_smaller": 10}}) == Shipped("packed", 20, 10)
 
 
 # ------------------------------------------------------------------------------------------------ zeros
@@ -100,6 +108,11 @@ def test_accuracy_loss_confusion_and_agreement():
 def test_the_loss_of_large_logits_is_finite():
     found = accuracy(np.array([[1e4, -1e4]], np.float32), np.array([1]), np.eye(2)[:1])
     assert found["loss"] == pytest.approx(2e4)
+
+
+def test_probabilities_are_those_of_scipy():
+    logits = np.random.default_rng(0).normal(0, 20, (50, 10)).astype(np.float32)
+    np.testing.assert_allclose(probabilities(logits), scipy.special.softmax(logits.astype("f8"), axis=1), rtol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- clustering
