@@ -2,7 +2,7 @@
 
     python -m cnnopt.quantize runs/NAME --clusters 16 --baseline runs/DENSE
     horovodrun -np 2 python -m cnnopt.quantize runs/NAME --qat 2 --clusters 16
-    python -m cnnopt.quantize runs/NAME --variants int8,saved-model,keras,onnx,safetensors
+    python -m cnnopt.quantize runs/NAME --variants int8,keras,onnx,safetensors
     python -m cnnopt.quantize pack FILE.tflite... [--output-dir DIR]
     python -m cnnopt.quantize unpack FILE.packed.zip... [--output-dir DIR]
 
