@@ -13,6 +13,7 @@ import tensorflow as tf
 from cnnopt import pictures
 from cnnopt.distributed import host
 from cnnopt.export import interpret, measure, page, tflite_file
+from cnnopt.export.shipped import MEANING, shipped
 from cnnopt.run.atomic_files import WriteError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def save(content: dict[str, Any], folder: Path, images: Dataset) -> None:
         for evaluated in ("validation", "test"):
             if (place.parent / evaluated).exists():
                 with _writer(place.parent / evaluated, SUFFIX).as_default(step):
-                    tf.summary.scalar("quantize/packed_bytes", page.smallest(entry)[0])
+                    tf.summary.scalar("quantize/packed_bytes", shipped(entry).bytes)
     except (OSError, tf.errors.OpError) as error:
         raise WriteError(f"{place}: cannot be written ({error}); free some space there") from None
 
@@ -61,7 +62,7 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     """The values to draw for one file of a report.json, by tag."""
     values = {
         "accuracy": entry["test"]["accuracy"],
-        "bytes": page.smallest(entry)[0],
+        "bytes": shipped(entry).bytes,
         "latency_ms": entry["latency"][0]["median_ms"],
     }
     return {f"quantize/{quantity}/{entry['name']}": float(value) for quantity, value in values.items()}
@@ -84,17 +85,19 @@ def text(content: Mapping[str, Any]) -> str:
     """A short report in markdown: the headline, a table of the files, the notes."""
     rows: list[Sequence[str]] = [("file", "KiB", "smaller", "top-1 %", "ms"), ("---", "---:", "---:", "---:", "---:")]
     for entry in content["files"]:
-        size, times = page.smallest(entry)
+        form = shipped(entry)
         milliseconds = entry["latency"][0]["median_ms"]
         accuracy = f"{100 * entry['test']['accuracy']:.2f}"
-        rows.append((entry["name"], f"{size / 1024:.1f}", f"{times:.2f}x", accuracy, f"{milliseconds:.2f}"))
+        rows.append(
+            (entry["name"], f"{form.bytes / 1024:.1f}", f"{form.times_smaller:.2f}x", accuracy, f"{milliseconds:.2f}")
+        )
     return "\n".join(
         [
             f"**{page.headline(content)}**",
             "",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
-            "KiB packed, or through gzip -9; ms: median of one image at one thread.",
+            f"KiB as it is shipped; smaller: {MEANING}; ms: median of one image at one thread.",
             "",
             *(f"- {note}" for note in content["notes"]),
         ]

@@ -191,7 +191,7 @@ def test_tensorboard_holds_the_report(trained):
             found[f"quantize/{quantity}/{name}"].values() for quantity in ("accuracy", "bytes", "latency_ms")
         )
         assert accuracy == pytest.approx(entry["test"]["accuracy"])
-        assert size == page.smallest(entry)[0]
+        assert size == entry["shipped"]["bytes"]
         assert latency == pytest.approx(entry["latency"][0]["median_ms"])
     for tag in ("figure", "confusion", "answers"):
         assert tensorboard.image(events, f"quantize/{tag}").std() > 10
