@@ -41,8 +41,8 @@ bench: env  ## this trainer beside its peers: 20 minutes; the other comparisons 
 FAULTS ?= 100
 STARTS ?= 2000
 soak: env  ## 2,000 starts (STARTS=n) of every kind, 100 faults (FAULTS=n) in runs of two ranks; prints what came of them
-	$(BIN)/python tests/helpers/start_fuzz.py $(STARTS)
-	$(BIN)/python tests/parallel/fault_driver.py $(FAULTS)
+	@status=0; $(BIN)/python tests/helpers/start_fuzz.py $(STARTS) || status=1; \
+	$(BIN)/python tests/parallel/fault_driver.py $(FAULTS) || status=1; exit $$status
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check

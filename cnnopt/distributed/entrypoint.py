@@ -22,7 +22,6 @@ from cnnopt.output import outlive_readers
 def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
     """Run ``body`` on this rank. Returns the exit status. An error line begins with ``name``."""
     request, peers = StopRequest(), PeerStatus(name)
-    request.listen()
     try:
         world, _ = launched()
     except LaunchError:
@@ -30,6 +29,7 @@ def run(name: str, body: Callable[[StopRequest, PeerStatus], int]) -> int:
         world = World()
     try:
         host.check_limits()
+        request.listen()
         return body(request, peers)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -12,7 +12,7 @@ import resource
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from cnnopt.errors import UserError
+from cnnopt.errors import RunError, UserError
 
 #: Variables that TensorFlow reads when it starts.
 TENSORFLOW = {
@@ -26,9 +26,16 @@ TENSORFLOW = {
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 CPUINFO = Path("/proc/cpuinfo")
-#: The least that this process must be allowed: open files, and address space in KiB. TensorFlow took 2.5 GiB at a
-#: ResNet-8 and then aborted, and trained with 3.
-LEAST = {"-n": (resource.RLIMIT_NOFILE, 1, 128), "-v": (resource.RLIMIT_AS, 1024, 3 * 2**20)}
+#: The least that this process must be allowed: open files, and address space and stack in KiB. At a ResNet-8,
+#: TensorFlow took 2.5 GiB and then aborted, and trained with 3. Its threads, which have the stack of the main thread,
+#: ended in a segmentation fault at 64 KiB, and trained with 128.
+LEAST = {
+    "-n": (resource.RLIMIT_NOFILE, 1, 128),
+    "-v": (resource.RLIMIT_AS, 1024, 3 * 2**20),
+    "-s": (resource.RLIMIT_STACK, 1024, 512),
+}
+#: Threads that TensorFlow, Horovod and the input pipeline start.
+THREADS = 64
 #: The cores that this process was started with. It may have bound itself to some of them since.
 ALLOWED = frozenset(os.sched_getaffinity(0))
 
@@ -79,11 +86,33 @@ def cpu_flags() -> set[str]:
 
 
 def check_limits() -> None:
-    """Raise UserError where a limit of this process is so low that TensorFlow or Horovod would abort."""
+    """Raise UserError where a limit of this process is so low that TensorFlow or Horovod would abort.
+
+    Raises RunError if its user has so many threads that the limit leaves too few.
+    """
     for option, (limit, unit, least) in LEAST.items():
         allowed, _ = resource.getrlimit(limit)
         if allowed != resource.RLIM_INFINITY and allowed // unit < least:
             raise UserError(f"ulimit {option} {allowed // unit}: a run needs {least}; raise it, or ask who has set it")
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    # The kernel does not limit root.
+    if allowed != resource.RLIM_INFINITY and os.getuid() and allowed - (taken := threads_of_user()) < THREADS:
+        raise RunError(
+            f"ulimit -u {allowed}: this user has {taken} threads already, and a run needs {THREADS} more; raise it, or "
+            "end other programs"
+        )
+
+
+def threads_of_user(proc: Path = Path("/proc")) -> int:
+    """The number of threads of all processes of this process's user, which RLIMIT_NPROC counts."""
+    count = 0
+    for status in proc.glob("[0-9]*/status"):
+        # Processes end meanwhile.
+        with contextlib.suppress(OSError):
+            found = dict(line.split(":", 1) for line in status.read_text(errors="replace").splitlines())
+            if int(found["Uid"].split()[0]) == os.getuid():
+                count += int(found["Threads"])
+    return count
 
 
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:

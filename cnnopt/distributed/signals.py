@@ -44,15 +44,19 @@ class StopRequest:
         self.training = False
 
     def listen(self) -> None:
-        """Take over the signals. Call from the main thread."""
+        """Take over the signals. Call from the main thread. Raises RunError if no thread can be started."""
         reader, writer = socket.socketpair()
+        hearing = threading.Thread(target=self._hear, args=(reader, writer), name="signals", daemon=True)
+        try:
+            hearing.start()
+        except RuntimeError as error:
+            raise RunError(f"{error}: look at ulimit -u, and at the limit of processes of a container") from None
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             # A shell starts its background commands with Ctrl-C ignored. Leave it ignored.
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._hear, args=(reader, writer), name="signals", daemon=True).start()
 
     def _hear(self, reader: socket.socket, writer: socket.socket) -> None:
         told_at = 0.0

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -199,6 +200,9 @@ _LIMITS = st.one_of(
     st.tuples(st.just("RLIMIT_NOFILE"), st.sampled_from([8, 24, 64, 127, 128, 256])),
     st.tuples(st.just("RLIMIT_FSIZE"), st.sampled_from([0, 100, 1_000, 5_000, 100_000, 1_000_000])),
     st.tuples(st.just("RLIMIT_AS"), st.sampled_from([2**30, 2**31, 2**34])),
+    # Of all threads of a user. Other cases have the same user, so no limit is close to what a run needs.
+    st.tuples(st.just("RLIMIT_NPROC"), st.sampled_from([0, 1, 2, 8, 4096])),
+    st.tuples(st.just("RLIMIT_STACK"), st.sampled_from([2**17, 2**18, 2**20, 2**23, 2**30])),
     st.tuples(st.just("RLIMIT_MEMLOCK"), st.just(0)),
     st.tuples(st.just("RLIMIT_MSGQUEUE"), st.just(0)),
 )
@@ -250,6 +254,8 @@ def cases(draw: st.DrawFn) -> Case:
             change["modes"] = (draw(st.tuples(where, mode)),) if bad else ()
         elif kind == "limits":
             change["limits"] = (draw(_LIMITS),)
+            # The kernel does not count root's threads.
+            change |= {"nobody": True} if change["limits"][0][0] == "RLIMIT_NPROC" else {}
     return Case(**change)
 
 
@@ -370,7 +376,10 @@ class Starts:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        assert answer, f"the {server} server has ended: {process.poll()}"
+            if not answer:
+                # The next start gets another one.
+                del self.servers[server, ascii]
+        assert answer, f"the {server} server has ended: {process.wait(30)}"
         return json.loads(answer)
 
     def prepare(self, case: Case, place: Path) -> None:
@@ -564,7 +573,7 @@ def try_case(starts: Starts, case: Case, *, real: bool = False) -> Tried:
 
 
 def fuzz(starts: Starts, all_cases: Sequence[Case], say: Callable[[object], None] = print) -> Tally:
-    """Try all cases, two at a time; ``say`` hears of each that ends wrongly as it does."""
+    """Try all cases, two at a time; ``say`` hears of each that ends wrongly as it does, and how far it has come."""
     tally = Tally()
 
     def one(numbered: tuple[int, Case]) -> Tried:
@@ -573,7 +582,12 @@ def fuzz(starts: Starts, all_cases: Sequence[Case], say: Callable[[object], None
         if real and case.before == "nothing":
             # Synthetic images of a forked start are fewer.
             case = replace(case, data=case.data or "binary")
-        return try_case(starts, case, real=real)
+        try:
+            return try_case(starts, case, real=real)
+        except Exception:
+            # A start that this program cannot judge is a failure too, and the others go on.
+            nothing = End(None, "", traceback.format_exc(), "", 0.0)
+            return Tried(case, nothing, loaded=False, real=False, wrong="the fuzz itself failed")
 
     with ThreadPoolExecutor(2) as pool:
         for tried in pool.map(one, enumerate(all_cases)):
@@ -584,6 +598,8 @@ def fuzz(starts: Starts, all_cases: Sequence[Case], say: Callable[[object], None
             if tried.wrong:
                 tally.wrong.append(str(tried))
                 say(tried)
+            if tally.cases % 100 == 0:
+                say(f"{tally.cases} of {len(all_cases)} starts, {len(tally.wrong)} wrong")
     return tally
 
 
@@ -592,8 +608,8 @@ def main() -> int:
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 10**6
     print(f"{count} starts, seed {seed}", flush=True)
     with Starts() as starts:
-        tally = fuzz(starts, draw_cases(count, seed), lambda tried: print(tried, flush=True))
-    print(tally)
+        tally = fuzz(starts, draw_cases(count, seed), lambda said: print(said, flush=True))
+    print("\n".join(["", *tally.wrong, str(tally)]), flush=True)
     return bool(tally.wrong)
 
 

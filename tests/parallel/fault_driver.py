@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -91,7 +92,10 @@ class Jobs:
 
     def close(self) -> None:
         self.parent.stdin.close()
-        self.parent.wait(60)
+        try:
+            self.parent.wait(60)
+        except subprocess.TimeoutExpired:
+            self.parent.kill()
 
     def _ask(self, line: str) -> list:
         self.parent.stdin.write(line + "\n")
@@ -229,37 +233,50 @@ def soak(faults: int, first_seed: int, folder: Path, tell=lambda text: None) -> 
         undisturbed = jobs.run(folder / "undisturbed", None)
         assert undisturbed.statuses == [0] * RANKS, undisturbed.output
         wanted = outcome(folder / "undisturbed")
-        seed = first_seed
-        while seed < first_seed + faults:
+        seed, last = first_seed, first_seed + faults
+        while seed < last:
             run_dir = folder / f"run{seed}"
-            complete = False
-            while not complete:
-                before = saved_step(run_dir)
-                fault = fault_of(seed, before) if seed < first_seed + faults else None
-                end = jobs.run(run_dir, fault)
-                tally.saves += end.saves
-                tally.resumes += "resumed after step" in end.output
-                if before and end.steps and f"resumed after step {before} " not in end.output:
-                    tally.wrong.append(f"seed {seed}: it did not resume after step {before}")
-                complete = not any(end.statuses)
-                if complete:
-                    break
-                after = saved_step(run_dir)
-                assert fault is not None, end.output
-                tally.faults[f"{fault.kind} in a {fault.where}"] += 1
-                tally.repeated.append(max(0, end.steps - after))
-                tally.seconds.append(end.seconds)
-                if wrong := check(fault, end, before, after):
-                    tally.wrong.append(f"seed {seed}, {fault}: {wrong}: {end.statuses}\n{end.output}")
-                tell(f"seed {seed}: {fault}: {end.statuses}, step {end.steps}, saved {after}, {end.seconds:.1f} s")
-                seed += 1
-            tally.runs += 1
-            tally.results_lost += len(differing := lost(outcome(run_dir), wanted))
-            tell(f"run complete, lost: {differing}")
-            shutil.rmtree(run_dir)
+            try:
+                disturb(jobs, run_dir, range(seed, last), wanted, tally, tell)
+            except Exception:
+                # A run that this program cannot judge is a failure too, and the next one begins anew.
+                tally.wrong.append(f"run {seed}: the driver itself failed: {traceback.format_exc()}")
+                tell(tally.wrong[-1])
+                tally.faults["given up"] += 1
+                jobs.close()
+                jobs = Jobs(folder)
+            seed = first_seed + sum(tally.faults.values())
+            shutil.rmtree(run_dir, ignore_errors=True)
     finally:
         jobs.close()
     return tally
+
+
+def disturb(jobs: Jobs, run_dir: Path, seeds: range, wanted: dict, tally: Tally, tell) -> None:
+    """Bring the faults of ``seeds``, or the first of them, to one run, until it is complete."""
+    seed = seeds.start
+    while True:
+        before = saved_step(run_dir)
+        fault = fault_of(seed, before) if seed in seeds else None
+        end = jobs.run(run_dir, fault)
+        tally.saves += end.saves
+        tally.resumes += "resumed after step" in end.output
+        if before and end.steps and f"resumed after step {before} " not in end.output:
+            tally.wrong.append(f"seed {seed}: it did not resume after step {before}")
+        if not any(end.statuses):
+            break
+        after = saved_step(run_dir)
+        assert fault is not None, end.output
+        tally.faults[f"{fault.kind} in a {fault.where}"] += 1
+        tally.repeated.append(max(0, end.steps - after))
+        tally.seconds.append(end.seconds)
+        if wrong := check(fault, end, before, after):
+            tally.wrong.append(f"seed {seed}, {fault}: {wrong}: {end.statuses}\n{end.output}")
+        tell(f"seed {seed}: {fault}: {end.statuses}, step {end.steps}, saved {after}, {end.seconds:.1f} s")
+        seed += 1
+    tally.runs += 1
+    tally.results_lost += len(differing := lost(outcome(run_dir), wanted))
+    tell(f"run complete, lost: {differing}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,16 @@ FOUND = {
         2,
         "train_hvd.py: ulimit -v 2097152: a run needs 3145728; raise it, or ask who has set it",
     ),
+    "a limit of stacks": (
+        Case(limits=(("RLIMIT_STACK", 2**17),)),
+        2,
+        "train_hvd.py: ulimit -s 128: a run needs 512; raise it, or ask who has set it",
+    ),
+    "a limit of threads": (
+        Case(nobody=True, limits=(("RLIMIT_NPROC", 1),)),
+        1,
+        "train_hvd.py: ulimit -u 1: this user has ",
+    ),
     "a pipe in the place of a file": (
         Case(before="complete", files=(("runs/run/config.json", "fifo"),)),
         2,
