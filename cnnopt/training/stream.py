@@ -92,7 +92,11 @@ def training_stream(
         return itertools.takewhile(lambda _: not left.is_set(), shards)
 
     signature = (tf.TensorSpec([draws.shard, 32, 32, 3], tf.uint8), tf.TensorSpec([draws.shard], tf.int64))
-    iterator = iter(tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4))
+    options = tf.data.Options()
+    # There is nothing to tune, and the thread that would tune may hold up the end of the process.
+    options.autotune.enabled = False
+    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)
+    iterator = iter(dataset.with_options(options))
     _kept.append(iterator)
     yield HostStream(iterator)
     left.set()

@@ -2,7 +2,7 @@
 
 Without a variant it writes the sums alone.
 
-Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE/OPTIMIZER...
+Usage: horovodrun -np N python exchange_worker.py DEST KIND/WIRE/OPTIMIZER[/HOW]...
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from cnnopt.training.buckets import choose  # noqa: E402
 from cnnopt.training.build import build_model  # noqa: E402
 from cnnopt.training.step import SynchronousModel  # noqa: E402
 from cnnopt.training.stream import training_stream  # noqa: E402
+from cnnopt.training.xla import Compiler  # noqa: E402
 
 CONFIG = TrainConfig(dataset="synthetic", depth=8, batch_size=64, epochs=2, base_lr=0.1, sparsity=0.9,
                      prune_begin="2s", prune_end="10s", prune_frequency="2s", deterministic=True)  # fmt: skip
@@ -87,21 +88,24 @@ def summed() -> dict[str, np.ndarray]:
     return found
 
 
-def train(kind: str, wire: str, optimizer: str) -> tuple[dict[str, np.ndarray], dict]:
+def train(kind: str, wire: str, optimizer: str, how: str = "") -> tuple[dict[str, np.ndarray], dict]:
+    """``how``: "several" steps a call on images that stay on the device, "compiled" by XLA as well, or neither."""
     keras.backend.clear_session()
     config = dataclasses.replace(CONFIG, exchange=kind, wire_dtype=wire, optimizer=optimizer)
     timeline = Timeline(len(IMAGES.train_images), config.batch_size, config.epochs)
     compute = precision.choose("float32", has_gpu=False)
-    model = build_model(config, IMAGES, timeline, compute, ranks=world.size)
+    compiler = Compiler(how == "compiled")
+    model = build_model(config, IMAGES, timeline, compute, ranks=world.size, compiler=compiler)
     collectives.broadcast(list(model.named_state().values()))
     count = Count()
     draws = Draws(len(IMAGES.train_images), batch_size=config.batch_size, seed=config.seed, augment=config.augment,
                   rank=world.rank, size=world.size)  # fmt: skip
-    with training_stream(IMAGES, draws, first_step=0, last_step=timeline.total_steps) as stream:
-        loop.fit(model, stream, timeline, [count, callbacks.Prune()])
+    steps = timeline.total_steps
+    with training_stream(IMAGES, draws, first_step=0, last_step=steps, resident=bool(how)) as stream:
+        loop.fit(model, stream, timeline, [count, callbacks.Prune()], steps_per_call=5 if how else 1)
     model.pruner.verify_final()
     model.agree()
-    ops, waits = collective_operations(model, stream)
+    ops, waits = ({}, []) if how else collective_operations(model, stream)
     return {name: v.numpy() for name, v in model.named_state().items()}, {
         "losses": count.losses,
         "bytes": count.bytes,

@@ -14,11 +14,14 @@ VARIANTS = ["dense/float32/muon", "sparse/float32/muon", "sparse/float16/muon",
             "dense/float32/sgd", "sparse/float32/sgd"]  # fmt: skip
 
 
+OTHERWISE = ["sparse/float32/sgd/several", "sparse/float32/sgd/compiled"]
+
+
 @pytest.fixture(scope="module")
 def ranks(start, tmp_path_factory) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
     """What each of two ranks has counted, and the state that it ended with, of every variant."""
     dest = tmp_path_factory.mktemp("exchange")
-    job = start(2, WORKER, str(dest), *VARIANTS)
+    job = start(2, WORKER, str(dest), *VARIANTS, *OTHERWISE)
     assert job.wait() == 0, job.output()
     found = [json.loads((dest / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return found, [dict(np.load(dest / f"rank{rank}.npz")) for rank in (0, 1)]
@@ -40,7 +43,22 @@ def test_sparse_training_is_dense_training_bit_for_bit(ranks, trained):
         assert value.tobytes() == sparse[name].tobytes(), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_calls_of_several_steps_on_resident_images_are_single_steps(ranks):
+    found, arrays = ranks
+    assert found[0]["sparse/float32/sgd/several"]["traces"] == 1
+    for rank in arrays:
+        single, several = state(rank, "sparse/float32/sgd"), state(rank, "sparse/float32/sgd/several")
+        assert single.keys() == several.keys()
+        for name, value in single.items():
+            assert value.tobytes() == several[name].tobytes(), name
+
+
+def test_compiled_steps_learn_what_plain_ones_do(ranks):
+    plain, compiled = (ranks[0][0][f"sparse/float32/sgd/{how}"]["losses"] for how in ("several", "compiled"))
+    np.testing.assert_allclose(compiled, plain, rtol=0.05)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *OTHERWISE])
 def test_ranks_hold_the_same_bits(ranks, variant):
     first, second = (state(arrays, variant) for arrays in ranks[1])
     for name, value in first.items():
