@@ -21,7 +21,7 @@ from cnnopt.launch import rank_variables
 from cnnopt.model.pruning import num_pruned
 from cnnopt.run import checkpoint
 from cnnopt.run.run_folder import RunFolder
-from tests.helpers import ROOT, tensorboard
+from tests.helpers import ROOT, event_files
 from tests.helpers.cifar_copies import BINARY_10, small_copy
 
 PROGRAM = ROOT / "train_hvd.py"
@@ -305,7 +305,7 @@ def test_tensorboard_has_every_promised_curve(complete):
     folder, _ = complete
     lines = metrics(folder)
     steps = [line["step"] for line in lines]
-    events = {name: tensorboard.curves(folder / "tb" / name) for name in ("train", "validation")}
+    events = {name: event_files.curves(folder / "tb" / name) for name in ("train", "validation")}
     promised = {
         "train": {"epoch/loss": "loss", "epoch/accuracy": "accuracy", "learning/learning_rate": "learning_rate",
                   "learning/loss_scale": "loss_scale", "learning/skipped_steps": "skipped_steps",
@@ -316,7 +316,7 @@ def test_tensorboard_has_every_promised_curve(complete):
     }  # fmt: skip
     for name, tags in promised.items():
         for tag, metric in tags.items():
-            found = tensorboard.points(events[name], tag)
+            found = event_files.points(events[name], tag)
             assert list(found) == steps, tag
             assert list(found.values()) == pytest.approx([line[metric] for line in lines], rel=1e-5), tag
     tags = set(events["train"].Tags()["tensors"])
@@ -324,11 +324,11 @@ def test_tensorboard_has_every_promised_curve(complete):
     assert {f"pruning_by_layer/{name}" for name in kernels} | {f"kept/{name}" for name in kernels} <= tags
     result = json.loads((folder / "result.json").read_text())
     for name in kernels:
-        ended = list(tensorboard.points(events["train"], f"pruning_by_layer/{name}").values())[-1]
+        ended = list(event_files.points(events["train"], f"pruning_by_layer/{name}").values())[-1]
         assert ended == pytest.approx(result["kernels"][name], rel=1e-5), name
         assert [event.step for event in events["train"].Tensors(f"kept/{name}")] == steps
     assert len(events["train"].Tensors("pruning/zeros_by_layer")) == len(steps)
-    ((settings, results),) = tensorboard.table(folder)
+    ((settings, results),) = event_files.table(folder)
     assert (settings["depth"], settings["sparsity"], settings["dataset"]) == (8, 0.7, "synthetic")
     assert results["epoch/minutes"] == pytest.approx(result["minutes"], rel=1e-5)
 
@@ -554,7 +554,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(complete, shell,
     assert f"resumed after step {stopped_at} from {saved}" in done.stdout
     assert [line["step"] for line in metrics(folder)] == [16, 32, 48]
     for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("train", "pruning/total")):
-        assert list(tensorboard.points(tensorboard.curves(folder / "tb" / name), tag)) == [16, 32, 48]
+        assert list(event_files.points(event_files.curves(folder / "tb" / name), tag)) == [16, 32, 48]
 
     uninterrupted, _ = complete
     with (np.load(uninterrupted / "checkpoints" / "step-00000048" / "arrays.npz") as expected,

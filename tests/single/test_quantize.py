@@ -176,16 +176,16 @@ def test_tensorboard_holds_the_report(trained):
     from cnnopt.data import datasets
     from cnnopt.export import page
     from cnnopt.export import tensorboard as written
-    from tests.helpers import tensorboard
+    from tests.helpers import event_files
 
     for _ in range(2):  # the second time must replace the first
         written.save(content, path, datasets.load("synthetic", seed=0))
     assert {entry.name for entry in (path / "tb").iterdir()} == {"train", "validation", "quantize"}
-    events = tensorboard.curves(path / "tb/quantize")
+    events = event_files.curves(path / "tb/quantize")
     tags = events.Tags()["tensors"]
     assert all(tag.startswith("quantize/") for tag in tags)
     assert all([event.step for event in events.Tensors(tag)] == [content["run"]["step"]] for tag in tags)
-    found = {tag: tensorboard.points(events, tag) for tag in tags if tag.count("/") == 2}
+    found = {tag: event_files.points(events, tag) for tag in tags if tag.count("/") == 2}
     for name, entry in entries(content).items():
         (accuracy,), (size,), (latency,) = (
             found[f"quantize/{quantity}/{name}"].values() for quantity in ("accuracy", "bytes", "latency_ms")
@@ -194,9 +194,9 @@ def test_tensorboard_holds_the_report(trained):
         assert size == entry["shipped"]["bytes"]
         assert latency == pytest.approx(entry["latency"][0]["median_ms"])
     for tag in ("figure", "confusion", "answers"):
-        assert tensorboard.image(events, f"quantize/{tag}").std() > 10
-    assert tensorboard.image(events, "quantize/figure").shape == (990, 1430, 3)
-    (size,) = tensorboard.points(tensorboard.curves(path / "tb/validation"), "quantize/packed_bytes").values()
+        assert event_files.image(events, f"quantize/{tag}").std() > 10
+    assert event_files.image(events, "quantize/figure").shape == (990, 1430, 3)
+    (size,) = event_files.points(event_files.curves(path / "tb/validation"), "quantize/packed_bytes").values()
     assert size == page.best(content)["shipped"]["bytes"]
 
 

@@ -19,7 +19,7 @@ from cnnopt.run.atomic_files import ReadError
 from cnnopt.run.run_folder import RunFolder, environment, summarize
 from cnnopt.schedules import Duration
 from cnnopt.training import callbacks, metrics, resume
-from tests.helpers import ROOT, small_runs, tensorboard
+from tests.helpers import ROOT, event_files, small_runs
 from tests.helpers.permissions import stopped_by_permissions
 
 # Results -------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, float32_policy):
     assert [entry["step"] for entry in parts.metrics()] == [8, 16, 24]
     for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("train", "pruning/total"),
                       ("train", "kept/stem")):  # fmt: skip
-        curve = tensorboard.curves(parts.tensorboard / name).Tensors(tag)
+        curve = event_files.curves(parts.tensorboard / name).Tensors(tag)
         assert [event.step for event in curve] == [8, 16, 24], tag
 
 

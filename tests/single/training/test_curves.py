@@ -7,7 +7,7 @@ import pytest
 
 from cnnopt import pictures
 from cnnopt.training.curves import CURVES, Curves, _continue_at
-from tests.helpers import tensorboard
+from tests.helpers import event_files
 
 LAYERS = ("stem", "stage1_block1_conv1", "classifier")
 
@@ -35,7 +35,7 @@ def age(folder):
 def test_a_run_has_two_entries_whose_groups_come_before_those_of_quantizing(tmp_path):
     draw(open_curves(tmp_path), 8, (0.1, 0.2, 0.3))
     assert {path.name for path in tmp_path.iterdir()} == {"train", "validation"}
-    tags = {tag for path in tmp_path.iterdir() for tag in tensorboard.curves(path).Tags()["tensors"]}
+    tags = {tag for path in tmp_path.iterdir() for tag in event_files.curves(path).Tags()["tensors"]}
     assert max(tag.partition("/")[0] for tag in tags if not tag.startswith("_")) < "quantize"
 
 
@@ -43,7 +43,7 @@ def test_hparams_has_a_row_with_accuracy_zeros_and_minutes(tmp_path):
     curves = open_curves(tmp_path / "run" / "tb")
     draw(curves, 8, (0.1, 0.2, 0.3))
     draw(curves, 16, (0.1, 0.2, 0.6))
-    ((settings, results),) = tensorboard.table(tmp_path)
+    ((settings, results),) = event_files.table(tmp_path)
     assert settings == {"depth": 8, "precision": "float32", "expect": ""}
     expected = {"epoch/accuracy": 0.16, "epoch/loss": 1.0, "epoch/zeros": 0.3, "epoch/minutes": 1.6}
     assert results == pytest.approx(expected)
@@ -54,7 +54,7 @@ def test_the_zeros_of_each_layer_and_step_are_a_picture(tmp_path):
     history = {8: (0.0, 0.0, 0.0), 16: (0.1, 0.5, 0.9), 24: (0.2, 0.6, 1.0)}
     for step, zeros in history.items():
         draw(curves, step, zeros)
-    found = tensorboard.image(tensorboard.curves(tmp_path / "train"), "pruning/zeros_by_layer")
+    found = event_files.image(event_files.curves(tmp_path / "train"), "pruning/zeros_by_layer")
     np.testing.assert_array_equal(
         found, pictures.zeros({step: dict(zip(LAYERS, zeros, strict=True)) for step, zeros in history.items()})
     )
@@ -74,11 +74,11 @@ def test_a_resumed_run_draws_one_curve_and_one_picture(tmp_path):
     curves = open_curves(tmp_path, 8)
     for step in (16, 24):
         draw(curves, step, (0.1, 0.2, step / 50))
-    events = tensorboard.curves(tmp_path / "train")
-    assert tensorboard.points(events, "pruning_by_layer/classifier") == pytest.approx({8: 0.08, 16: 0.32, 24: 0.48})
+    events = event_files.curves(tmp_path / "train")
+    assert event_files.points(events, "pruning_by_layer/classifier") == pytest.approx({8: 0.08, 16: 0.32, 24: 0.48})
     history = {8: 0.08, 16: 0.32, 24: 0.48}
     np.testing.assert_allclose(
-        tensorboard.image(events, "pruning/zeros_by_layer"),
+        event_files.image(events, "pruning/zeros_by_layer"),
         pictures.zeros({step: dict(zip(LAYERS, (0.1, 0.2, share), strict=True)) for step, share in history.items()}),
         atol=1,
     )
@@ -96,7 +96,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     age(tmp_path)
     draw(open_curves(tmp_path, 8), 16, (0.1, 0.2, 0.3))
     for name in ("pruning", "hparams"):
-        assert list(tensorboard.points(tensorboard.curves(tmp_path / name), "sparsity/total")) == [8]
+        assert list(event_files.points(event_files.curves(tmp_path / name), "sparsity/total")) == [8]
 
 
 def test_a_folder_that_tensorboard_cannot_read_only_costs_the_history(tmp_path):
