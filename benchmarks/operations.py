@@ -43,8 +43,8 @@ from cnnopt.training.xla import Compiler  # noqa: E402
 # Kinds that take a smaller share of a step are added up.
 SMALL = 0.004
 XLA = "compiled by XLA"
-# Not operations of the step: the executor itself, and what passes arguments and results.
-PASSED = ("executor", "_Arg", "_Retval", "NoOp")
+# Not TensorFlow operations of the step: the executor, XLA's kernels, and what passes arguments and results.
+PASSED = ("executor", XLA, "_Arg", "_Retval", "NoOp")
 # They pass a tensor on, read its shape, or disappear when TensorFlow simplifies the graph.
 MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill")
 
@@ -64,8 +64,9 @@ def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
     around: list[tuple[int, str]] = []
     for event in sorted(line.events, key=lambda e: (e.offset_ps, -e.duration_ps)):
         name = plane.event_metadata[event.metadata_id].name
-        # Operations are named "node:kind"; what else the thread does belongs to the executor.
+        # Operations are named "node:kind", and XLA's kernels "kind: name"; all else belongs to the executor.
         kind = name.rsplit(":", 1)[1] if ":" in name and "::" not in name else "executor"
+        kind = XLA if kind.startswith(" ") else kind
         while around and around[-1][0] <= event.offset_ps:
             around.pop()
         if around:
