@@ -46,8 +46,8 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     from cnnopt.data import datasets
 
     if done is None:
-        datasets.check(config.dataset, config.data_dir)
-        published = Timeline(datasets.DATASETS[config.dataset], config.batch_size, config.epochs)
+        datasets.check(config.dataset, config.data_dir, config.validation)
+        published = Timeline(datasets.DATASETS[config.dataset] - config.validation, config.batch_size, config.epochs)
         config.check_timeline(published, launch_info.size)
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
@@ -69,15 +69,16 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     from cnnopt.run import run_folder
     from cnnopt.training import callbacks, resume, session
     from cnnopt.training.build import build_model
-    from cnnopt.training.console import final_line, make_console, start_table, tensorboard_command
+    from cnnopt.training.console import make_console, start_table, tensorboard_command
     from cnnopt.training.xla import Compiler
 
     console = make_console(quiet=not world.first)
 
     # ---- Load the data, build the model, restore a checkpoint ----------------------------------------------------
     images = datasets.load(
-        config.dataset, config.data_dir, seed=config.seed, show_progress=world.first, share=world.local_size > 1
-    )
+        config.dataset, config.data_dir, seed=config.seed, validation=config.validation,
+        show_progress=world.first, share=world.local_size > 1,
+    )  # fmt: skip
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     # A copy of a data set may hold fewer images than the published one.
     config.check_timeline(timeline, world.size)
@@ -99,13 +100,8 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
         return request.status
 
     # ---- Check and write the result ------------------------------------------------------------------------------
-    model.pruner.verify_final()
-    if world.first:
-        result = run_folder.summarize(folder.metrics(), model.pruner.sparsities())
-        line = final_line(result, folder)
-        folder.finish({**result, "line": line})
-        console.print(line)
-        console.print(tensorboard_command(folder))
+    console.print(session.finish(rank, model, images, folder))
+    console.print(tensorboard_command(folder))
     collectives.shutdown()
     return quantize(config, folder) if config.quantize and world.first else 0
 

@@ -139,7 +139,8 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     card = given.run / "report.json"
     if not all(path.exists() for path in (*files.values(), card)):
         raise UserError(f"{given.run}: not quantized yet; run python -m cnnopt.quantize {given.run} first")
-    images = datasets.load(run.identity["dataset"], given.data_dir, seed=run.identity["seed"])
+    held_out = {"seed": run.identity["seed"], "validation": run.identity["validation"]}
+    images = datasets.load(run.identity["dataset"], given.data_dir, **held_out)
     test, labels = images.test_images[: given.images], images.test_labels[: given.images]
     chosen = json.loads(card.read_text())["calibration"]["indices"]
     with tempfile.TemporaryDirectory() as folder:

@@ -104,10 +104,13 @@ def build(
 def saving_and_recording(model: SynchronousModel, rounds: int) -> dict[str, list[float]]:
     """A checkpoint and the records of an epoch, as the training thread waits for them."""
     logs = {name: 0.0 for names in metrics.TRAIN_CURVES.values() for name in names}
-    logs |= {"step": 1, "val_accuracy": 0.0, "val_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
+    logs |= {"step": 1, "test_accuracy": 0.0, "test_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
-        recorder = metrics.Record(folder, TrainConfig(name="step"), Timeline(100, 1, 1), 0, Console(quiet=True))
+        timeline, settings = Timeline(100, 1, 1), TrainConfig().identity()
+        recorder = metrics.Record(
+            folder, timeline, 0, Console(quiet=True), split="test", hyperparameters=settings
+        )  # fmt: skip
         recorder.set_model(model)
 
         def save() -> None:

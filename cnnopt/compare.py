@@ -29,11 +29,11 @@ from cnnopt.export.shipped import MEANING, shipped
 from cnnopt.groups import Group, Run, Spread, by_settings, find, read
 from cnnopt.output import need_readers
 from cnnopt.run import atomic_files
-from cnnopt.run.run_folder import minutes
+from cnnopt.run.run_folder import minutes, monitored
 
 #: The files of a run that a comparison lists with accuracy and size.
 COMPARED = ("float32", "int8", "clustered-int8", "int8-qat", "clustered-int8-qat")
-COLUMNS = ("run", "runs", "epochs", "test %", "lost", "zeros", "img/s", "min")
+COLUMNS = ("run", "runs", "epochs", "val %", "test %", "lost", "zeros", "img/s", "min")
 FILE_COLUMNS = ("run", "file", "test %", "lost", "KiB", "smaller", "ms", "faster")
 #: Settings of pruning. A run without zeros may have any.
 PRUNING = ("sparsity", "initial_sparsity", "prune_")
@@ -72,12 +72,13 @@ def training_rows(groups: Sequence[Group]) -> list[list[str]]:
     for group in groups:
         first, dense = group.runs[0], dense_for(group, groups)
         of_all = first.identity.get("epochs", "?")
-        accuracy = group.spread(_accuracy)
-        lost = dense and accuracy and dense.spread(_accuracy)
+        accuracy = group.spread(Run.test_accuracy)
+        lost = dense and accuracy and dense.spread(Run.test_accuracy)
         speed = group.spread(
             lambda run: statistics.median(e["images_per_second"] for e in run.metrics) if run.metrics else None
         )
         cells = (
+            _text(group.spread(Run.validation_accuracy), 2),
             _text(accuracy, 2),
             f"{lost.mean - accuracy.mean:.2f}" if lost and accuracy and dense is not group else "",
             _text(group.spread(lambda run: 100 * run.last["sparsity"] if run.last else None), 2, "%"),
@@ -94,7 +95,7 @@ def file_rows(groups: Sequence[Group]) -> list[list[str]]:
     rows = []
     for group in groups:
         dense = dense_for(group, groups)
-        trained = dense.spread(_accuracy) if dense else None
+        trained = dense.spread(Run.test_accuracy) if dense else None
         for name in COMPARED:
             entries = [(e, run.card) for run in group.runs if run.card for e in run.card["files"] if e["name"] == name]
             if not entries:
@@ -126,10 +127,6 @@ def _by_first(rows: Sequence[Sequence[str]]) -> list[tuple[str, list[Sequence[st
     return [(name, list(some)) for name, some in itertools.groupby(rows, lambda row: row[0])]
 
 
-def _accuracy(run: Run) -> float | None:
-    return 100 * run.last["val_accuracy"] if run.last else None
-
-
 def _milliseconds(entry: dict[str, Any]) -> float:
     return entry["latency"][0]["median_ms"]
 
@@ -157,8 +154,8 @@ def tables(groups: Sequence[Group], *, short: bool = False) -> list[tuple[list[s
 
 #: The text before each of the two tables.
 LEGENDS = (
-    "`test %`: the last epoch, mean ± standard deviation where several runs differ in their seed only; `lost`: points "
-    "below the dense run of the same data set, depth and epochs.",
+    "`test %`: the last epoch, mean ± standard deviation where several runs differ in their seed only; `val %`: the "
+    "same of validation images; `lost`: points below the dense run of the same data set, depth and epochs.",
     "Files as `cnnopt.quantize` has measured them. `lost`: points below the dense run, or else below the report's "
     f"`--baseline`; `KiB`: as it is shipped; `smaller`: {MEANING}; `faster`: than that reference; `ms`: median of one "
     "image at one thread.",
@@ -212,7 +209,7 @@ def png(groups: Sequence[Group]) -> bytes:
         for run in group.runs:
             style = {"color": f"C{number}", "label": group.name if run is group.runs[0] else None}
             epochs = [line["epoch"] for line in run.metrics]
-            curves.plot(epochs, [100 * line["val_accuracy"] for line in run.metrics], **style)
+            curves.plot(epochs, [100 * line[f"{monitored(line)}_accuracy"] for line in run.metrics], **style)
             if run.card:
                 entries = [entry for entry in run.card["files"] if entry["name"] in COMPARED]
                 points = [(shipped(entry).bytes / 1024, 100 * entry["test"]["accuracy"]) for entry in entries]
@@ -221,7 +218,7 @@ def png(groups: Sequence[Group]) -> bytes:
                     others[0].annotate(
                         entry["name"], point, fontsize="x-small", xytext=(4, 3), textcoords="offset points"
                     )
-    curves.set(xlabel="epoch", ylabel="test accuracy, %")
+    curves.set(xlabel="epoch", ylabel="accuracy on validation images, or else on test images, %")
     for sizes in others:
         sizes.set(xscale="log", xlabel="KiB, packed or gzip -9", ylabel="test accuracy, %")
     for axes in (curves, *others):

@@ -57,6 +57,7 @@ class TrainConfig:
         "folder that holds the data set; else $CNNOPT_DATA_DIR, else ~/.keras/datasets, with a download if missing",
         identity=False,
     )
+    validation: int = _flag(0, "training images to hold out, by class; they drive choices, and test images none")
     augment: Literal["none", "standard", "shift"] = _flag(
         "standard", "standard: crop from 4 reflected pixels and alternating flip; shift: the original study's"
     )
@@ -214,15 +215,21 @@ class TrainConfig:
             raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
 
     def check_timeline(self, timeline: Timeline, ranks: int = 1) -> None:
-        """Raise ConfigError if a batch has more images than the data set, or the schedules do not fit the run.
+        """Raise ConfigError if there are fewer training images than a batch has, or the schedules do not fit the run.
 
         A schedule does not fit if the masks, the warm-up or a drop of the learning rate come after the end of the run,
         or if the mask updates would end before they begin.
         """
+        images = timeline.num_images + self.validation
+        if timeline.batch_size > images:
+            raise ConfigError(
+                f"--batch-size {self.batch_size}: {self.dataset} has {images:,} training images; use at most "
+                f"{images // ranks * ranks}"
+            )
         if timeline.batch_size > timeline.num_images:
             raise ConfigError(
-                f"--batch-size {self.batch_size}: {self.dataset} has {timeline.num_images:,} training images; use at "
-                f"most {timeline.num_images // ranks * ranks}"
+                f"--validation {self.validation}: leaves {max(timeline.num_images, 0):,} of {images:,} training "
+                f"images, fewer than a batch of {self.batch_size}; use at most {images - self.batch_size}"
             )
         if timeline.total_steps > MOST_STEPS:
             raise ConfigError(
@@ -291,6 +298,8 @@ def _validate(config: TrainConfig) -> None:
             refuse(name, "must be at least 1")
     if config.steps_per_call != "auto" and not re.fullmatch("[1-9][0-9]{0,5}", config.steps_per_call):
         refuse("steps_per_call", "auto, or a number of steps")
+    if config.validation < 0:
+        refuse("validation", "must be 0 or more")
     if not 0 <= config.seed < 2**32:
         refuse("seed", "must be 0 or more, and below 2^32")
     for name, low in (("base_lr", 0.0), ("weight_decay", -math.ulp(0.0))):

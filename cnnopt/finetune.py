@@ -96,7 +96,7 @@ def fine_tune(
     from cnnopt.run import run_folder
     from cnnopt.schedules import Timeline
     from cnnopt.training import resume, session
-    from cnnopt.training.console import final_line, make_console
+    from cnnopt.training.console import make_console
     from cnnopt.training.xla import Compiler
 
     console = make_console(quiet=not world.first)
@@ -104,7 +104,10 @@ def fine_tune(
     identity = run.identity
     if identity["batch_size"] % world.size:
         raise UserError(f"{world.size} ranks cannot share the run's batch of {identity['batch_size']}: start fewer")
-    images = datasets.load(identity["dataset"], data_dir, seed=identity["seed"], share=world.local_size > 1)
+    images = datasets.load(
+        identity["dataset"], data_dir, seed=identity["seed"], validation=identity["validation"],
+        share=world.local_size > 1,
+    )  # fmt: skip
     for clusters in remaining:
         config = settings_of(run, epochs, clusters)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)
@@ -120,10 +123,7 @@ def fine_tune(
         # ---- Train, without a hook that would renew the masks ----------------------------------------------------
         if session.train(rank, model, images, config, folder):
             return request.status
-        model.pruner.verify_final()
-        if world.first:
-            result = run_folder.summarize(folder.metrics(), model.pruner.sparsities())
-            folder.finish({**result, "line": final_line(result, folder)})
+        session.finish(rank, model, images, folder)
     collectives.shutdown()
     return 0
 

@@ -23,18 +23,35 @@ class GroupError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder. ``card`` is its report.json, or None."""
+    """The content of a run folder. ``result`` is its result.json and ``card`` its report.json; each may be None."""
 
     name: str
     identity: dict[str, Any]
     metrics: list[dict[str, Any]]
-    finished: bool
+    result: dict[str, Any] | None
     card: dict[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return self.result is not None
 
     @property
     def last(self) -> dict[str, Any]:
         """The metrics of the last epoch; empty before the first has ended."""
         return self.metrics[-1] if self.metrics else {}
+
+    def test_accuracy(self) -> float | None:
+        """In percent, after the last epoch. None before the test images are evaluated."""
+        return self._accuracy("test_accuracy")
+
+    def validation_accuracy(self) -> float | None:
+        """In percent, after the last epoch. None for a run without validation images."""
+        return self._accuracy("val_accuracy")
+
+    def _accuracy(self, name: str) -> float | None:
+        known = {**self.last, **(self.result or {})}
+        return 100 * known[name] if name in known else None
 
 
 @dataclass(frozen=True)
@@ -80,12 +97,12 @@ def read(path: Path) -> Run:
     """A run, finished or not. Raises UserError."""
     folder = RunFolder(path)
     identity = folder.identity("name folders that train_hvd.py made")
-    metrics, finished = folder.metrics(), folder.result() is not None
+    metrics, result = folder.metrics(), folder.result()
     card_file = path / "report.json"
     card = atomic_files.read_json(card_file, "quantize the run again") if card_file.exists() else None
     if card is not None and (card.get("schema") != SCHEMA or not isinstance(card.get("files"), list)):
         raise GroupError(f"{card_file} is of another version of cnnopt: quantize the run again")
-    return Run(path.resolve().name, identity, metrics, finished, card)
+    return Run(path.resolve().name, identity, metrics, result, card)
 
 
 def find(paths: Sequence[Path]) -> list[Path]:

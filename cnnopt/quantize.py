@@ -74,7 +74,7 @@ def check(options: Options) -> Plan:
     folder = writable(options.run / "export", "copy the run to a writable folder")
     name = run.identity["dataset"]
     datasets.check(name, options.data_dir)
-    options.check_calibration(name, datasets.DATASETS[name])
+    options.check_calibration(name, datasets.DATASETS[name] - run.identity["validation"])
     return Plan(options, run, variants, baseline, folder)
 
 
@@ -105,14 +105,16 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
     options, run = plan.options, plan.run
     tuned = {variant: trained.read(folder) for variant, folder in plan.fine_tuned().items()}
     name = run.identity["dataset"]
-    images = datasets.load(name, options.data_dir, seed=run.identity["seed"], show_progress=True)
+    # The images of training: without those that the run held out for validation.
+    held_out = {"seed": run.identity["seed"], "validation": run.identity["validation"]}
+    images = datasets.load(name, options.data_dir, **held_out, show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
     options.check_calibration(name, len(images.train_images))
 
     import numpy as np
 
-    # Calibrate on training images: a file calibrated on test images has seen the images that measure it.
+    # Calibrate on training images: a file that has seen the images that measure it would look too good.
     chosen = np.random.default_rng(options.seed).choice(len(images.train_images), options.calibration, replace=False)
     chosen.sort()
 

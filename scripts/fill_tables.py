@@ -67,7 +67,7 @@ def row(runs: tuple[str, ...]) -> str:
     identity = identities[0]
     results = [RunFolder(RESULTS / run).result() or {} for run in runs]
     seeds = ", ".join(str(identity["seed"]) for identity in identities)
-    accuracies = ", ".join(f"{100 * result.get('test_accuracy', result.get('accuracy')):.2f}" for result in results)
+    accuracies = ", ".join(f"{100 * result['test_accuracy']:.2f}" for result in results)
     took = sorted({rounded(result["minutes"]) for result in results})
     minutes = " to ".join(map(str, dict.fromkeys((took[0], took[-1]))))
     cores = environment["cores"]

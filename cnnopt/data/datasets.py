@@ -13,15 +13,16 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cnnopt.data import cifar_files, shared_images, stream
-from cnnopt.data.cifar_files import DataError
+from cnnopt.data import validation as validation_images
+from cnnopt.data.cifar_files import DataError, Splits
 
 __all__ = ["DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download", "check", "load"]
 
@@ -32,7 +33,10 @@ CONNECT_SECONDS = 15
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images uint8 [N, 32, 32, 3] and labels int64 [N] of the training and the test split."""
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N] of the training and the test split.
+
+    The validation images are held out of the training split: they are not among ``train_images``. N may be 0.
+    """
 
     name: str
     train_images: np.ndarray
@@ -40,11 +44,24 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     class_names: tuple[str, ...]
+    validation_images: np.ndarray = field(default_factory=lambda: np.empty([0, 32, 32, 3], np.uint8))
+    validation_labels: np.ndarray = field(default_factory=lambda: np.empty([0], np.int64))
 
     @property
     def num_classes(self) -> int:
         """The number of classes."""
         return len(self.class_names)
+
+    @property
+    def monitored(self) -> Literal["val", "test"]:
+        """The split that is evaluated after each epoch: the validation images, or the test images if there are none."""
+        return "val" if len(self.validation_images) else "test"
+
+    def split(self, name: Literal["val", "test"]) -> tuple[np.ndarray, np.ndarray]:
+        """The images and labels of a split that is evaluated."""
+        if name == "val":
+            return self.validation_images, self.validation_labels
+        return self.test_images, self.test_labels
 
 
 @dataclass(frozen=True)
@@ -72,38 +89,56 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     *,
     seed: int = 0,
+    validation: int = 0,
     show_progress: bool = False,
     share: bool = False,
     synthetic_sizes: tuple[int, int] = (DATASETS["synthetic"], 512),
 ) -> Dataset:
     """Load a data set. Downloads CIFAR if no `data_dir` is given and there is no copy yet.
 
+    `validation` images are held out of the training split, drawn from `seed` (`cnnopt.data.validation`).
+
     `share` keeps one copy of CIFAR for all processes of this host that ask for it, see `shared_images`.
 
-    `data_dir` defaults to $CNNOPT_DATA_DIR, and that to ~/.keras/datasets. `seed` and `synthetic_sizes` (train
-    and test images) shape the synthetic data set only. Raises DataError if the data cannot be loaded.
+    `data_dir` defaults to $CNNOPT_DATA_DIR, and that to ~/.keras/datasets. `synthetic_sizes` (train and test images)
+    and `seed` shape the synthetic data set. Raises DataError if the data cannot be loaded.
     """
     copy = _locate(name, data_dir)
+    files: list[Path] = []
     if name == "digits":
-        return _digits()
-    if name == "synthetic":
-        return _synthetic(seed, *synthetic_sizes)
-    if copy is None:
-        copy = _download(name, _directory(None), show_progress)
-    layout, place = copy
-    read = functools.partial(cifar_files.read, layout, place)
-    files = [place / file for file in layout.files] if place.is_dir() else [place]
-    return Dataset(name, *(shared_images.shared(files, read) if share else read()))
+        read_all = _digits
+    elif name == "synthetic":
+        read_all = functools.partial(_synthetic, seed, *synthetic_sizes)
+    else:
+        layout, place = copy or _download(name, _directory(None), show_progress)
+        read_all = functools.partial(cifar_files.read, layout, place)
+        files = [place / file for file in layout.files] if place.is_dir() else [place]
+
+    def read() -> Splits:
+        splits = read_all()
+        rng = np.random.default_rng([seed, stream.VALIDATION])
+        return validation_images.moved_last(splits, validation, rng) if validation else splits
+
+    order = f"validation {validation} seed {seed}" if validation else ""
+    splits = shared_images.shared(files, read, order) if share and files else read()
+    images, labels, test_images, test_labels, class_names = splits
+    count = len(images) - validation
+    return Dataset(
+        name, images[:count], labels[:count], test_images, test_labels, class_names, images[count:], labels[count:]
+    )
 
 
-def check(name: str, data_dir: str | os.PathLike[str] | None = None) -> None:
+def check(name: str, data_dir: str | os.PathLike[str] | None = None, validation: int = 0) -> None:
     """Raise DataError, within milliseconds, if the data is clearly missing or cut short.
 
-    Returns without an error if `load` would download the data.
+    Also raises it if `validation` images are too few for the classes. Returns without an error if `load` would
+    download the data.
     """
     copy = _locate(name, data_dir)
     if copy is not None:
         cifar_files.check(*copy)
+    classes = cifar_files.LAYOUTS[name][0].num_classes if name in cifar_files.LAYOUTS else 10
+    validation_images.check(name, classes, validation)
 
 
 def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
@@ -229,7 +264,7 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
     return np.einsum("yh,xw,nhwc->nyxc", weights, weights, images, optimize=True)
 
 
-def _digits() -> Dataset:
+def _digits() -> Splits:
     """1,797 scanned digits of 8 x 8 pixels. They come with scikit-learn, so no download is needed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -241,10 +276,10 @@ def _digits() -> Dataset:
         images, digits.target.astype(np.int64), test_size=360, stratify=digits.target, random_state=0
     )
     names = tuple(str(name) for name in digits.target_names)
-    return Dataset("digits", train_images, train_labels, test_images, test_labels, names)
+    return train_images, train_labels, test_images, test_labels, names
 
 
-def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
+def _synthetic(seed: int, num_train: int, num_test: int) -> Splits:
     """Shifted and noisy views of ten smooth templates. A small network learns them at once."""
     rng = np.random.default_rng([seed, stream.SYNTHETIC])
     templates = 128 + 50 * _resized(rng.standard_normal((10, 5, 5, 3)), 40)
@@ -256,4 +291,4 @@ def _synthetic(seed: int, num_train: int, num_test: int) -> Dataset:
         images = images + rng.normal(0, 25, images.shape)
         return np.rint(np.clip(images, 0, 255)).astype(np.uint8), labels
 
-    return Dataset("synthetic", *split(num_train), *split(num_test), tuple(f"template {i}" for i in range(10)))
+    return *split(num_train), *split(num_test), tuple(f"template {i}" for i in range(10))

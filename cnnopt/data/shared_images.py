@@ -17,24 +17,25 @@ from cnnopt.data.cifar_files import Splits
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-def shared(files: Sequence[Path], read: Callable[[], Splits]) -> Splits:
+def shared(files: Sequence[Path], read: Callable[[], Splits], order: str = "") -> Splits:
     """The result of ``read`` for ``files``: the first process that asks decodes it, the others map it.
 
     The arrays are read-only, and stored in the temporary folder of this host, for this user alone. They belong to the
-    bytes of the files: if the bytes change, they are decoded again and replace the old arrays. If nothing can be
-    written, each process has a private copy. Raises the errors that ``read`` raises.
+    bytes of the files, and to ``order``, which names the order in which ``read`` puts the images. If one of them
+    changes, the images are decoded again and replace the old arrays. If nothing can be written, each process has a
+    private copy. Raises the errors that ``read`` raises.
     """
     import filelock
 
     try:
         mine = _private_folder()
         place = _digest(str(file.resolve()).encode(errors="surrogateescape") for file in files)
-        content = _digest(map(_sha256, files))
+        content = _digest([*map(_sha256, files), order.encode()])
         folder = mine / f"{place}-{content}"
         with filelock.FileLock(mine / f"{place}.lock"):
             if not folder.exists():
                 splits = read()
-                if _digest(map(_sha256, files)) != content:
+                if _digest([*map(_sha256, files), order.encode()]) != content:
                     # The files were replaced during the read, so the bytes of these images are unknown.
                     return splits
                 # Remove arrays of changed files and of killed processes. A process that has mapped them keeps them.

@@ -16,7 +16,7 @@ AUGMENTATIONS = ("none", "standard", "shift")
 #: Pixels by which an image may move each way, and how ``numpy.pad`` fills its edge.
 _MARGINS: dict[str, tuple[int, Any]] = {"none": (0, "edge"), "standard": (4, "reflect"), "shift": (3, "edge")}
 #: Each use of the seed has a separate generator, so that no use changes the numbers of another.
-PERMUTATION, AUGMENTATION, ORIENTATION, SYNTHETIC = range(4)
+PERMUTATION, AUGMENTATION, ORIENTATION, SYNTHETIC, VALIDATION = range(5)
 
 
 @functools.lru_cache(maxsize=4)
@@ -35,8 +35,9 @@ def indices(step: int, *, batch_size: int, num_images: int, seed: int) -> np.nda
     """The indices of the images in the global batch of `step` (0-based): int64 [batch_size].
 
     The stream is one permutation of all images after another. The batch has its positions [step * batch_size,
-    (step + 1) * batch_size). A batch may hold the end of one epoch and the start of the next. So every batch
-    is full, and each image comes exactly once per epoch.
+    (step + 1) * batch_size). So every batch is full, and each image comes exactly once per epoch. A batch may hold
+    the end of one epoch and the start of the next. The two permutations are independent, so such a batch may hold an
+    image twice: on average a * b / num_images images, with a of one epoch and b of the next.
     """
     first, last = step * batch_size, (step + 1) * batch_size
     starts = range(first // num_images * num_images, last, num_images)

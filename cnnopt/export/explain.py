@@ -9,6 +9,7 @@ def notes(content: dict[str, Any]) -> list[str]:
     """The notes for the content of a report.json."""
     files = {entry["name"]: entry for entry in content["files"]}
     return [
+        *_choice(files),
         *_reference(content),
         *_raw_size(content, files),
         *_speed(content, files),
@@ -17,6 +18,17 @@ def notes(content: dict[str, Any]) -> list[str]:
         *_ledgers(files),
         *_delegates(files),
         *_load(content),
+    ]
+
+
+def _choice(files: dict[str, Any]) -> list[str]:
+    found = {name: entry["validation"] for name, entry in files.items() if entry.get("validation")}
+    if not found:
+        return []
+    accuracies = ", ".join(f"{name} {measured['accuracy']:.2%}" for name, measured in found.items())
+    return [
+        f"The best file is chosen on {next(iter(found.values()))['images']:,} validation images, which no training has "
+        f"seen: {accuracies}. The test images had no part in the choice."
     ]
 
 

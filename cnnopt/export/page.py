@@ -19,7 +19,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.export import charts, render
 from cnnopt.export.shipped import MEANING, shipped
 from cnnopt.run import atomic_files
-from cnnopt.run.run_folder import RunFolder, minutes
+from cnnopt.run.run_folder import RunFolder, minutes, monitored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,15 +47,25 @@ def reference(content: Mapping[str, Any]) -> dict[str, Any]:
 def best(content: Mapping[str, Any]) -> dict[str, Any]:
     """The smallest int8 file whose accuracy is within the reference's 95% interval, or else the most accurate one.
 
-    If there is no int8 file, the choice is among all files.
+    If there is no int8 file, the choice is among all files. It is made on validation images, if the run held some out.
     """
-    entries = [entry for entry in content["files"] if entry["name"] in RUNNABLE] or content["files"]
-    test = reference(content)["test"]
-    least = charts.wilson(test["correct"], test["images"])[0]
-    as_good = [entry for entry in entries if entry["test"]["accuracy"] >= least]
+    split = chosen_on(content)
+    files = [entry for entry in content["files"] if entry[split]]
+    entries = [entry for entry in files if entry["name"] in RUNNABLE] or files
+    against = reference(content)[split]
+    if not against:
+        # The baseline has other validation images. It may have learned those of this run.
+        against = next(entry for entry in files if entry["name"] == "float32")[split]
+    least = charts.wilson(against["correct"], against["images"])[0]
+    as_good = [entry for entry in entries if entry[split]["accuracy"] >= least]
     if as_good:
         return min(as_good, key=lambda entry: shipped(entry).bytes)
-    return max(entries, key=lambda entry: entry["test"]["accuracy"])
+    return max(entries, key=lambda entry: entry[split]["accuracy"])
+
+
+def chosen_on(content: Mapping[str, Any]) -> str:
+    """The images by which ``best`` chooses: ``validation`` or ``test``."""
+    return "validation" if any(entry.get("validation") for entry in content["files"]) else "test"
 
 
 def headline(content: Mapping[str, Any]) -> str:
@@ -298,14 +308,17 @@ def _ledger(content: Mapping[str, Any]) -> str:
 
 def _training(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
     lines = []
+    splits = {"val": "validation accuracy", "test": "test accuracy"}
     for number, (name, metrics) in enumerate(runs):
-        kinds = [("test accuracy", "val_accuracy", False)]
+        split = monitored(metrics[-1]) if metrics else "test"
+        kinds = [(splits[split], f"{split}_accuracy", False)]
         kinds += [("training accuracy", "accuracy", True), ("zeros", "sparsity", False)] if len(runs) == 1 else []
         for place, (kind, key, dashed) in enumerate(kinds):
             points = [(line["epoch"], 100 * line[key]) for line in metrics]
             lines.append(charts.Line(name or kind, points, place if len(runs) == 1 else number % COLORS, dashed))
     keys = "".join(f'<li><i class="key c{line.color}"></i>{escape(line.name)}</li>' for line in lines)
-    label = "%" if len(runs) == 1 else "test accuracy, %"
+    drawn = sorted({splits[monitored(line)] for _, metrics in runs for line in metrics[-1:]})
+    label = "%" if len(runs) == 1 else f"{', '.join(drawn)}, %"
     return f"{charts.curves(lines, 'epoch', label)}<ul class=legend>{keys}</ul>"
 
 

@@ -65,6 +65,7 @@ def report(
                     "fine_tuned": _fine_tuning(variant.tuned, run) if variant.tuned else None,
                     "ledger": measure.ledger(_stages(export, own), run.masks) if variant.run is run else None,
                     "test": _test(export, data, images, expected, threads, runtime, progress),
+                    "validation": _validation(export, data, images, run, threads, runtime),
                     "packed": None,
                 }
             )
@@ -92,7 +93,7 @@ def report(
             "checkpoint": run.checkpoint.name,
             "averaged_weights": bool(run.identity.get("ema")),
             "sparsity": run.sparsity,
-            "trained_accuracy": run.result.get("accuracy"),
+            "trained_accuracy": run.result.get("test_accuracy"),
             "float32_accuracy": float(np.mean(expected.argmax(axis=1) == images.test_labels)),
             "clusters": clusters,
         },
@@ -155,8 +156,24 @@ def _test(
     return {**measure.accuracy(logits, images.test_labels, expected), "seconds": seconds}
 
 
+def _validation(
+    export: Export, data: bytes, images: Dataset, run: TrainedRun, threads: int, runtime: str
+) -> dict[str, Any] | None:
+    """Accuracy on the validation images of ``run``. None if there are none, or if the file's run may have learned them.
+
+    The best file is chosen by them (``page.best``), so that the test images measure the choice and do not make it.
+    """
+    same = all(export.variant.run.identity[name] == run.identity[name] for name in ("seed", "validation"))
+    if images.monitored != "val" or not same:
+        return None
+    seen, labels = images.split("val")
+    logits = interpret.logits(data, export.path, seen, threads=threads, runtime=runtime)
+    found = measure.accuracy(logits, labels, reference=logits)
+    return {name: found[name] for name in ("images", "correct", "accuracy", "loss")}
+
+
 def _fine_tuning(tuned: TrainedRun, run: TrainedRun) -> dict[str, Any]:
-    known = {key: tuned.result.get(key) for key in ("accuracy", "minutes")}
+    known = {"accuracy": tuned.result.get("test_accuracy"), "minutes": tuned.result.get("minutes")}
     return {"epochs": tuned.identity["epochs"], "path": str(tuned.path.relative_to(run.path)), **known}
 
 

@@ -13,7 +13,7 @@ from cnnopt.config import completed
 from cnnopt.errors import UserError
 from cnnopt.model.topology import layer_names, weight_shapes
 from cnnopt.run import atomic_files, checkpoint
-from cnnopt.run.run_folder import RunFolder
+from cnnopt.run.run_folder import RunFolder, result_as_today
 
 #: The names of the activation ranges in a fine-tuned run. Like BatchNorm's statistics they are moving averages, and the
 #: ranks average both together.
@@ -22,7 +22,7 @@ RANGE = ("moving_min:0", "moving_max:0")
 CENTROIDS = "centroids:0"
 
 #: The fields of a run's identity that this module and the exporting code read, with their types.
-NEEDED = {"dataset": str, "depth": int, "seed": int, "batch_size": int}
+NEEDED = {"dataset": str, "depth": int, "seed": int, "batch_size": int, "validation": int}
 
 
 class TrainedError(UserError):
@@ -90,7 +90,7 @@ def read(path: Path) -> TrainedRun:
         raise TrainedError(
             f"{path}: this run never finished (no result.json); go on with the same train_hvd.py command"
         )
-    result = atomic_files.read_json(folder.result_file, "restore it from a copy")
+    result = result_as_today(atomic_files.read_json(folder.result_file, "restore it from a copy"))
     found, skipped = checkpoint.newest(folder.checkpoints)
     if found is None:
         why = f" ({skipped[0][1]})" if skipped else ""

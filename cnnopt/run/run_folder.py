@@ -145,7 +145,7 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, up to a line that a crash has cut off. Empty if there is no such file.
 
-        Raises ReadError.
+        They have today's names (``named_as_today``). Raises ReadError.
         """
         lines: list[dict[str, Any]] = []
         try:
@@ -162,14 +162,21 @@ class RunFolder:
             if not is_line(line):
                 break
             lines.append(line)
-        return lines
+        return named_as_today(lines, validation=self._validation()) if lines else []
+
+    def _validation(self) -> int:
+        """The number of validation images. 0 if there is no config.json."""
+        if not self.config_file.exists():
+            return 0
+        return self.identity("restore it from a copy")["validation"]
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which marks the run as complete. Raises WriteError."""
         atomic_files.replace(self.result_file, json.dumps(dict(result), indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """The result that ``finish`` wrote. None if the run is not complete, or has lost lines of metrics.jsonl since.
+        """The result that ``finish`` wrote, under today's names. None if the run is not complete, or has lost lines of
+        metrics.jsonl since.
 
         The last checkpoint holds the lost lines, and the same command restores them. Raises ReadError if earlier
         checkpoints are there but not the last one, or if lines are lost and there is no checkpoint. A run without
@@ -177,7 +184,8 @@ class RunFolder:
         """
         if not self.result_file.exists():
             return None
-        result = atomic_files.read_json(self.result_file, remedy := "delete it, and the same command writes it anew")
+        remedy = "delete it, and the same command writes it anew"
+        result = result_as_today(atomic_files.read_json(self.result_file, remedy))
         if not (is_line(result) and isinstance(result.get("line"), str)):
             raise atomic_files.ReadError(f"{self.result_file} is damaged: {remedy}")
         from cnnopt.run import checkpoint  # here, because NumPy takes a tenth of a second to import
@@ -205,18 +213,45 @@ def is_line(content: Any) -> bool:
     return isinstance(content, dict) and type(content.get("step")) is int
 
 
+def named_as_today(lines: Sequence[Mapping[str, Any]], *, validation: int) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of a run with so many validation images, with the names that lines have today.
+
+    Earlier versions had no validation images, and called the test images ``val_``.
+    """
+    names = {} if validation else {"val_accuracy": "test_accuracy", "val_loss": "test_loss"}
+    return [{names.get(name, name): value for name, value in line.items()} for line in lines]
+
+
+def result_as_today(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a result.json with the names that it has today. Earlier versions left out ``test_``."""
+    names = {"accuracy": "test_accuracy", "loss": "test_loss"}
+    return {names.get(name, name): value for name, value in result.items()}
+
+
+def monitored(line: Mapping[str, Any]) -> str:
+    """The split that was evaluated for a line of metrics.jsonl: ``val`` or ``test``."""
+    return "val" if "val_accuracy" in line else "test"
+
+
 def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:
     """Minutes of all steps, at their epoch's speed. ``seconds`` of a resumed epoch covers only its last part."""
     starts = [0, *(line["step"] for line in metrics)]
     return sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60
 
 
-def summarize(metrics: list[dict[str, Any]], sparsities: Mapping[str, float]) -> dict[str, Any]:
-    """The result of a run: its last epoch (never its best), median speed, and the sparsity of each kernel."""
+def summarize(
+    metrics: list[dict[str, Any]], sparsities: Mapping[str, float], tested: Mapping[str, float]
+) -> dict[str, Any]:
+    """The result of a run: its last epoch (never its best), median speed, and the sparsity of each kernel.
+
+    ``tested``: ``test_accuracy`` and ``test_loss``, if the epochs were evaluated on validation images. Else empty.
+    """
     last = metrics[-1]
+    split = monitored(last)
     return {
-        "accuracy": last["val_accuracy"],
-        "loss": last["val_loss"],
+        **tested,
+        f"{split}_accuracy": last[f"{split}_accuracy"],
+        f"{split}_loss": last[f"{split}_loss"],
         "epoch": last["epoch"],
         "step": last["step"],
         "sparsity": sparsities["total"],

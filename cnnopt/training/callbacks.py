@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tf_keras.callbacks import Callback
 
-from cnnopt.config import TrainConfig
 from cnnopt.data.datasets import Dataset
 from cnnopt.distributed import collectives
 from cnnopt.distributed.peer_status import PeerStatus
@@ -20,6 +19,7 @@ from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import World
 from cnnopt.errors import RunError
 from cnnopt.run import checkpoint
+from cnnopt.run.run_folder import monitored
 from cnnopt.schedules import Duration, Timeline
 from cnnopt.training.loop import Boundary, evaluate
 from cnnopt.training.step import SynchronousModel
@@ -63,17 +63,20 @@ class Prune(Boundary):
 
 
 class Evaluate(Callback):
-    """Adds ``val_accuracy`` and ``val_loss`` over all test images to an epoch's logs."""
+    """Adds accuracy and loss of the monitored split to an epoch's logs: ``val_accuracy`` and ``val_loss`` of all
+    validation images, or ``test_accuracy`` and ``test_loss`` of all test images if there are no validation images.
+    """
 
     def __init__(self, data: Dataset, world: World) -> None:
         super().__init__()
         self.data, self.world = data, world
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Each rank evaluates its share of the test images."""
+        """Each rank evaluates its share of the images."""
         assert logs is not None
-        result = evaluate(self.model, self.data.test_images, self.data.test_labels, self.world)
-        logs.update(val_accuracy=result["accuracy"], val_loss=result["loss"])
+        split = self.data.monitored
+        result = evaluate(self.model, *self.data.split(split), self.world)
+        logs.update({f"{split}_accuracy": result["accuracy"], f"{split}_loss": result["loss"]})
 
 
 class DivergedError(RunError):
@@ -170,13 +173,15 @@ class Save(Boundary):
     """
 
     def __init__(
-        self, every: Duration, timeline: Timeline, config: TrainConfig, folder: Path, world: World, console: Console,
-        recorded: Sequence[dict],
+        self, every: Duration, timeline: Timeline, folder: Path, world: World, console: Console, *,
+        settings: Mapping[str, Any], recorded: Sequence[dict], keep: int, strict: bool,
     ) -> None:  # fmt: skip
-        """``recorded`` holds the lines of metrics.jsonl so far. They are stored in the checkpoint."""
+        """Stores in each checkpoint: ``settings``, by which a resumed run knows its checkpoints, and ``recorded``, the
+        lines of metrics.jsonl so far. The newest ``keep`` stay, besides the best. ``strict``: a failed save is fatal.
+        """
         super().__init__()
-        self.recorded = recorded
-        self.every, self.timeline, self.config = every, timeline, config
+        self.settings, self.recorded, self.keep, self.strict = settings, recorded, keep, strict
+        self.every, self.timeline = every, timeline
         self.folder, self.world, self.console = folder, world, console
         self.saved_at = time.monotonic()
         self.due = False
@@ -210,25 +215,24 @@ class Save(Boundary):
         step = int(self.model.run.global_step.numpy())
         last = step == self.timeline.total_steps
         if self.due or last or (self.every.unit == "e" and (epoch + 1) % round(self.every.value) == 0):
-            self._save(step, logs["val_accuracy"], vital=last or self.model.stop_training)
+            self._save(step, logs[f"{monitored(logs)}_accuracy"], vital=last or self.model.stop_training)
 
     def _save(self, step: int, metric: float | None, *, vital: bool) -> None:
         """Save a checkpoint. ``vital``: no later save follows, so a failure ends the run. Raises SaveError."""
         # The sums over the part of the epoch that is done. With them a resumed run can record the whole epoch.
         epoch_sums = None if metric is not None else collectives.mean([float(v.numpy()) for v in self.model.epoch_sums])
         state = {
-            "images_seen": step * self.config.batch_size,
+            **self.settings,
+            "images_seen": step * self.timeline.batch_size,
             "epoch": self.timeline.epoch_of(step),
-            "identity": self.config.identity(),
             "precision": self.model.compute_dtype,
-            "resume": self.config.resume,
             # A power failure may lose a line that was appended to a file. A checkpoint survives it.
             "metrics": list(self.recorded),
             "weights_digest": self.model.agree(),
             **({"epoch_sums": epoch_sums} if metric is None else {"metric": metric}),
         }
         failure = self._write(step, state) if self.world.first else None
-        if vital or self.config.strict_save:
+        if vital or self.strict:
             # Raise on all ranks, so that no rank exits as if the save had succeeded.
             failure = collectives.broadcast_object(failure)
             if failure:
@@ -238,7 +242,7 @@ class Save(Boundary):
 
     def _write(self, step: int, state: dict[str, Any]) -> str | None:
         try:
-            checkpoint.save(self.folder, step, self.model.arrays(), state, keep=self.config.keep)
+            checkpoint.save(self.folder, step, self.model.arrays(), state, keep=self.keep)
         except checkpoint.SaveError as error:
             return str(error)
         return None

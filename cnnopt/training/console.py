@@ -55,13 +55,15 @@ def start_table(
         else "none"
     )
     cutter = "device" if config.resident(gpu=collectives.device() == "GPU") else "host"
+    images = f"{timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank"
+    held_out = f"; {config.validation:,} for validation" if config.validation else ""
     bound = ", on cores of its own" if cpu_tuning.is_bound() else ""
     rows = {
         "started": time.strftime("%Y-%m-%d %H:%M %Z"),
         "run": folder.path,
         "ranks": f"{world.size} ({there})",
         "threads": f"{settings['TF_NUM_INTRAOP_THREADS']} a rank{bound}",
-        "data": f"{config.dataset}, {timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank",
+        "data": f"{config.dataset}, {images}{held_out}",
         "batch": f"{config.batch_size} ({config.batch_size // world.size} a rank)",
         "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",
         "rate": f"{config.optimizer}, {config.lr_schedule}, peak {float(np.max(model.learning_rates)):.4g}",
@@ -90,7 +92,9 @@ def tensorboard_command(folder: RunFolder) -> str:
 
 def final_line(result: Mapping[str, Any], folder: RunFolder) -> str:
     """The result line of a complete run: accuracy, sparsity, speed and folder."""
+    validation = f" (validation {result['val_accuracy']:.2%})" if "val_accuracy" in result else ""
     return (
-        f"test accuracy {result['accuracy']:.2%} at the last epoch, sparsity {result['sparsity']:.2%}, "
-        f"{result['images_per_second']:.0f} images/s, {result['minutes']:.1f} min of training: {folder.path}"
+        f"test accuracy {result['test_accuracy']:.2%}{validation} at the last epoch, "
+        f"sparsity {result['sparsity']:.2%}, {result['images_per_second']:.0f} images/s, "
+        f"{result['minutes']:.1f} min of training: {folder.path}"
     )

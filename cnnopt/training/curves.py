@@ -22,6 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_ndarray
 
 from cnnopt import pictures
+from cnnopt.run.run_folder import monitored
 
 #: The curves of training by group. TensorBoard shows the curves of a group side by side, and sorts the groups by name:
 #: those of ``quantize/`` come after all of these.
@@ -62,7 +63,7 @@ class Curves:
         step = int(logs["step"])
         by_layer = {name: value for name, value in sparsities.items() if name != "total"}
         self.zeros[step] = by_layer
-        evaluated = {f"epoch/{name}": logs[f"val_{name}"] for name in ("accuracy", "loss")}
+        evaluated = {f"epoch/{name}": logs[f"{monitored(logs)}_{name}"] for name in ("accuracy", "loss")}
         points = {
             self.train: {
                 **{f"{group}/{name}": logs[name] for group, names in CURVES.items() for name in names},
@@ -96,8 +97,9 @@ def _continue_at(folder: Path, step: int) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     # TensorBoard's EventFileWriter is not used, because it gives its path to C++ as text. TensorBoard reads files in
-    # the order of their names. This name sorts before that of the file that the next writer makes.
-    name = f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}.{next(_starts)}.resume"
+    # the order of their names. This name sorts before that of the file that the next writer makes: zero is less than
+    # the number that a writer has in its place, of which this process may have made many in this second.
+    name = f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}.0.{next(_starts)}.resume"
     with (folder / name).open("wb") as file:
         for event in events:
             RecordWriter(file).write(event.SerializeToString())

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 from rich.console import Console
 from tf_keras.callbacks import Callback
 
-from cnnopt.config import TrainConfig
 from cnnopt.distributed import collectives
 from cnnopt.run.atomic_files import WriteError
 from cnnopt.run.run_folder import RunFolder, minutes
@@ -78,17 +79,23 @@ class Record(Callback):
     """
 
     def __init__(
-        self, folder: RunFolder, config: TrainConfig, timeline: Timeline, first_step: int, console: Console
-    ) -> None:
+        self, folder: RunFolder, timeline: Timeline, first_step: int, console: Console, *,
+        split: str, hyperparameters: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """``split``: the one that is evaluated after each epoch, ``val`` or ``test``."""
         super().__init__()
         self.folder, self.timeline, self.console = folder, timeline, console
         self.waiting: list[dict[str, float]] = []
         #: All lines of the run, including the waiting ones.
         self.recorded = folder.metrics()
         try:
+            # Earlier versions called the entry of the test images "validation".
+            if split == "test" and not (folder.tensorboard / "test").exists():
+                with contextlib.suppress(FileNotFoundError):
+                    (folder.tensorboard / "validation").rename(folder.tensorboard / "test")
             self.curves = Curves(
-                folder.tensorboard, first_step, evaluated="validation",
-                trial=folder.path.name, settings=config.identity(),
+                folder.tensorboard, first_step, evaluated={"val": "validation", "test": "test"}[split],
+                trial=folder.path.name, settings=hyperparameters,
             )  # fmt: skip
         except OSError as error:
             raise WriteError(f"{error.filename}: cannot be written ({error.strerror}); check the folder") from None

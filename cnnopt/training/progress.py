@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tf_keras.callbacks import Callback
 
+from cnnopt.run.run_folder import monitored
 from cnnopt.schedules import Timeline
 
 #: Seconds between two looks at the loss. Each look waits for the device.
@@ -116,11 +117,12 @@ class Show(Callback):
         assert logs is not None
         self.clear()
         self.pace.mark(int(self.model.run.global_step.numpy()), time.monotonic())
+        split = monitored(logs)
         fields = {
             "epoch": f"epoch {epoch + 1:>3}/{self.timeline.epochs}",
             "loss": f"loss {logs['loss']:.4f}",
             "train": f"train {logs['accuracy']:.1%}",
-            "test": f"test {logs['val_accuracy']:.2%}",
+            split: f"{split} {logs[f'{split}_accuracy']:.2%}",
             "zeros": f"zeros {logs['sparsity']:.1%}",
             "speed": f"{logs['images_per_second']:.0f} img/s",
         }

@@ -9,7 +9,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 from cnnopt.run import checkpoint
-from cnnopt.run.run_folder import RunFolder, is_line
+from cnnopt.run.run_folder import RunFolder, is_line, named_as_today
 from cnnopt.training.step import SynchronousModel
 
 
@@ -104,6 +104,8 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
     for variable, value in zip(model.epoch_sums, found.state.get("epoch_sums", []), strict=False):
         variable.assign(value)
     recorded: list[dict] | None = found.state.get("metrics")
+    if recorded is not None:
+        recorded = named_as_today(recorded, validation=config.validation)
     if recorded and (lost := len(recorded) - sum(line["step"] <= found.step for line in folder.metrics())) > 0:
         say(f"{folder.metrics_file} had lost lines, which the checkpoint has: {lost} of {len(recorded)} written again")
     folder.rewind(found.step, recorded)

@@ -15,9 +15,10 @@ from cnnopt.distributed import collectives
 from cnnopt.distributed.peer_status import PeerStatus
 from cnnopt.distributed.signals import StopRequest
 from cnnopt.distributed.world import World
-from cnnopt.run.run_folder import RunFolder
+from cnnopt.run.run_folder import RunFolder, summarize
 from cnnopt.schedules import Timeline, parse_duration
 from cnnopt.training import callbacks, loop, metrics
+from cnnopt.training.console import final_line
 from cnnopt.training.progress import Show
 from cnnopt.training.step import SynchronousModel
 from cnnopt.training.stream import training_stream
@@ -64,13 +65,19 @@ def train(
     show = Show(timeline, console)
     recorded: list[dict] = []
     if world.first:
-        record = metrics.Record(folder, config, timeline, first_step, console)
+        record = metrics.Record(
+            folder, timeline, first_step, console, split=images.monitored, hyperparameters=config.identity()
+        )
         hooks += [record]
         recorded = record.recorded
     # Save comes after Record. A resumed run repeats epochs that were recorded after its checkpoint. But it would not
     # record an epoch that ended before the checkpoint.
-    every = parse_duration(config.save_every, "esm")
-    hooks += [callbacks.Save(every, timeline, config, folder.checkpoints, world, console, recorded)]
+    save = callbacks.Save(
+        parse_duration(config.save_every, "esm"), timeline, folder.checkpoints, world, console,
+        settings={"identity": config.identity(), "resume": config.resume}, recorded=recorded,
+        keep=config.keep, strict=config.strict_save,
+    )  # fmt: skip
+    hooks += [save]
     if world.first:
         # Show comes last: an epoch is printed only after it is recorded and saved.
         hooks += [show]
@@ -93,3 +100,21 @@ def train(
         peers.stop_after_first(world.rank)
         collectives.shutdown()
     return stop.stopped
+
+
+def finish(rank: Rank, model: SynchronousModel, images: Dataset, folder: RunFolder) -> str:
+    """Check the masks of a run that is done, and write its result.json. Returns the result line; "" on other ranks.
+
+    This is a collective: test images that were not evaluated after each epoch are evaluated here, for the first time.
+    """
+    model.pruner.verify_final()
+    tested: dict[str, float] = {}
+    if images.monitored != "test":
+        found = loop.evaluate(model, *images.split("test"), rank.world)
+        tested = {f"test_{name}": float(f"{found[name]:.7g}") for name in ("accuracy", "loss")}
+    if not rank.world.first:
+        return ""
+    result = summarize(folder.metrics(), model.pruner.sparsities(), tested)
+    line = final_line(result, folder)
+    folder.finish({**result, "line": line})
+    return line

@@ -43,5 +43,5 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
     # The same batch at any number of ranks: as many steps as 2,048 images take in batches of 66.
     assert [line["step"] for line in lines] == [-(-epoch * 2048 // 66) for epoch in range(1, 25)]
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["accuracy"] > 0.9
+    assert result["test_accuracy"] > 0.9
     assert result["sparsity"] == pytest.approx(0.6, abs=1e-4)

@@ -45,7 +45,7 @@ def make_run(
     path.mkdir(parents=True)
     checkpoint.save(path / "checkpoints", STEP, stored, {"identity": config.identity()})
     (path / "config.json").write_text(json.dumps({"identity": config.identity(), "name": path.name}))
-    (path / "result.json").write_text(json.dumps({"step": STEP, "accuracy": 0.1}))
+    (path / "result.json").write_text(json.dumps({"step": STEP, "test_accuracy": 0.1}))
     return path
 
 

@@ -5,13 +5,16 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import tensorflow as tf
+from rich.console import Console
 
 from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
 from cnnopt.data.stream import Draws
+from cnnopt.distributed.world import World
 from cnnopt.model import precision
-from cnnopt.schedules import Timeline
-from cnnopt.training import loop
+from cnnopt.run.run_folder import RunFolder
+from cnnopt.schedules import Timeline, parse_duration
+from cnnopt.training import callbacks, loop, metrics
 from cnnopt.training.build import build_model
 from cnnopt.training.step import SynchronousModel
 from cnnopt.training.stream import Stream, training_stream
@@ -56,6 +59,20 @@ def fit(model: SynchronousModel, config: TrainConfig, callbacks: Sequence) -> No
     """Train from the model's current step to the end of the run."""
     with stream(config, int(model.run.global_step.numpy())) as batches:
         loop.fit(model, batches, timeline_of(config), callbacks, steps_per_call=config.call_length(gpu=False))
+
+
+def writers(
+    config: TrainConfig, folder: RunFolder, first_step: int, console: Console
+) -> tuple[metrics.Record, callbacks.Save]:
+    """The hooks that write the records and the checkpoints, as the program makes them."""
+    timeline, identity = timeline_of(config), config.identity()
+    record = metrics.Record(folder, timeline, first_step, console, split="test", hyperparameters=identity)
+    save = callbacks.Save(
+        parse_duration(config.save_every, "esm"), timeline, folder.checkpoints, World(), console,
+        settings={"identity": identity, "resume": config.resume}, recorded=record.recorded,
+        keep=config.keep, strict=config.strict_save,
+    )  # fmt: skip
+    return record, save
 
 
 def state(model: SynchronousModel) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def test_two_ranks_fine_tune_with_the_masks_of_the_run(start, tmp_path):
-    path = make_run(tmp_path / "run")
+    path = make_run(tmp_path / "run", validation=128)
     run = trained.read(path)
     flags = "--qat 1 --clusters 16 --variants int8-qat,clustered-int8-qat --calibration 64"
     job = start(2, "-m", "cnnopt.quantize", str(path), *flags.split())
@@ -33,7 +33,10 @@ def check(run, tuned, clusters):
     environment = json.loads((tuned.path / "env.json").read_text())
     assert environment["ranks"] == 2
     (line,) = [json.loads(text) for text in (tuned.path / "metrics.jsonl").read_text().splitlines()]
-    assert line["step"] == tuned.step == 2048 // 128
+    assert line["step"] == tuned.step == (2048 - 128) // 128
+    # The epoch is evaluated on the validation images of the run, the result on the test images, on both ranks.
+    assert line["val_accuracy"] * 128 == pytest.approx(round(line["val_accuracy"] * 128), abs=1e-4)
+    assert tuned.result["test_accuracy"] * 512 == pytest.approx(round(tuned.result["test_accuracy"] * 512), abs=1e-3)
     assert line["exchange_share"] > 0
     state = json.loads((tuned.checkpoint / "state.json").read_text())["state"]
     # The digest on which both ranks agreed when they saved.

@@ -72,7 +72,7 @@ def test_the_same_command_goes_on_at_another_rank_count_and_draws_one_curve(stop
     assert [line["epoch"] for line in lines] == list(range(1, 13))
     assert [line["step"] for line in lines] == [32 * epoch for epoch in range(1, 13)]
     result = json.loads((run_dir / "run/result.json").read_text())
-    assert result["accuracy"] == lines[-1]["val_accuracy"] > 0.5
+    assert result["test_accuracy"] == lines[-1]["test_accuracy"] > 0.5
     final = checkpoint.load(checkpoint.list_steps(run_dir / "run/checkpoints")[-1])
     assert_pruned(final.arrays, 0.6)
 

@@ -103,9 +103,7 @@ def test_the_tables_hold_what_the_run_folders_hold(ended):
     run_dir, _ = ended
     report = run_dir / "report"
     results = {label: RunFolder(run_dir / name).result() for label, name in NAMES.items()}
-    accuracy = {
-        label: 100 * result.get("test_accuracy", result.get("accuracy", 0)) for label, result in results.items()
-    }
+    accuracy = {label: 100 * result["test_accuracy"] for label, result in results.items()}
     rows = {row["cell"]: row for row in csv.DictReader((report / "accuracy.csv").open())}
     assert {label: float(row["ours %"]) for label, row in rows.items()} == pytest.approx(accuracy)
     ratio = accuracy["super-60"] / accuracy["polynomial-60"]

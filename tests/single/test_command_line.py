@@ -62,6 +62,8 @@ def refusal(arguments: list[str], shell: dict[str, str]) -> str:
         ("--dataset digits --epochs 1 --warmup 2e", "--warmup 2e: 22 steps, but the run has 12; give a shorter one"),
         ("--dataset digits --batch-size 100000", "--batch-size 100000: digits has 1,437 training images; use at most"),
         ("--dataset digits --batch-size 2000", "--batch-size 2000: digits has 1,437 training images; use at most 1437"),
+        ("--dataset digits --validation 1400", "--validation 1400: leaves 37 of 1,437 training images, fewer than a"),
+        ("--dataset digits --validation 5", "--validation 5: digits has 10 classes, and each needs an image; use at l"),
         ("--dataset synthetic --depth 1202", "--depth 1202: Keras cannot build a network of so many layers; use at m"),
         ("--preset study-baseline --epochs 30", "--lr-drops 80e:0.1,"),
     ],
@@ -73,7 +75,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(arguments, expected, shell
 
 @pytest.mark.parametrize("arguments", ["--depth 43", "--dataset synthetic --expect-ranks 2",
                                        "--dataset digits --epochs 1 --prune-end 15s", "--depth 1202",
-                                       "--dataset digits --batch-size 100000", "--preset study-baseline --epochs 30",
+                                       "--dataset digits --validation 5", "--preset study-baseline --epochs 30",
                                        "--name " + 300 * "n", "--help"])  # fmt: skip
 def test_tensorflow_is_not_loaded_to_say_so(arguments, shell):
     done = program(arguments.split(), shell, "-X", "importtime")
@@ -248,7 +250,7 @@ def test_a_run_ends_with_its_result_line_and_its_files(complete):
     assert [text.split()[0] for text in table if re.match(r"  \w", text)][:4] == ["started", "run", "ranks", "threads"]
     names = {path.name for path in folder.iterdir()}
     assert names == {".lock", "config.json", "env.json", "metrics.jsonl", "result.json", "tb", "checkpoints"}
-    assert {path.name for path in (folder / "tb").iterdir()} == {"train", "validation"}
+    assert {path.name for path in (folder / "tb").iterdir()} == {"train", "test"}
     config, environment = (json.loads((folder / name).read_text()) for name in ("config.json", "env.json"))
     assert (config["name"], config["identity"]["depth"], config["identity"]["sparsity"]) == ("tiny", 8, 0.7)
     assert (environment["ranks"], environment["precision"]) == (1, "float32")
@@ -281,7 +283,7 @@ def test_metrics_have_one_line_an_epoch(complete):
         assert line["sparsity"] == pytest.approx(line["target_sparsity"], abs=2e-4)
     result = json.loads((folder / "result.json").read_text())
     last = lines[-1]
-    assert (result["accuracy"], result["loss"]) == (last["val_accuracy"], last["val_loss"])
+    assert (result["test_accuracy"], result["test_loss"]) == (last["test_accuracy"], last["test_loss"])
     assert (result["step"], result["epoch"]) == (48, 3)
     assert result["sparsity"] == pytest.approx(0.7, abs=1e-4)
 
@@ -305,14 +307,14 @@ def test_tensorboard_has_every_promised_curve(complete):
     folder, _ = complete
     lines = metrics(folder)
     steps = [line["step"] for line in lines]
-    events = {name: event_files.curves(folder / "tb" / name) for name in ("train", "validation")}
+    events = {name: event_files.curves(folder / "tb" / name) for name in ("train", "test")}
     promised = {
         "train": {"epoch/loss": "loss", "epoch/accuracy": "accuracy", "learning/learning_rate": "learning_rate",
                   "learning/loss_scale": "loss_scale", "learning/skipped_steps": "skipped_steps",
                   "performance/images_per_second": "images_per_second", "performance/step_seconds": "step_seconds",
                   "performance/exchange_share": "exchange_share", "performance/exchange_bytes": "exchange_bytes",
                   "pruning/target": "target_sparsity", "pruning/total": "sparsity"},
-        "validation": {"epoch/accuracy": "val_accuracy", "epoch/loss": "val_loss", "epoch/zeros": "sparsity"},
+        "test": {"epoch/accuracy": "test_accuracy", "epoch/loss": "test_loss", "epoch/zeros": "sparsity"},
     }  # fmt: skip
     for name, tags in promised.items():
         for tag, metric in tags.items():
@@ -389,7 +391,7 @@ def test_files_are_in_the_folder_that_was_named_whatever_its_name_and_the_locale
             )
             assert done.returncode == 0, done.stderr.decode(errors="replace")
         assert name in os.listdir(os.fsencode(tmp_path))
-        for part in (b"train", b"validation", b"quantize"):
+        for part in (b"train", b"test", b"quantize"):
             events = os.listdir(os.path.join(runs, b"tiny/tb", part))
             assert any(event.startswith(b"events.out.tfevents.") for event in events), part
         assert {b"report.json", b"report.md", b"report.png", b"export"} <= set(os.listdir(os.path.join(runs, b"tiny")))
@@ -553,7 +555,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(complete, shell,
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {stopped_at} from {saved}" in done.stdout
     assert [line["step"] for line in metrics(folder)] == [16, 32, 48]
-    for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("train", "pruning/total")):
+    for name, tag in (("train", "epoch/loss"), ("test", "epoch/accuracy"), ("train", "pruning/total")):
         assert list(event_files.points(event_files.curves(folder / "tb" / name), tag)) == [16, 32, 48]
 
     uninterrupted, _ = complete
@@ -562,7 +564,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(complete, shell,
         assert expected.files == found.files
         for name in expected.files:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    assert metrics(folder)[-1]["val_loss"] == metrics(uninterrupted)[-1]["val_loss"]
+    assert metrics(folder)[-1]["test_loss"] == metrics(uninterrupted)[-1]["test_loss"]
 
 
 def test_ranks_that_do_not_join_are_found_out(shell, tmp_path):

@@ -176,6 +176,8 @@ REFUSED = [
     ("--keep 0", "--keep 0: ", "at least 1"),
     ("--expect-ranks 0", "--expect-ranks 0: ", "at least 1"),
     ("--seed -1", "--seed -1: ", "0 or more"),
+    ("--validation -1", "--validation -1: ", "must be 0 or more"),
+    ("--validation 10%", "--validation", "10%"),
     ("--prune-begin 10", "--prune-begin: '10' is not a duration", "'2s' (steps), '2e' (epochs), '15%'"),
     ("--prune-end 101%", "--prune-end: '101%'", "at most 100%"),
     ("--prune-frequency 5m", "--prune-frequency: '5m'", "write one of '2s' (steps)"),
@@ -297,6 +299,19 @@ def test_a_batch_of_more_images_than_there_are_is_refused(batch, ranks, most):
     fits.check_timeline(Timeline(256, most, 3), ranks)
 
 
+@pytest.mark.parametrize(("validation", "left"), [(225, 31), (256, 0), (9999, 0)])
+def test_validation_leaves_at_least_a_batch(validation, left):
+    config = TrainConfig(dataset="synthetic", batch_size=32, validation=validation, warmup="0s", sparsity=0.0)
+    with pytest.raises(ConfigError) as caught:
+        config.check_timeline(Timeline(256 - validation, 32, 3))
+    assert str(caught.value) == (
+        f"--validation {validation}: leaves {left} of 256 training images, fewer than a batch of 32; use at most 224"
+    )
+    dataclasses.replace(config, validation=224).check_timeline(Timeline(32, 32, 3))
+    with pytest.raises(ConfigError, match=r"^--batch-size 300: synthetic has 256 training images; use at most 256$"):
+        dataclasses.replace(config, batch_size=300).check_timeline(Timeline(256 - validation, 300, 3))
+
+
 def test_more_steps_than_anybody_waits_for_are_refused():
     config = TrainConfig(epochs=10**8)
     with pytest.raises(
@@ -409,6 +424,7 @@ def test_every_other_field_is_part_of_it_and_is_named(name):
         "optimizer": "adam", "base_lr": 0.1, "lr_schedule": "cosine", "warmup": "1e", "weight_decay": 0.0,
         "label_smoothing": 0.1, "ema": 0.9, "augment": "none", "normalize": "pixel-mean", "batch_size": 64,
         "epochs": 31, "precision": "float32", "seed": 1, "deterministic": True, "wire_dtype": "float16",
+        "validation": 5000,
     }  # fmt: skip
     config = TrainConfig()
     if name == "lr_drops":
@@ -427,7 +443,7 @@ FIRST = {
     "label_smoothing", "lr_drops", "lr_schedule", "normalize", "optimizer", "precision", "prune_begin", "prune_end",
     "prune_frequency", "seed", "sparsity", "sparsity_schedule", "sparsity_scope", "warmup", "weight_decay",
 }  # fmt: skip
-BEFORE = {"wire_dtype": "float32"}
+BEFORE = {"wire_dtype": "float32", "validation": 0}
 
 
 def test_a_run_that_was_stored_before_a_setting_was_there_goes_on():

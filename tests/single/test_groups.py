@@ -13,7 +13,7 @@ RESULTS = ROOT / "docs" / "results"
 
 
 def run(name: str, *, finished: bool = True, **identity: object) -> Run:
-    return Run(name, {"depth": 20, "seed": 0, **identity}, [], finished, None)
+    return Run(name, {"depth": 20, "seed": 0, **identity}, [], {} if finished else None, None)
 
 
 def test_only_the_seed_may_differ_in_a_group():
@@ -49,7 +49,7 @@ def test_the_recorded_runs_are_grouped_as_they_were_made():
     ]
     (three,) = (group for group in groups if group.name == "resnet20-muon-decay")
     accuracies = [json.loads((RESULTS / r.name / "result.json").read_text())["accuracy"] for r in three.runs]
-    assert three.spread(lambda run: run.last["val_accuracy"]) == Spread.of(accuracies)
+    assert three.spread(lambda run: run.last["test_accuracy"]) == Spread.of(accuracies)
 
 
 def test_a_folder_of_runs_is_all_of_its_runs_each_once(tmp_path: Path):

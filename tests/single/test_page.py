@@ -176,6 +176,27 @@ def test_the_best_file_is_the_smallest_that_is_as_good_as_the_test_images_can_te
     assert page.headline(card) == "float32: 2.0x smaller, 0.0 points lost, 1.0x faster"
 
 
+def test_validation_images_choose_the_best_file_if_there_are_any():
+    def entry(name, val, test, packed):
+        accuracies = {"validation": val, "test": test}
+        return {
+            "name": name, "packed": packed and {"bytes": packed, "times_smaller": 1000 / packed},
+            "size": {"gzip": 500}, "times_smaller": {"gzip": 2},
+            **{split: correct and {"correct": correct, "images": 10_000, "accuracy": correct / 10_000}
+               for split, correct in accuracies.items()},
+        }  # fmt: skip
+
+    files = [entry("dense-float32", None, 9500, None), entry("float32", 9160, 9160, None),
+             entry("int8", 9150, 8000, 150), entry("clustered-int8", 8970, 9160, 100)]  # fmt: skip
+    card = {"files": files, "reference": {"file": "dense-float32"}}
+    assert page.best(card)["name"] == "int8"
+    assert page.best({**card, "files": files[:2]})["name"] == "float32"
+    for each in files:
+        each["validation"] = None
+    files[0]["test"].update(correct=9160, accuracy=0.916)
+    assert page.best(card)["name"] == "clustered-int8"
+
+
 def test_names_cannot_become_part_of_the_page(run, content):
     images = datasets.load("digits")
     named = datasets.Dataset(

@@ -21,6 +21,7 @@ from cnnopt.finetune import settings_of
 from cnnopt.launch import rank_variables
 from cnnopt.quantize import main
 from cnnopt.run import checkpoint
+from cnnopt.run.run_folder import RunFolder
 from tests.helpers import ROOT
 from tests.helpers.cifar_copies import BINARY_10, small_copy
 from tests.helpers.exported_run import ENVIRONMENT, STEP, forge, make_run, quantize
@@ -28,6 +29,7 @@ from tests.helpers.exported_run import ENVIRONMENT, STEP, forge, make_run, quant
 # The fixture trains and converts: 40 s on two free cores, many times that where other jobs fill them.
 pytestmark = pytest.mark.timeout(1200)
 
+HELD_OUT = 248
 TUNED = {"int8-qat": 0, "clustered-int8-qat": 16}
 MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clustered-int8", *TUNED)
 
@@ -37,6 +39,7 @@ def trained(tmp_path_factory):
     """A run that train_hvd.py has really trained, with averaged weights, and its report."""
     folder = tmp_path_factory.mktemp("runs")
     flags = "--dataset synthetic --depth 8 --epochs 2 --warmup 0e --batch-size 64 --ema 0.9 --precision float32"
+    flags += f" --validation {HELD_OUT}"
     # Uniform, as TensorFlow Lite encodes no kernel with few zeros.
     flags += " --sparsity-scope uniform --name t"
     command = [sys.executable, "train_hvd.py", *flags.split(), "--run-dir", str(folder)]
@@ -67,8 +70,8 @@ def test_the_float32_file_is_as_accurate_as_training_said(trained):
     path, content, _ = trained
     result = json.loads((path / "result.json").read_text())
     # Other kernels add in another order: at most one image of 512 may fall to the other side.
-    assert abs(entries(content)["float32"]["test"]["correct"] - 512 * result["accuracy"]) <= 1.01
-    assert entries(content)["float32"]["test"]["loss"] == pytest.approx(result["loss"], rel=1e-3)
+    assert abs(entries(content)["float32"]["test"]["correct"] - 512 * result["test_accuracy"]) <= 1.01
+    assert entries(content)["float32"]["test"]["loss"] == pytest.approx(result["test_loss"], rel=1e-3)
     assert entries(content)["float32"]["test"]["agreement"] > 0.995
     assert content["run"]["averaged_weights"] is True
 
@@ -133,6 +136,25 @@ def test_zeros_survive_in_every_file_and_the_ledger_has_all_stages(trained):
     assert made["dense-float32"]["ledger"] is None
 
 
+def test_the_files_are_measured_on_the_images_that_the_run_held_out_and_chosen_by_them(trained):
+    path, content, printed = trained
+    identity, result = (json.loads((path / name).read_text()) for name in ("config.json", "result.json"))
+    assert identity["identity"]["validation"] == HELD_OUT
+    made = entries(content)
+    assert {made[name]["validation"]["images"] for name in MADE} == {HELD_OUT}
+    assert made["dense-float32"]["validation"] is None, "it was trained on them"
+    assert abs(made["float32"]["validation"]["correct"] - HELD_OUT * result["val_accuracy"]) <= 1.01
+    assert made["float32"]["validation"]["loss"] == pytest.approx(result["val_loss"], rel=1e-3)
+    assert max(content["calibration"]["indices"]) < 2048 - HELD_OUT
+    (note,) = [note for note in content["notes"] if "validation" in note]
+    assert f"{HELD_OUT} validation images" in note
+    assert f"int8 {made['int8']['validation']['accuracy']:.2%}" in note
+    assert note in printed
+    for name, clusters in TUNED.items():
+        lines = RunFolder(read(path).fine_tuned(1, clusters)).metrics()
+        assert all("val_accuracy" in line and "test_accuracy" not in line for line in lines), name
+
+
 @pytest.mark.parametrize("variant", TUNED)
 def test_fine_tuning_goes_on_from_the_run_and_computes_as_the_file_does(trained, variant):
     path, content, printed = trained
@@ -146,8 +168,8 @@ def test_fine_tuning_goes_on_from_the_run_and_computes_as_the_file_does(trained,
     assert entries(content)[variant]["fine_tuned"]["path"] == str(tuned.path.relative_to(path))
     # What training measured of the fake-quantized network is what the interpreter measures of the file.
     found = entries(content)[variant]["test"]
-    assert found["accuracy"] == pytest.approx(tuned.result["accuracy"], abs=0.01)
-    assert found["loss"] == pytest.approx(tuned.result["loss"], rel=0.05)
+    assert found["accuracy"] == pytest.approx(tuned.result["test_accuracy"], abs=0.01)
+    assert found["loss"] == pytest.approx(tuned.result["test_loss"], rel=0.05)
     assert "int8-qat and clustered-int8-qat have each been trained for 1 more epoch" in printed
 
 
@@ -250,7 +272,7 @@ def test_batches_threads_and_sparse_encoding_change_no_result(trained):
 
 def test_calibration_is_a_stored_seeded_choice_of_training_images(trained):
     stored = trained[1]["calibration"]
-    expected = np.sort(np.random.default_rng(0).choice(2048, 64, replace=False))
+    expected = np.sort(np.random.default_rng(0).choice(2048 - HELD_OUT, 64, replace=False))
     assert (stored["split"], stored["seed"], stored["count"]) == ("train", 0, 64)
     assert stored["indices"] == expected.tolist()
 

@@ -75,6 +75,13 @@ def test_ranks_that_start_together_decode_it_once(place, reader, monkeypatch):
     assert reader.count == 1
 
 
+def test_another_order_of_the_images_is_decoded_anew(place, reader):
+    for count, order in ((1, "first"), (1, "first"), (2, "second"), (3, "first"), (4, "")):
+        assert same(shared([place], reader, order))
+        assert reader.count == count
+        assert len(copies(place)) == 1
+
+
 def test_other_bytes_at_the_same_place_are_decoded_anew(place, reader):
     shared([place], reader)
     (before,) = copies(place)

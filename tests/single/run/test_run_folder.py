@@ -17,7 +17,6 @@ from cnnopt.distributed.world import World
 from cnnopt.run import checkpoint, run_folder
 from cnnopt.run.atomic_files import ReadError
 from cnnopt.run.run_folder import RunFolder, environment, summarize
-from cnnopt.schedules import Duration
 from cnnopt.training import callbacks, metrics, resume
 from tests.helpers import ROOT, event_files, small_runs
 from tests.helpers.permissions import stopped_by_permissions
@@ -26,21 +25,21 @@ from tests.helpers.permissions import stopped_by_permissions
 
 
 def line(epoch: int, accuracy: float, speed: float = 100.0) -> dict:
-    return {"epoch": epoch, "step": 10 * epoch, "val_accuracy": accuracy, "val_loss": 1 - accuracy, "seconds": 30.0,
+    return {"epoch": epoch, "step": 10 * epoch, "test_accuracy": accuracy, "test_loss": 1 - accuracy, "seconds": 30.0,
             "step_seconds": 3.0, "images_per_second": speed}  # fmt: skip
 
 
 def test_the_result_is_the_last_epoch_never_the_best():
     lines = [line(1, 0.5, 10), line(2, 0.9, 300), line(3, 0.7, 200)]
-    assert summarize(lines, {"stem": 0.5, "classifier": 0.7, "total": 0.6}) == {
-        "accuracy": 0.7, "loss": pytest.approx(0.3), "epoch": 3, "step": 30, "sparsity": 0.6,
+    assert summarize(lines, {"stem": 0.5, "classifier": 0.7, "total": 0.6}, {}) == {
+        "test_accuracy": 0.7, "test_loss": pytest.approx(0.3), "epoch": 3, "step": 30, "sparsity": 0.6,
         "images_per_second": 200, "minutes": 1.5, "kernels": {"stem": 0.5, "classifier": 0.7},
     }  # fmt: skip
 
 
 def test_minutes_are_of_all_steps_of_a_resumed_epoch():
     lines = [line(1, 0.5), {**line(2, 0.6), "seconds": 6.0}]
-    assert summarize(lines, {"total": 0.6})["minutes"] == 1.0
+    assert summarize(lines, {"total": 0.6}, {})["minutes"] == 1.0
 
 
 def test_the_environment_names_versions_and_settings():
@@ -105,8 +104,8 @@ def test_what_is_no_line_ends_the_metrics(folder, damage):
 def test_a_result_says_that_the_run_is_complete(folder):
     assert folder.result() is None
     folder.append(line(1, 0.5))
-    folder.finish({**summarize(folder.metrics(), {"total": 0.6}), "line": "as it was"})
-    assert folder.result()["accuracy"] == 0.5
+    folder.finish({**summarize(folder.metrics(), {"total": 0.6}, {}), "line": "as it was"})
+    assert folder.result()["test_accuracy"] == 0.5
     assert {path.name for path in folder.path.iterdir()} == {"metrics.jsonl", "result.json"}
 
 
@@ -261,23 +260,22 @@ def run(config, stop_after: int | None = None) -> tuple[RunFolder, dict[str, np.
     folder.open(config, {})
     first_step = resume.restore(model, config, folder, World(), said.append)
     timeline = small_runs.timeline_of(config)
-    console = Console(quiet=True)
 
     class Stop(callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             self.model.stop_training = batch + 1 == stop_after
 
-    record = metrics.Record(folder, config, timeline, first_step, console)
-    save = callbacks.Save(Duration(4, "s"), timeline, config, folder.checkpoints, World(), console, record.recorded)
     hooks = [Stop(), callbacks.Prune(), metrics.Measure(timeline), callbacks.Evaluate(small_runs.IMAGES, World()),
-             record, save]  # fmt: skip
+             *small_runs.writers(config, folder, first_step, Console(quiet=True))]  # fmt: skip
     small_runs.fit(model, config, hooks)
     return folder, small_runs.state(model), said
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, float32_policy):
     stop_after = 10  # in the middle of an epoch, and between two mask updates
-    config = small_runs.settings(precision="float16", optimizer="adam", ema=0.9, deterministic=True, name="x", keep=9)
+    config = small_runs.settings(
+        precision="float16", optimizer="adam", ema=0.9, deterministic=True, name="x", keep=9, save_every="4s"
+    )
     config = {name: dataclasses.replace(config, run_dir=str(tmp_path / name)) for name in ("whole", "parts")}
     whole, expected, said = run(config["whole"])
     assert said == []
@@ -290,7 +288,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, float32_policy):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert [entry["val_loss"] for entry in parts.metrics()] == [entry["val_loss"] for entry in whole.metrics()]
+    assert [entry["test_loss"] for entry in parts.metrics()] == [entry["test_loss"] for entry in whole.metrics()]
     assert [entry["step"] for entry in parts.metrics()] == [8, 16, 24]
 
     # A crash after the metrics of three epochs, with only checkpoints of the first left: the rest is done again.
@@ -301,7 +299,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, float32_policy):
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert [entry["step"] for entry in parts.metrics()] == [8, 16, 24]
-    for name, tag in (("train", "epoch/loss"), ("validation", "epoch/accuracy"), ("train", "pruning/total"),
+    for name, tag in (("train", "epoch/loss"), ("test", "epoch/accuracy"), ("train", "pruning/total"),
                       ("train", "kept/stem")):  # fmt: skip
         curve = event_files.curves(parts.tensorboard / name).Tensors(tag)
         assert [event.step for event in curve] == [8, 16, 24], tag

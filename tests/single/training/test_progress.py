@@ -93,7 +93,7 @@ def test_the_time_left_is_that_of_the_run_with_its_evaluations(clock):
             show.on_train_batch_end(step, {"loss": 0.4321})
         clock.now += 100
         show.model.run.global_step = tf.constant(100 * (epoch + 1))
-        logs = {"loss": 0.4, "accuracy": 1.0, "val_accuracy": 0.9, "sparsity": 0.6, "images_per_second": 32.0}
+        logs = {"loss": 0.4, "accuracy": 1.0, "test_accuracy": 0.9, "sparsity": 0.6, "images_per_second": 32.0}
         show.on_epoch_end(epoch, logs)
     # 199 steps and two evaluations in 399 s; 2,800 steps are left.
     assert log.getvalue().splitlines()[-1].endswith(f" {progress.duration(2800 * 399 / 199)} left")

@@ -19,7 +19,6 @@ from cnnopt.distributed.world import World
 from cnnopt.run import checkpoint, run_folder
 from cnnopt.run.atomic_files import ReadError, WriteError
 from cnnopt.run.run_folder import RunFolder
-from cnnopt.schedules import parse_duration
 from cnnopt.training import callbacks, console, metrics, resume, session
 from tests.helpers import small_runs
 
@@ -47,9 +46,6 @@ def run(
     first_step = resume.restore(model, config, folder, world, say=print)
     request = StopRequest()
     stop = callbacks.StopWhenTold(request)
-    every = parse_duration(save_every, "esm")
-    say = console.make_console(quiet=False)
-    record = metrics.Record(folder, config, timeline, first_step, say)
     small_runs.fit(
         model,
         config,
@@ -60,8 +56,7 @@ def run(
             callbacks.Prune(print),
             metrics.Measure(timeline),
             callbacks.Evaluate(small_runs.IMAGES, world),
-            record,
-            callbacks.Save(every, timeline, config, folder.checkpoints, world, say, record.recorded),
+            *small_runs.writers(config, folder, first_step, console.make_console(quiet=False)),
         ],
     )
     return folder, stop
@@ -109,7 +104,7 @@ def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(t
         assert line["step"] == other["step"]
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert line["accuracy"] == pytest.approx(other["accuracy"], rel=1e-6)
-        assert (line["val_loss"], line["val_accuracy"]) == (other["val_loss"], other["val_accuracy"])
+        assert (line["test_loss"], line["test_accuracy"]) == (other["test_loss"], other["test_accuracy"])
 
 
 class Break(Callback):
@@ -373,7 +368,7 @@ def test_epochs_between_saves_are_counted(tmp_path):
 def finished(path: Path, **changes: object) -> RunFolder:
     """A run of three epochs with its result, as train_hvd.py leaves it."""
     folder, _ = run(path, save_every="1e", **changes)
-    folder.finish({**run_folder.summarize(folder.metrics(), {"total": 0.6}), "line": "as it was"})
+    folder.finish({**run_folder.summarize(folder.metrics(), {"total": 0.6}, {}), "line": "as it was"})
     assert folder.result() is not None
     return folder
 
@@ -397,7 +392,7 @@ def test_lines_that_are_lost_are_written_again_as_they_were(tmp_path, capsys, lo
     said = f"{folder.metrics_file} had lost lines, which the checkpoint has: {lost_lines} of 3 written again"
     assert said in capsys.readouterr().out
     assert folder.metrics_file.read_bytes() == whole
-    assert {**run_folder.summarize(folder.metrics(), {"total": 0.6}), "line": result["line"]} == result
+    assert {**run_folder.summarize(folder.metrics(), {"total": 0.6}, {}), "line": result["line"]} == result
 
 
 def test_a_line_that_is_lost_before_the_end_is_no_hole_in_the_curve(tmp_path):
@@ -422,7 +417,7 @@ def without_lines(folder: RunFolder, step: int) -> Path:
 
 def test_a_checkpoint_that_does_not_hold_the_lost_line_is_passed_over(tmp_path, capsys):
     folder, _ = run(tmp_path, save_every="1e", keep=9)
-    loss = folder.metrics()[-1]["val_loss"]
+    loss = folder.metrics()[-1]["test_loss"]
     last, *_ = (without_lines(folder, step) for step in (24, 16, 8))
     # With its lines an earlier run goes on as before.
     run(tmp_path, save_every="1e", keep=9)
@@ -434,7 +429,7 @@ def test_a_checkpoint_that_does_not_hold_the_lost_line_is_passed_over(tmp_path, 
     assert f"skipped {last}: {folder.metrics_file} has lost the line of step 24" in said
     assert "resumed after step 16" in said
     assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
-    assert folder.metrics()[-1]["val_loss"] == loss
+    assert folder.metrics()[-1]["test_loss"] == loss
 
 
 @pytest.mark.parametrize(
