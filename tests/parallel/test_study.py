@@ -104,18 +104,20 @@ def test_the_tables_hold_what_the_run_folders_hold(ended):
     report = run_dir / "report"
     results = {label: RunFolder(run_dir / name).result() for label, name in NAMES.items()}
     accuracy = {label: 100 * result["test_accuracy"] for label, result in results.items()}
-    rows = {row["cell"]: row for row in csv.DictReader((report / "accuracy.csv").open())}
+    rows = {row["cell"]: row for row in csv.DictReader((report / "accuracy.csv").read_text().splitlines())}
     assert {label: float(row["ours %"]) for label, row in rows.items()} == pytest.approx(accuracy)
     ratio = accuracy["super-60"] / accuracy["polynomial-60"]
     assert float(rows["super-60"]["ours / our polynomial-60"]) == pytest.approx(ratio)
 
     card = json.loads((run_dir / NAMES["constant-60"] / "report.json").read_text())
     gzip = {entry["name"]: entry["size"]["gzip"] for entry in card["files"]}
-    files = {row["file"]: row for row in csv.DictReader((report / "sizes.csv").open())}
+    files = {row["file"]: row for row in csv.DictReader((report / "sizes.csv").read_text().splitlines())}
     assert {name: float(row["our bytes"]) for name, row in files.items()} == gzip
     assert float(files["int8"]["our ratio"]) == pytest.approx(gzip["float32"] / gzip["int8"])
 
-    answers = {(row["from"], row["to"]): row for row in csv.DictReader((report / "questions.csv").open())}
+    answers = {
+        (row["from"], row["to"]): row for row in csv.DictReader((report / "questions.csv").read_text().splitlines())
+    }
     points = float(answers["constant-60", "polynomial-60"]["points"])
     assert points == pytest.approx(accuracy["polynomial-60"] - accuracy["constant-60"])
 
