@@ -19,11 +19,6 @@ from typing import Any, NoReturn
 
 # Python does not search this folder for modules if PYTHONSAFEPATH is set.
 sys.path.insert(0, str(Path(__file__).parent.resolve()))
-from cnnopt import interrupt
-
-if __name__ == "__main__":
-    interrupt.end_at_once()
-
 from cnnopt.config import TrainConfig, parse_args
 from cnnopt.distributed import collectives, entrypoint, host
 from cnnopt.distributed.peer_status import PeerStatus

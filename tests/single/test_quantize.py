@@ -464,7 +464,7 @@ def test_no_run_and_no_arguments(no_tensorflow, tmp_path, capsys):
     assert "no such run folder" in refused(capsys, tmp_path / "none")
     assert "config.json" in refused(capsys, tmp_path)
     assert "File name too long; name a run folder" in refused(capsys, "x" * 300)
-    assert "run" in refused(capsys)
+    assert "RUN" in refused(capsys)
 
 
 def test_a_run_that_never_finished(no_tensorflow, tmp_path, capsys):
