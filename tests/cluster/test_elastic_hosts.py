@@ -29,9 +29,9 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
     job.wait_for(f"rank 1 (host localhost, pid {stopped.pid}): killed, stopped")
     hosts.write_text("localhost:1\n")
     job.wait_for("1 ranks on localhost:1, after step ")
-    job.wait_for("resumed after step ")
+    job.wait_for("[0]<stdout>:resumed after step ")
     resumed = job.output().index("1 ranks on")
-    job.wait_until(lambda output: "/24 " in output[resumed:])
+    job.wait_until(lambda output: "/24 loss" in output[resumed:])
     # Of four slots the batch of 66 leaves one unused.
     hosts.write_text("localhost:4\n")
     job.wait_for("3 ranks on localhost:3, after step ")
