@@ -31,13 +31,13 @@ def run(command: Sequence[str]) -> int:
     heard = {*PASSED_ON, signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     try:
-        parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+        ask = end_with_parent()
         with warnings.catch_warnings():
             # Python 3.12 warns of a fork beside other threads, such as NumPy's. This child only turns into another.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
-            _become(command, before, parent, prctl)
+            _become(command, before, ask)
         while True:
             told = signal.sigwaitinfo(heard)
             if told.si_signo == signal.SIGCHLD:
@@ -52,12 +52,24 @@ def run(command: Sequence[str]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _become(command: Sequence[str], mask: Iterable[int], parent: int, prctl: Callable[..., int]) -> NoReturn:
+def end_with_parent() -> Callable[[], bool]:
+    """A function for a child to call right after its fork. From then on it gets SIGTERM when this thread ends.
+
+    It returns False if its parent has died already. The library is loaded here, because a child must not load one.
+    """
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def ask() -> bool:
+        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+        return os.getppid() == parent
+
+    return ask
+
+
+def _become(command: Sequence[str], mask: Iterable[int], ask: Callable[[], bool]) -> NoReturn:
     """Turn this child into ``command``. It must not return into the code of its parent."""
     try:
-        prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-        # The parent may have died before.
-        if os.getppid() == parent:
+        if ask():
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.execv(command[0], list(command))
     except OSError as error:

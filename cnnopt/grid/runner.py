@@ -7,7 +7,6 @@ Several studies may share a folder: each takes the next cell that no other is ru
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from cnnopt.command_line import python_m
+from cnnopt.distributed.child import end_with_parent
 from cnnopt.distributed.signals import INTERRUPTED, STOPPED
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.grid import progress
@@ -28,7 +28,6 @@ PROGRAM = Path(__file__).parents[2] / "train_hvd.py"
 LOG = "study.log"
 #: Seconds between two lines about a running cell, where the output is no terminal.
 QUIET = 60.0
-PR_SET_PDEATHSIG = 1
 
 
 class Stopped(Exception):  # noqa: N818
@@ -118,7 +117,6 @@ class Runner:
         log = cell.folder / LOG
         show = Show(title)
         with log.open("a") as output:
-            prctl = ctypes.CDLL(None).prctl
             self.child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -126,7 +124,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 # If this process is killed, the cell saves and ends too, instead of training on unseen.
-                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+                preexec_fn=end_with_parent(),
             )
         if self.told is not None:
             self.child.send_signal(self.told)
