@@ -15,6 +15,7 @@ from rich.console import Console
 from tf_keras.callbacks import Callback
 
 from cnnopt.distributed import collectives
+from cnnopt.model.flat import read
 from cnnopt.run.atomic_files import WriteError
 from cnnopt.run.run_folder import RunFolder, minutes
 from cnnopt.schedules import Timeline
@@ -109,8 +110,9 @@ class Record(Callback):
         self.recorded.append(self.waiting[-1])
         try:
             self._write_lines()
-            weights = {kernel.name.split("/")[0]: kernel.numpy() for kernel in self.model.pruner.kernels}
-            kept = {name: values[values != 0] for name, values in weights.items()}
+            kernels = self.model.pruner.kernels
+            pairs = zip(kernels, read(kernels), strict=True)
+            kept = {kernel.name.split("/")[0]: values[values != 0] for kernel, values in pairs}
             self.curves.draw(logs, sparsities, kept, minutes(self.recorded))
         except (OSError, tf.errors.OpError) as error:
             why = f"cannot record epoch {epoch + 1} in {self.folder.path}: {error}"

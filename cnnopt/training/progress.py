@@ -13,7 +13,7 @@ from tf_keras.callbacks import Callback
 from cnnopt.run.run_folder import monitored
 from cnnopt.schedules import Timeline
 
-#: Seconds between two looks at the loss. Each look waits for the device.
+#: Seconds between two changes of what the bar says. A text that changes faster cannot be read.
 LOOK = 1.0
 #: Seconds without a line after which a log gets one.
 SILENCE = 300.0
