@@ -10,11 +10,13 @@ Model hubs look for these names. All take raw pixels 0..255, float32 [n, 32, 32,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,19 +52,29 @@ class Format:
     packages: tuple[str, ...]
 
 
+@contextlib.contextmanager
+def _in_ascii(folder: Path) -> Iterator[Path]:
+    """A link to ``folder``. A folder may have any name, but TensorFlow, Keras and ONNX take all paths for UTF-8."""
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place, "folder")
+        link.symlink_to(folder.absolute())
+        yield link
+
+
 def write(name: str, run: TrainedRun, folder: Path) -> Path:
     """Write format ``name`` into ``folder``, whole or not at all; returns its path. Raises WriteError."""
     target = folder / FORMATS[name].file
-    # Keras chooses the format by the end of the name.
-    temporary = folder / f".{os.getpid()}.{target.name}"
     try:
-        try:
-            FORMATS[name].save(run, temporary)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        with _in_ascii(folder) as link:
+            # Keras chooses the format by the end of the name.
+            temporary = link / f".{os.getpid()}.{target.name}"
+            try:
+                FORMATS[name].save(run, temporary)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(temporary, target)
+            finally:
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
     except (OSError, tf.errors.OpError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:160]
         raise WriteError(f"{target}: cannot be written ({why}); free some space or check the folder") from None
@@ -91,7 +103,8 @@ def measured(
     """
     known = FORMATS[name]
     content = content_of(path)
-    network = known.load(path, run, threads)
+    with _in_ascii(path.parent) as link:
+        network = known.load(link / path.name, run, threads)
     pixels = images.test_images
     logits = np.concatenate([network(pixels[i : i + BATCH].astype(np.float32)) for i in range(0, len(pixels), BATCH)])
     difference = float(np.abs(logits - expected).max())
@@ -151,8 +164,7 @@ def _save_saved_model(run: TrainedRun, path: Path) -> None:
     module.variables_of_network = model.weights
     signature = [tf.TensorSpec([None, 32, 32, 3], tf.float32, name="pixels")]
     module.serve = tf.function(lambda pixels: {"logits": model(pixels, training=False)}, input_signature=signature)
-    # Bytes: C++ encodes text as UTF-8, even if the locale uses another encoding for file names.
-    tf.saved_model.save(module, os.fsencode(path), signatures=module.serve)
+    tf.saved_model.save(module, os.fspath(path), signatures=module.serve)
 
 
 def _load_saved_model(path: Path, run: TrainedRun, threads: int) -> Network:

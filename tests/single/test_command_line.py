@@ -372,19 +372,14 @@ def latin_1(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.timeout(600)
 def test_files_are_in_the_folder_that_was_named_whatever_its_name_and_the_locale(latin_1, shell, tmp_path):
-    # In ISO-8859-1 this byte is a letter; in UTF-8 it is no text at all.
-    for variables, name in ((latin_1, b"r\xe9"), ({"LC_ALL": "C.UTF-8"}, b"s\xe9")):
+    # In ISO-8859-1 this byte is a letter; in UTF-8 it is no text at all. TensorFlow and Keras open these two formats.
+    for variables, name, formats in (
+        (latin_1, b"r\xe9", "saved-model,keras"),
+        ({"LC_ALL": "C.UTF-8"}, b"s\xe9", "float16"),
+    ):
         runs = os.path.join(os.fsencode(tmp_path), name)
         train = [PROGRAM, *RUN.split(), "--epochs", "1", "--prune-end", "16s", "--run-dir", runs]
-        quantize = [
-            "-m",
-            "cnnopt.quantize",
-            os.path.join(runs, b"tiny"),
-            "--variants",
-            "float16",
-            "--calibration",
-            "32",
-        ]
+        quantize = ["-m", "cnnopt.quantize", os.path.join(runs, b"tiny"), "--variants", formats, "--calibration", "32"]
         for command in (train, quantize):
             done = subprocess.run(
                 [sys.executable, *command], env={**shell, **variables}, cwd=ROOT, capture_output=True, timeout=280
