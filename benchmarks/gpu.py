@@ -2,10 +2,11 @@
 """Speed on one GPU, beside PyTorch and JAX on the same card. One process at a time has the GPU.
 
 "epochs" are whole epochs of train_hvd.py, on 50,000 made-up images or on --data-dir's. "step" is the program's step on
-one resident batch: with Muon, its default, and with SGD, as the others have it; both with 60% zeros. PyTorch trains
-eager, by torch.compile, and as a CUDA graph; JAX runs its steps in one compiled loop. Each row is the median of several
-blocks of steps. The first step, with what it compiles, is measured apart. A second table has what our step spends on
-the GPU, from TensorFlow's profiler. --device cpu --quick tries all of this in a minute on any machine.
+one resident batch; on a GPU it is compiled, and a call has many steps. It has Muon, the default, or SGD, as the others
+have; both with 60% zeros. PyTorch trains eager, by torch.compile, and as a CUDA graph; JAX runs its steps in one
+compiled loop. Each row is the median of several blocks of steps. The first step, with what it compiles, is measured
+apart. A second table has what our step spends on the GPU, from TensorFlow's profiler. --device cpu --quick tries all of
+this in a minute on any machine.
 
     .venv/bin/python benchmarks/gpu.py --torch-python python3 --jax-python python3 --out gpu.json
 """

@@ -3,12 +3,13 @@
 Usage: python ours.py DEPTH BATCH_A_RANK PRECISION
 Request: {"steps": 10, "exchange": "none|auto|dense|sparse", "wire": "float32|bfloat16|float16", "sparsity": 0.6,
           "optimizer": "sgd|muon", "gives_way": true, "bound": true, "bucketed": true, "resident": true,
-          "profile": true}
+          "compiled": true, "profile": true}
 
 With ``"gives_way": false`` Horovod's threads get the priority of all others, for which this must be root; with
 ``"bound": false`` all threads may run on all cores of the host. Left out, they stay as they are. With
 ``"bucketed": false`` all is sent at once, when the last gradient is there. With ``"resident": true`` all steps train
-one batch. With ``"profile": true`` the answer says what a step spends on the GPU, and its seconds do not count.
+one batch. With ``"compiled": true`` XLA compiles the step, and all steps are one call. Left out, a GPU decides, as in
+the program. With ``"profile": true`` the answer says what a step spends on the GPU, and its seconds do not count.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if "ONE_GPU" in os.environ:
     # NCCL refuses two ranks of one host on the same GPU. So each rank says that it is another host.
     os.environ["NCCL_HOSTID"] = f"rank{os.environ['HOROVOD_RANK']}"
-collectives.prepare(launched()[0], deterministic=False, verbose=False)
+collectives.prepare(launched()[0], deterministic=False, verbose=False, compiles=host.has_gpu())
 world = collectives.start(verbose=False, share_gpus="ONE_GPU" in os.environ)
 HOROVODS = [thread for thread in cpu_tuning.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 
@@ -48,11 +50,13 @@ from cnnopt.model.pruning import magnitude_mask, num_pruned  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 from cnnopt.training.build import build_model  # noqa: E402
 from cnnopt.training.step import SynchronousModel  # noqa: E402
-from cnnopt.training.stream import HostStream, training_stream  # noqa: E402
+from cnnopt.training.stream import training_stream  # noqa: E402
+from cnnopt.training.xla import Compiler  # noqa: E402
 
 IMAGES = datasets.load("synthetic", synthetic_sizes=(2048, 64))
-LIBRARY = "NCCL" if collectives.device() == "GPU" and hvd.nccl_built() else "Gloo"
-COMPUTE = precision.choose(asked, has_gpu=collectives.device() == "GPU")
+GPU = collectives.device() == "GPU"
+LIBRARY = "NCCL" if GPU and hvd.nccl_built() else "Gloo"
+COMPUTE = precision.choose(asked, has_gpu=GPU)
 
 
 def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Timeline]:
@@ -63,11 +67,16 @@ def settings(exchange: str, wire: str, optimizer: str) -> tuple[TrainConfig, Tim
 
 
 @functools.cache
-def model(exchange: str, wire: str, optimizer: str, bucketed: bool) -> SynchronousModel:
+def model(
+    exchange: str, wire: str, optimizer: str, *, bucketed: bool = True, compiled: bool = False
+) -> SynchronousModel:
     """The program's model; with the exchange ``none`` it is that of a lone rank, which sends nothing."""
     alone = exchange == "none"
     config, timeline = settings("dense" if alone else exchange, wire, optimizer)
-    made = build_model(config, IMAGES, timeline, COMPUTE, ranks=1 if alone else world.size, bucketed=bucketed)
+    made = build_model(
+        config, IMAGES, timeline, COMPUTE,
+        ranks=1 if alone else world.size, bucketed=bucketed, compiler=Compiler(compiled),
+    )  # fmt: skip
     collectives.broadcast(list(made.named_state().values()))
     return made
 
@@ -75,7 +84,7 @@ def model(exchange: str, wire: str, optimizer: str, bucketed: bool) -> Synchrono
 @functools.cache
 def masks(sparsity: float) -> list[np.ndarray]:
     """For all kernels, equal on all ranks."""
-    kernels = read(model("dense", "float32", "sgd", True).pruner.kernels)
+    kernels = read(model("dense", "float32", "sgd").pruner.kernels)
     sizes = [kernel.size for kernel in kernels]
     flat = tf.constant(np.concatenate([kernel.ravel() for kernel in kernels]))
     mask = magnitude_mask(flat, sizes, [num_pruned(size, sparsity) for size in sizes]).numpy()
@@ -83,15 +92,31 @@ def masks(sparsity: float) -> list[np.ndarray]:
     return [part.reshape(kernel.shape) for part, kernel in zip(parts, kernels, strict=True)]
 
 
+class ResidentBatch:
+    """A stream of one batch, which stays on the device."""
+
+    def __init__(self, batch: Iterable[tf.Tensor]) -> None:
+        self.batch = tuple(tf.identity(tensor) for tensor in batch)
+
+    def given(self, first: int, last: int) -> tuple[tf.Tensor, ...]:
+        """The batch."""
+        return self.batch
+
+    @staticmethod
+    def item(given: tuple[tf.Tensor, ...], i: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """The batch again."""
+        return given
+
+
 @functools.cache
-def resident_batch() -> HostStream:
-    """One batch of the stream, for ever."""
-    return HostStream(iter(tf.data.Dataset.from_tensors(next(stream.iterator)).repeat()))
+def resident_batch() -> ResidentBatch:
+    """The next batch of the stream."""
+    return ResidentBatch(next(stream.iterator))
 
 
 def peak_bytes() -> int:
     """The most memory that TensorFlow has had on the GPU, or this process on CPUs."""
-    if collectives.device() == "GPU":
+    if GPU:
         return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -116,7 +141,7 @@ def set_priority(gives_way: bool) -> None:
 def block(
     steps: int, exchange: str = "dense", wire: str = "float32", sparsity: float = 0.6, optimizer: str = "sgd",
     gives_way: bool | None = None, bound: bool | None = None, bucketed: bool = True, resident: bool = False,
-    profile: bool = False,
+    compiled: bool = GPU, profile: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train for some steps, with the peers' optimizer unless told; tell how long that took and what was sent."""
     if gives_way is not None:
@@ -124,7 +149,7 @@ def block(
     if bound is not None:
         cores = host.ALLOWED if bound else set(range(os.cpu_count() or 1))
         cpu_tuning.bind(cores, instead_of=os.sched_getaffinity(0))
-    mine = model(exchange, wire, optimizer, bucketed)
+    mine = model(exchange, wire, optimizer, bucketed=bucketed, compiled=compiled)
     for variable, mask in zip(mine.pruner.masks, masks(sparsity), strict=True):
         variable.assign(mask.astype(np.float32))
     mine.exchange.follow_masks()
@@ -136,8 +161,8 @@ def block(
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         with tf.profiler.experimental.Profile(folder) if profile else contextlib.nullcontext():
-            for _ in range(steps):
-                mine.train(batches, 0, 1)
+            for length in [steps] if compiled else steps * [1]:
+                mine.train(batches, 0, length, several=compiled)
             mine.run.global_step.numpy()
         seconds = time.perf_counter() - start
         spent = kernels.spent(kernels.read(Path(folder)), steps) if profile else None
