@@ -21,7 +21,7 @@ COMMANDS = {
     "python -m cnnopt.quantize": "export a finished run, and measure its files",
     "python -m cnnopt.finetune": "fine-tune a finished run for int8",
     "python -m cnnopt.predict": "classify images with an exported network",
-    "python -m cnnopt.compare": "put several runs side by side",
+    "python -m cnnopt.compare": "compare several runs",
     "python -m cnnopt.study": "run a grid, and make its tables and figures",
 }
 

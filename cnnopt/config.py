@@ -57,7 +57,9 @@ class TrainConfig:
         "folder that holds the data set; else $CNNOPT_DATA_DIR, else ~/.keras/datasets, with a download if missing",
         identity=False,
     )
-    validation: int = _flag(0, "training images to hold out, by class; they drive choices, and test images none")
+    validation: int = _flag(
+        0, "training images to hold out, equally from each class; choices are made on them, not on the test images"
+    )
     augment: Literal["none", "standard", "shift"] = _flag(
         "standard", "standard: crop from 4 reflected pixels and alternating flip; shift: the original study's"
     )
@@ -74,35 +76,36 @@ class TrainConfig:
     )
     base_lr: float | None = _flag(
         None,
-        "peak rate for a batch of 128; sgd's is scaled with the batch, the others' with its root "
+        "peak learning rate at batch 128; it grows with the batch (sgd), or with its square root (muon, adam) "
         "[sgd and muon 0.2, adam 0.001]",
     )
-    lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "after the warm-up")
-    lr_drops: str = _flag("", "for --lr-schedule step, the factors on the peak: 80e:0.1,120e:0.01")
+    lr_schedule: Literal["linear", "cosine", "step"] = _flag("linear", "shape of the learning rate after the warm-up")
+    lr_drops: str = _flag(
+        "", "for --lr-schedule step: when the rate drops, and to what share of the peak, such as 80e:0.1,120e:0.01"
+    )
     warmup: str = _flag("5%", "linear warm-up of the learning rate")
     weight_decay: float | None = _flag(
         None,
-        "added to the gradient of each kernel as weight_decay x weight; muon shrinks convolutions by as much "
+        "weight decay of the kernels: their gradients get weight_decay x weight; decoupled for muon's convolutions "
         "[muon 0.001, sgd and adam 0.0005]",
     )
     label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
-    ema: float = _flag(0.0, "decay of the weight average that is evaluated; 0 evaluates the weights themselves")
-    seed: int = _flag(0, "of initial weights, data order and augmentation")
-    deterministic: bool = _flag(False, "the same bits from the same command at the same rank count; slower")
+    ema: float = _flag(0.0, "decay of the moving average of the weights, which is then evaluated; 0: no average")
+    seed: int = _flag(0, "seed of the initial weights, the data order and the augmentation")
+    deterministic: bool = _flag(False, "the same command on as many ranks gives the same bits; slower")
 
-    sparsity: float = _flag(
-        0.6, "share of the weights of all kernels that is zero in the end; 0 is dense", group="pruning"
-    )
+    sparsity: float = _flag(0.6, "share of all kernel weights that is zero at the end; 0: no pruning", group="pruning")
     sparsity_schedule: Literal["none", "constant", "polynomial"] = _flag(
         "polynomial",
-        "how the sparsity gets there from --prune-begin on: at once, or by a cubic ramp (Zhu and Gupta 2017)",
+        "constant: full sparsity from --prune-begin on; polynomial: cubic ramp until --prune-end (Zhu and Gupta 2017)",
     )
-    initial_sparsity: float = _flag(0.0, "sparsity at which the polynomial ramp begins")
-    prune_begin: str = _flag("30%", "first mask update: 500s steps, 2e epochs or 15% of the run")
-    prune_end: str = _flag("80%", "last mask update; the masks are fixed from there on")
-    prune_frequency: str = _flag("1%", "from one mask update to the next")
+    initial_sparsity: float = _flag(0.0, "sparsity at the start of the polynomial ramp")
+    prune_begin: str = _flag("30%", "first mask update, as 500s (steps), 2e (epochs) or 15% (of the run)")
+    prune_end: str = _flag("80%", "last mask update; the masks stay fixed after it")
+    prune_frequency: str = _flag("1%", "time between mask updates")
     sparsity_scope: Literal["uniform", "global"] = _flag(
-        "global", "global ranks all prunable weights together, uniform brings each kernel to the sparsity"
+        "global",
+        "global: prune the smallest weights of the whole network; uniform: prune the same share of each kernel",
     )
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
@@ -119,7 +122,7 @@ class TrainConfig:
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = _flag(
         "float32",
-        "type of what is sent; the other two halve the bytes, and float16 brings a loss scale along",
+        "type of the gradients on the network; 16 bits halve the bytes, and float16 adds a loss scale",
         before="float32",
     )
 
@@ -128,13 +131,13 @@ class TrainConfig:
     )
     stream: Literal["auto", "host", "device"] = _flag(
         "auto",
-        "where batches are cut, which are the same: on the device, which then holds all images, or on the host; auto: "
-        "on a GPU, else on the host",
+        "make the batches on the device, which then holds all images, or on the host; both make the same batches; "
+        "auto: on the device if it is a GPU",
         identity=False,
     )
     steps_per_call: str = _flag(
         "auto",
-        "steps between two looks at signals and clocks; auto: as many as take half a second on a GPU, 1 on CPUs",
+        "steps between checks for signals; auto: half a second of steps on a GPU, 1 step on CPUs",
         identity=False,
     )
 
@@ -144,16 +147,18 @@ class TrainConfig:
     )
     resume: str = _flag(
         "auto",
-        "auto: from the newest good checkpoint of this run; never: refuse a run that has begun; or a checkpoint "
-        "folder, for the first start only",
+        "auto: go on from the newest good checkpoint of this run; never: refuse to go on; or a checkpoint folder, from "
+        "which the first start begins",
         identity=False,
     )
-    save_every: str = _flag("1e", "between checkpoints: 1e epochs, 500s steps or 10m minutes", identity=False)
-    keep: int = _flag(3, "checkpoints kept, besides the best", identity=False)
+    save_every: str = _flag(
+        "1e", "time between checkpoints, as 1e (epochs), 500s (steps) or 10m (minutes)", identity=False
+    )
+    keep: int = _flag(3, "number of newest checkpoints to keep, besides the best", identity=False)
     strict_save: bool = _flag(False, "stop when a checkpoint cannot be written", identity=False)
 
     expect_ranks: int | None = _flag(None, "fail unless this many ranks have started", identity=False, group="running")
-    share_gpus: bool = _flag(False, "let several ranks compute on one GPU, for tests", identity=False)
+    share_gpus: bool = _flag(False, "let several ranks share a GPU, for tests", identity=False)
     quantize: bool = _flag(False, "when done, export, quantize and measure the run (docs/quantize.md)", identity=False)
     verbose: bool = _flag(False, "show TensorFlow's and Horovod's own messages", identity=False)
 
@@ -212,7 +217,7 @@ class TrainConfig:
         if self.batch_size % ranks:
             below = self.batch_size // ranks * ranks
             sizes = f"{below} or {below + ranks}" if below else f"{ranks}"
-            raise ConfigError(f"--batch-size {self.batch_size}: does not divide over {ranks} ranks; use {sizes}")
+            raise ConfigError(f"--batch-size {self.batch_size}: cannot be split evenly over {ranks} ranks; use {sizes}")
 
     def check_timeline(self, timeline: Timeline, ranks: int = 1) -> None:
         """Raise ConfigError if there are fewer training images than a batch has, or the schedules do not fit the run.
@@ -233,8 +238,8 @@ class TrainConfig:
             )
         if timeline.total_steps > MOST_STEPS:
             raise ConfigError(
-                f"--epochs {self.epochs}: {timeline.total_steps:,} steps; a run has at most {MOST_STEPS:,}, which are "
-                f"{MOST_STEPS * timeline.batch_size // timeline.num_images} epochs"
+                f"--epochs {self.epochs}: {timeline.total_steps:,} steps; a run can have {MOST_STEPS:,}, so use at "
+                f"most {MOST_STEPS * timeline.batch_size // timeline.num_images} epochs"
             )
         begin, end = (timeline.steps(parse_duration(d)) for d in (self.prune_begin, self.prune_end))
         if self.sparsity and not begin <= end <= timeline.total_steps:
@@ -355,7 +360,7 @@ def parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     made.add_argument(
-        "--preset", choices=PRESETS, metavar="NAME", help="named settings, listed below; flags given beside it win"
+        "--preset", choices=PRESETS, metavar="NAME", help="a named set of flags, listed below; other flags override it"
     )
     hints = typing.get_type_hints(TrainConfig)
     for f in dataclasses.fields(TrainConfig):
@@ -392,7 +397,9 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     if given.get("sparsity_schedule", "none") != "none" and preset.get("sparsity") == 0:
         del preset["sparsity"]
     if given.get("sparsity") and given.get("sparsity_schedule") == "none":
-        raise ConfigError(f"--sparsity {given['sparsity']:g}: prunes, and --sparsity-schedule none does not: drop one")
+        raise ConfigError(
+            f"--sparsity {given['sparsity']:g}: prunes, but --sparsity-schedule none does not; leave one out"
+        )
     config = TrainConfig(**{**preset, **given})
     if chosen in STUDY and "name" not in given:
         # The study presets differ from the others in settings that the default name does not contain.

@@ -168,7 +168,7 @@ def parser() -> Parser:
     made.add_argument("epochs", type=int, metavar="EPOCHS", help="of each fine-tuning")
     made.add_argument(
         "--clusters", type=int, nargs="+", default=[0], metavar="N",
-        help="fine-tune once for each N: with N values a kernel, or with all that int8 has where N is 0 [0]",
+        help="fine-tune once for each N: for at most N values a kernel; 0: without clusters [0]",
     )  # fmt: skip
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
     return made

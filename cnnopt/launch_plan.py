@@ -147,10 +147,12 @@ def parser() -> Parser:
         stray="flags of train_hvd.py go after --",
     )
     made.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts, or workers of Kubernetes [1]")
-    made.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="one rank to each GPU [0]")
+    made.add_argument(
+        "--gpus-per-node", type=int, default=0, metavar="N", help="GPUs on each node; each gets one rank [0]"
+    )
     made.add_argument("--ranks-per-node", type=int, metavar="N", help="without GPUs [1]")
     made.add_argument("--cpus-per-rank", type=int, default=4, metavar="N", help="cores and threads of a rank [4]")
-    made.add_argument("--only", choices=LAUNCHERS, help="one of them, ready for a file")
+    made.add_argument("--only", choices=LAUNCHERS, help="print this launcher alone, ready for a file")
     return made
 
 
@@ -168,7 +170,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[Plan, str | None]:
             raise PlanError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
     gpus, ranks = given.gpus_per_node, given.ranks_per_node or given.gpus_per_node or 1
     if gpus and ranks != gpus:
-        raise PlanError(f"--ranks-per-node {ranks}: --gpus-per-node {gpus} means one rank to each; leave it out")
+        raise PlanError(f"--ranks-per-node {ranks}: --gpus-per-node {gpus} means one rank for each; leave it out")
     plan = Plan(given.nodes, ranks, gpus, given.cpus_per_rank, flags, parse_args(flags))
     plan.config.check_ranks(plan.ranks)
     return plan, given.only

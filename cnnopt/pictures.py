@@ -60,13 +60,13 @@ def zeros(history: Mapping[int, Mapping[str, float]]) -> np.ndarray:
 
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> np.ndarray:
-    """A confusion matrix: true classes down, answers across, shares of rows as colours; uint8 [height, width, 3]."""
+    """A confusion matrix, shares of its rows as colours: uint8 [height, width, 3]."""
     font, numbered = _font(), len(names) <= MOST_NUMBERS
     cell = 56 if numbered else 7
     left = max(int(font.getlength(name)) for name in names) + 2 * GAP if numbered else GAP
     top = 2 * GAP + 2 * (TEXT + 3) if numbered else GAP + TEXT + 3
     canvas, draw = _canvas(max(left + cell * len(names) + GAP, 360), top + cell * len(names) + GAP)
-    draw.text((GAP, GAP), "true classes down, answers across", BLACK, font)
+    draw.text((GAP, GAP), "rows: true classes, columns: predictions", BLACK, font)
     for i, (name, row) in enumerate(zip(names, counts, strict=True)):
         y = top + i * cell
         if numbered:

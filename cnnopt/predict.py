@@ -159,7 +159,7 @@ def parser() -> Parser:
     made = Parser(prog="python -m cnnopt.predict", description=__doc__)
     made.add_argument("run", type=Path, metavar="RUN", help="folder of a run that cnnopt.quantize has exported")
     made.add_argument("images", nargs="+", metavar="IMAGE", help="image file or folder of them; - for standard input")
-    made.add_argument("--file", default="int8", metavar="NAME", help="which file of RUN/export to ask [int8]")
+    made.add_argument("--file", default="int8", metavar="NAME", help="file of RUN/export that predicts [int8]")
     made.add_argument("--threads", type=int, metavar="N", help="threads that share the images [all cores]")
     made.add_argument("--runtime", choices=RUNTIMES, help="interpreter [litert where it is installed, else tf]")
     made.add_argument("--json", action="store_true", help="print a list of images and their predictions")

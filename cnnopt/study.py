@@ -34,20 +34,27 @@ def parser() -> Parser:
     """The flags of this command."""
     made = Parser(prog="python -m cnnopt.study", description=__doc__)
     made.add_argument("--recipe", choices=cells.RECIPES, default="original", help="which grid [original]")
-    made.add_argument("--grid", type=Path, metavar="FILE", help="a grid of yours, like cnnopt/grid/original.yaml")
-    made.add_argument("--scale", type=float, default=1.0, metavar="X", help="length of a run against the recipe's [1]")
+    made.add_argument(
+        "--grid", type=Path, metavar="FILE", help="your own grid, in the form of cnnopt/grid/original.yaml"
+    )
+    made.add_argument(
+        "--scale", type=float, default=1.0, metavar="X", help="factor on every duration of the recipe [1]"
+    )
     made.add_argument("--np", type=int, default=1, metavar="N", help="ranks of the cells with `ranks: all` [1]")
     made.add_argument("--run-dir", default="runs/study", metavar="DIR", help="folder of the runs [runs/study]")
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data sets, as for train_hvd.py")
-    made.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help="in place of the grid's data sets")
-    made.add_argument("--depth", nargs="+", type=int, default=[], metavar="N", help="in place of the grid's depths")
-    made.add_argument("--seed", nargs="+", type=int, default=[], metavar="N", help="in place of the grid's seeds")
+    made.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help="data sets, instead of the grid's")
+    made.add_argument("--depth", nargs="+", type=int, default=[], metavar="N", help="depths, instead of the grid's")
+    made.add_argument("--seed", nargs="+", type=int, default=[], metavar="N", help="seeds, instead of the grid's")
     made.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="cells or runs, such as 'super-*'")
     made.add_argument(
-        "--variants", default=VARIANTS, metavar="A,B", help=f"files to measure, or none to only train [{VARIANTS}]"
+        "--variants",
+        default=VARIANTS,
+        metavar="A,B",
+        help=f"files to export and measure; none: only train [{VARIANTS}]",
     )
-    made.add_argument("--output", type=Path, metavar="DIR", help="of tables and figures [--run-dir/report]")
-    made.add_argument("--dry-run", action="store_true", help="list the cells, how far they are, and their commands")
+    made.add_argument("--output", type=Path, metavar="DIR", help="folder of the tables and figures [--run-dir/report]")
+    made.add_argument("--dry-run", action="store_true", help="list the cells, their state and their commands")
     made.add_argument("--report", action="store_true", help="only write tables and figures of what is there")
     made.add_argument("--records", type=Path, metavar="DIR", help="only write tables and figures of these records")
     made.add_argument("--task", type=int, metavar="I", help="print ranks and flags of cell I (slurm/sweep.sbatch)")

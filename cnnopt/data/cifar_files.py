@@ -160,7 +160,7 @@ def read(layout: Layout, place: Path) -> Splits:
             batches[file] = (_binary_batch if layout.label_bytes else _pickled_batch)(layout, path, data)
     for file in layout.files:
         if not (class_names if file == layout.names else file in batches):
-            raise DataError(f"{place}: has no regular file {layout.folder}/{file}; {REMEDY}")
+            raise DataError(f"{place}: does not hold the file {layout.folder}/{file}; {REMEDY}")
     train_images, train_labels = _joined([batches[file] for file in layout.train])
     test_images, test_labels = _joined([batches[layout.test]])
     return train_images, train_labels, test_images, test_labels, class_names

@@ -138,28 +138,28 @@ def _evaluate(data: bytes) -> object:
                 stack[-1].state = state
             # The state of a dtype is byte order and alignment. It is ignored, because single bytes have neither.
             elif stack[-1] is not _Global.UINT8:
-                raise ValueError("state for something that is no array")
+                raise ValueError("a state without an array")
         elif name == "STOP":
             if position != len(data) - 1 or marks or len(stack) != 1:
                 raise ValueError("stops early")
         elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"opcode {name} has no place in it")
+            raise ValueError(f"opcode {name} is not allowed")
     return stack[0]
 
 
 def _extend(target: object, items: list[Any]) -> None:
     if not isinstance(target, list):
-        raise ValueError("items for something that is no list")
+        raise ValueError("items without a list")
     target.extend(items)
 
 
 def _set_items(target: object, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise ValueError("items for something that is no dictionary")
+        raise ValueError("items without a dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Comparing long equal keys many times would take for ever.
         if not isinstance(key, (str, bytes)) or len(key) > 64:
-            raise ValueError("a key that is no short string")
+            raise ValueError("a key that is not a short string")
         target[key.decode("latin-1") if isinstance(key, bytes) else key] = value
 
 
@@ -171,4 +171,4 @@ def _called(function: object, arguments: object) -> object:
             return Array()
         if function is _Global.DTYPE and arguments[0] in ("u1", b"u1"):
             return _Global.UINT8
-    raise ValueError("a call of something that the published files do not call")
+    raise ValueError("a call that the published files do not make")

@@ -150,7 +150,7 @@ def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
     directory = Path(os.path.expanduser(named or "~/.keras/datasets"))
     if named is None:
         if str(directory).startswith("~"):
-            raise DataError(f"{directory}: this user has no home folder; set HOME, or name a folder by --data-dir")
+            raise DataError(f"{directory}: this user has no home folder; set HOME, or name a folder with --data-dir")
         return directory
     try:
         fault = None if stat.S_ISDIR(os.stat(directory).st_mode) else "is not a directory"
@@ -193,7 +193,7 @@ def _download(name: str, directory: Path, show_progress: bool) -> tuple[cifar_fi
     source = DOWNLOADS[name]
     layout = cifar_files.LAYOUTS[name][0]
     archive = directory / layout.archive
-    by_hand = f"download it by hand to {archive}, name its directory by --data-dir, or try --dataset digits"
+    by_hand = f"download it by hand to {archive}, name its folder with --data-dir, or try --dataset digits"
     partial = archive.with_name(f".{archive.name}.part")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _fetch(url: str, file: IO[bytes], most: int, show_progress: bool) -> str:
             while chunk := response.read(1 << 18):
                 received += len(chunk)
                 if received > most:
-                    raise OSError(f"more than {most:,} bytes came")
+                    raise OSError(f"the server sent more than {most:,} bytes")
                 file.write(chunk)
                 digest.update(chunk)
                 advance(len(chunk))

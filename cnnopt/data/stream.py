@@ -70,7 +70,7 @@ class Draws:
             choices = f"{lower} or {lower + size}" if lower > 0 else f"{size} or {2 * size}"
             raise ValueError(f"--batch-size {batch_size} cannot be split evenly over {size} ranks: use {choices}")
         if batch_size > num_images:
-            raise ValueError(f"--batch-size {batch_size}: there are {num_images:,} images; use at most so many")
+            raise ValueError(f"--batch-size {batch_size}: there are {num_images:,} images; use at most {num_images}")
         self.num_images, self.batch_size, self.seed, self.augment = num_images, batch_size, seed, augment
         #: The number of images of this rank's part.
         self.shard = batch_size // size

@@ -35,7 +35,7 @@ def moved_last(splits: Splits, count: int, rng: np.random.Generator) -> Splits:
     """
     images, labels, test_images, test_labels, names = splits
     if count >= len(labels):
-        raise DataError(f"--validation {count}: there are {len(labels):,} training images; use fewer than that")
+        raise DataError(f"--validation {count}: there are {len(labels):,} training images; use fewer")
     chosen = held_out(labels, count, rng)
     kept = np.delete(np.arange(len(labels)), chosen)
     for part, where in (("validation", chosen), ("training", kept)):

@@ -67,7 +67,7 @@ def prepare(world: World, *, deterministic: bool, verbose: bool, compiles: bool 
         if number is None or number > most:
             below = "" if number is None else f" up to {most:,}"
             raise LaunchError(
-                f"{name}={settings[name][:20]}: must be a whole number{below}; without it {default} is taken"
+                f"{name}={settings[name][:20]}: must be a whole number{below}; unset it for the default, {default}"
             )
     return settings
 
@@ -290,7 +290,9 @@ def agree(tensors: Mapping[str, np.ndarray]) -> str:
         common = max(digests, key=digests.count)
         odd = [str(rank) for rank, digest in enumerate(digests) if digest != common]
         if odd:
-            raise DisagreementError(f"rank {', '.join(odd)} holds another {name} than the other ranks: stopped")
+            raise DisagreementError(
+                f"rank {', '.join(odd)}: {name} differs from that of the other ranks; training stopped"
+            )
     return hashlib.sha256("".join(mine).encode()).hexdigest()
 
 

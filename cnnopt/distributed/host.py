@@ -93,7 +93,9 @@ def check_limits() -> None:
     for option, (limit, unit, least) in LEAST.items():
         allowed, _ = resource.getrlimit(limit)
         if allowed != resource.RLIM_INFINITY and allowed // unit < least:
-            raise UserError(f"ulimit {option} {allowed // unit}: a run needs {least}; raise it, or ask who has set it")
+            raise UserError(
+                f"ulimit {option} {allowed // unit}: a run needs {least}; raise the limit, or ask your administrator"
+            )
     allowed, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     # The kernel does not limit root.
     if allowed != resource.RLIM_INFINITY and os.getuid() and allowed - (taken := threads_of_user()) < THREADS:

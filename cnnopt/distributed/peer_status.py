@@ -121,7 +121,7 @@ class PeerStatus:
         if gone:
             return f"{names}: killed, stopped, or cut off from the network"
         if hanging:
-            return f"{names}: alive, but takes no part in the exchange"
+            return f"{names}: alive, but not taking part in the exchange"
         return "the exchange failed with all ranks alive: look at the network between their hosts"
 
     def _name(self, rank: int) -> str:

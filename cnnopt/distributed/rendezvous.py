@@ -158,7 +158,7 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
             raise RendezvousError(f"HOROVOD_SIZE={size}, but no launcher answers at {place} ({fault}): {left}")
         if time.monotonic() > end:
             remedy = (
-                "that is the loopback of the first host: let /etc/hosts there give its name the network address"
+                "that is the loopback address of the first host; in /etc/hosts there, give its name its network address"
                 if address.startswith("127.")
                 else "is there a firewall between the hosts? --interface chooses another network, --port a port"
             )
@@ -198,8 +198,8 @@ def check_own_name(address: str) -> None:
     name, own = socket.gethostname(), address_of(None)
     if own.startswith("127.") and not address.startswith("127."):
         raise RendezvousError(
-            f"the name of this host, {name}, leads to {own}, where ranks on other hosts cannot reach it; let "
-            f"/etc/hosts on {name} give the name its network address"
+            f"the name of this host, {name}, resolves to {own}, which other hosts cannot reach; in /etc/hosts on "
+            f"{name}, give the name its network address"
         )
 
 

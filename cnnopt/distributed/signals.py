@@ -50,7 +50,7 @@ class StopRequest:
         try:
             hearing.start()
         except RuntimeError as error:
-            raise RunError(f"{error}: look at ulimit -u, and at the limit of processes of a container") from None
+            raise RunError(f"{error}: check ulimit -u, and the process limit of the container") from None
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:

@@ -173,12 +173,12 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
             kind = "right" if i == j else "wrong"
             light = ' class="light"' if math.sqrt(share) > 0.55 else ""
             parts.append(
-                f'<g class="cell {kind}"><title>{escape(names[i])}, taken for {escape(names[j])}: {count}</title>'
+                f'<g class="cell {kind}"><title>{escape(names[i])}, classified as {escape(names[j])}: {count}</title>'
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{cell - 1:.1f}" '
                 f'fill-opacity="{math.sqrt(share):.2f}"/>'
                 f'<text x="{x + cell / 2:.1f}" y="{y + cell / 2 + 3:.1f}"{light}>{count}</text></g>'
             )
-    return _svg(height, parts, "confusion matrix: true classes down, answers across")
+    return _svg(height, parts, "confusion matrix: rows: true classes, columns: predictions")
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

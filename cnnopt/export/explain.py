@@ -36,8 +36,8 @@ def _reference(content: dict[str, Any]) -> list[str]:
     if content["reference"]["kind"] == "baseline":
         return []
     return [
-        "No --baseline was given: sizes are compared with this run's own float32 file, which is as large as a dense "
-        "one, as its zeros are stored; accuracy and latency have no dense run to be compared with."
+        "No --baseline was given, so there is no dense run to compare accuracy and latency with. Sizes are compared "
+        "with this run's own float32 file. It stores its zeros, so it is as large as that of a dense run."
     ]
 
 
@@ -95,8 +95,8 @@ def _fine_tuning(files: dict[str, Any]) -> list[str]:
         return []
     verb, epochs = "has" if len(tuned) == 1 else "have each", files[tuned[0]]["fine_tuned"]["epochs"]
     return [
-        f"{' and '.join(tuned)} {verb} been trained for {epochs} more epoch(s) than the other files: what is gained "
-        "over them may be due to that as well as to knowing how the file rounds."
+        f"{' and '.join(tuned)} {verb} been trained for {epochs} more epoch(s) than the other files. A gain over them "
+        "may come from these epochs, and not only from training with the rounding of the file."
     ]
 
 
@@ -120,8 +120,8 @@ def _delegates(files: dict[str, Any]) -> list[str]:
     if not refused:
         return []
     return [
-        f"XNNPACK does not run {', '.join(refused)}: TFLite's own kernels do, which are slower; the reason is in "
-        "report.json (latency, delegate_refused)."
+        f"XNNPACK does not run {', '.join(refused)}. TFLite's own kernels run instead, which are slower. report.json "
+        "has the reason (latency, delegate_refused)."
     ]
 
 
@@ -129,4 +129,4 @@ def _load(content: dict[str, Any]) -> list[str]:
     load, cores = content["machine"]["load"], content["machine"]["cores"]
     if load <= cores + 1:
         return []
-    return [f"The machine was busy (load {load:.1f} on {cores} cores): latencies are longer than they would be."]
+    return [f"The machine was busy (load {load:.1f} on {cores} cores): on an idle machine, latencies are shorter."]

@@ -15,13 +15,13 @@ VARIANTS = {
     "float32": "weights and arithmetic in float32",
     "float16": "weights stored in float16, arithmetic in float32",
     "dynamic": "int8 weights, float32 in and out (dynamic range)",
-    "int8": "int8 throughout, in and out",
+    "int8": "int8 weights, activations, input and output",
     "sparse-float32": "float32 with zeros left out (EXPERIMENTAL_SPARSITY)",
     "sparse-dynamic": "dynamic with zeros left out",
     "sparse-int8": "int8 with zeros left out",
     "clustered-int8": "int8 with at most --clusters distinct values a kernel",
     "int8-qat": "int8 after --qat epochs of quantization-aware fine-tuning",
-    "clustered-int8-qat": "clustered-int8 after --qat epochs of fine-tuning as such",
+    "clustered-int8-qat": "clustered-int8 after --qat epochs of fine-tuning for it",
 }
 #: The flags that a variant needs.
 NEEDS = {"clustered-int8": ("clusters",), "int8-qat": ("qat",), "clustered-int8-qat": ("clusters", "qat")}
@@ -107,11 +107,11 @@ def parser(description: str | None = None) -> Parser:
         type=int,
         metavar="EPOCHS",
         help="make int8-qat: fine-tune for int8, zeros held, on all ranks; "
-        "with --clusters also clustered-int8-qat, by a fine-tuning of its own",
+        "with --clusters also clustered-int8-qat, by a second fine-tuning",
     )
     made.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
     made.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
-    made.add_argument("--seed", type=int, default=0, help="which training images calibrate [0]")
+    made.add_argument("--seed", type=int, default=0, help="seed that picks the calibration images [0]")
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
     made.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
     made.add_argument(

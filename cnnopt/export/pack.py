@@ -82,7 +82,7 @@ def pack(data: bytes, path: Path) -> bytes:
     except PackError:
         lossless = False
     if not lossless:
-        raise RunError(f"{path}: its archive would not give it back; keep the file as it is, and report this")
+        raise RunError(f"{path}: its archive does not restore it; keep the file, and report this")
     return archive
 
 
@@ -97,7 +97,7 @@ def unpack(archive: bytes, path: Path) -> tuple[str, bytes]:
     except Exception as error:
         detail = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:160]
         raise PackError(
-            f"{path} is no archive of `cnnopt.quantize pack`, or is damaged ({detail}); pack again"
+            f"{path} is not an archive of `cnnopt.quantize pack`, or is damaged ({detail}); pack again"
         ) from error
 
 
@@ -155,5 +155,5 @@ def _unpack(packed: bytes) -> tuple[str, bytes]:
     # Keep only the last part of the name, because it must not lead out of the folder that the user has chosen.
     name = Path(str(name)).name
     if not name.isprintable() or name in ("", "..") or len(os.fsencode(name)) > 255:
-        raise ValueError(f"{name!r} is no name for a file")
+        raise ValueError(f"{name!r} is not a file name")
     return name, restored

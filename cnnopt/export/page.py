@@ -258,7 +258,7 @@ def _latency(entries: Iterable[tuple[str, Mapping[str, Any], int]]) -> str:
 
 def _confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     if len(names) <= MATRIX_CLASSES:
-        return f"{charts.matrix(counts, names)}<p class=small>True classes down, answers across.</p>"
+        return f"{charts.matrix(counts, names)}<p class=small>Rows: true classes. Columns: predictions.</p>"
     pairs = sorted(
         ((count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count),
         key=lambda pair: (-pair[0], pair[1:]),
@@ -279,7 +279,7 @@ def _mistakes(found: Sequence[Mapping[str, Any]], images: Dataset) -> str:
         for wrong in found
     )
     if not figures:
-        return "<p>None: every test image was given its class.</p>"
+        return "<p>None: every test image was classified correctly.</p>"
     return f"<div class=pictures>{figures}</div><p class=small>The true class, and below it the answer.</p>"
 
 

@@ -116,7 +116,7 @@ def _check_that_files_differ(exports: Sequence[Export]) -> None:
         name = export.variant.label
         twin = names.setdefault(tflite_file.digest(export.content), name)
         if twin != name:
-            raise RunError(f"{export.path} is to the byte the {twin} file; leave one of them out")
+            raise RunError(f"{export.path} equals the {twin} file byte for byte; leave one of them out")
 
 
 def _quantized_from(export: Export, exports: Sequence[Export]) -> Kernels:

@@ -188,7 +188,7 @@ def sizes(found: Sequence[Group]) -> Table:
     )  # fmt: skip
     note = (
         "Bytes through gzip -9. Ratio: the bytes of the float32 file of the same run, over those of this one. "
-        "`quantized` is the only other file of the original. It does not say how that was made."
+        "`quantized` is the only other file of the original, which does not say how it was made."
     )
     return Table("sizes", "Files", note, columns, rows)
 
@@ -267,7 +267,7 @@ def twins(found: Sequence[Group]) -> list[str]:
         for entry in record["files"]:
             name = f"{record['name']}, {entry['name']}"
             if (first := seen.setdefault(entry["sha256"], name)) != name:
-                lines.append(f"The same bytes stand twice: {first}; {name}.")
+                lines.append(f"Two files have equal bytes: {first}; {name}.")
     return lines
 
 

@@ -63,10 +63,13 @@ class RunFolder:
             difference = config.difference(self.identity("give another --name, or move it away"))
             if difference:
                 raise ConfigError(
-                    f"{self.path} holds a run of another configuration ({difference}): go on as it was, or give --name"
+                    f"{self.path} holds a run of another configuration ({difference}): use its flags, or give another "
+                    "--name"
                 )
             if config.resume == "never" and self.checkpoints.exists() and any(self.checkpoints.iterdir()):
-                raise ConfigError(f"--resume never: {self.path} holds this run already; give --name, or delete it")
+                raise ConfigError(
+                    f"--resume never: {self.path} holds this run already; give another --name, or delete it"
+                )
         for place in (self.path, self.checkpoints, self.tensorboard):
             while not place.exists() and place != place.parent:
                 place = place.parent
@@ -192,10 +195,10 @@ class RunFolder:
 
         last, damaged = checkpoint.newest(self.checkpoints)
         if (last or damaged) and (last is None or last.step != result["step"]):
-            holds = f"the newest good one is of step {last.step}" if last else "none is good"
+            holds = f"the newest good checkpoint is of step {last.step}" if last else "no checkpoint is good"
             raise atomic_files.ReadError(
-                f"{self.result_file} is of step {result['step']}, but of the checkpoints {holds}: restore the last "
-                "one, or delete this file and the same command does again what is missing"
+                f"{self.result_file} is of step {result['step']}, but {holds}: restore the last checkpoint, or delete "
+                "this file, and the same command trains what is missing"
             )
         recorded = max((line["step"] for line in self.metrics()), default=0)
         if recorded == result["step"]:

@@ -57,7 +57,7 @@ class Prune(Boundary):
             if new := [name for name in now if name not in self.empty]:
                 self.say(
                     f"warning: after step {step} all weights of {', '.join(new)} are zero, and nothing passes through; "
-                    "a lower --sparsity, or --sparsity-scope uniform, keeps some"
+                    "use a lower --sparsity, or --sparsity-scope uniform, to keep some"
                 )
             self.empty = set(now)
 

@@ -57,7 +57,7 @@ def start_table(
     cutter = "device" if config.resident(gpu=collectives.device() == "GPU") else "host"
     images = f"{timeline.num_images:,} images, {timeline.num_images // world.size:,} a rank"
     held_out = f"; {config.validation:,} for validation" if config.validation else ""
-    bound = ", on cores of its own" if cpu_tuning.is_bound() else ""
+    bound = ", each on separate cores" if cpu_tuning.is_bound() else ""
     rows = {
         "started": time.strftime("%Y-%m-%d %H:%M %Z"),
         "run": folder.path,
@@ -68,7 +68,7 @@ def start_table(
         "length": f"{config.epochs} epochs, {timeline.total_steps:,} steps",
         "rate": f"{config.optimizer}, {config.lr_schedule}, peak {float(np.max(model.learning_rates)):.4g}",
         "precision": f"{compute.compute} ({compute.reason}), float32 weights",
-        "step": f"{'compiled by XLA' if model.compiler.enabled else 'TensorFlow graph'}, batches cut on the {cutter}",
+        "step": f"{'compiled by XLA' if model.compiler.enabled else 'TensorFlow graph'}, batches made on the {cutter}",
         "exchange": f"{exchange.choice.kind} ({exchange.choice.reason}), {exchange.size:,} x {config.wire_dtype}",
         "model": f"ResNet-{config.depth}, {model.count_params():,} parameters",
         "pruning": pruning,

@@ -71,7 +71,7 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
     found, skipped = checkpoint.newest(folder.checkpoints, accept=unfit)
     if named and found and (not back or found.state.get("resume") == config.resume):
         # A requeued job has the same flags. Without this it would begin from the named checkpoint each time.
-        say(f"--resume {named} was for the first start; this run has checkpoints that came after it")
+        say(f"--resume {named} was for the first start; this run goes on from its own checkpoints")
         named = None
     if named is None:
         for path, reason in skipped:
@@ -91,7 +91,9 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         if objection:
             raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
         if found.step == len(model.learning_rates) and not back:
-            raise checkpoint.CheckpointError(f"--resume {config.resume}: is the end of its run; give one before it")
+            raise checkpoint.CheckpointError(
+                f"--resume {config.resume}: is the last checkpoint of a complete run; give an earlier one"
+            )
         if back:
             checkpoint.set_aside(folder.checkpoints, after=found.step)
     before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype
@@ -100,14 +102,14 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         if before == now or not name.startswith("loss_scale/"):
             variable.assign(found.arrays[name])
     if before != now:
-        say(f"--precision {config.precision} was {before} up to here, and is {now} on this machine")
+        say(f"--precision {config.precision} was {before} until now, and is {now} on this machine")
     for variable, value in zip(model.epoch_sums, found.state.get("epoch_sums", []), strict=False):
         variable.assign(value)
     recorded: list[dict] | None = found.state.get("metrics")
     if recorded is not None:
         recorded = named_as_today(recorded, validation=config.validation)
     if recorded and (lost := len(recorded) - sum(line["step"] <= found.step for line in folder.metrics())) > 0:
-        say(f"{folder.metrics_file} had lost lines, which the checkpoint has: {lost} of {len(recorded)} written again")
+        say(f"{folder.metrics_file} had lost lines: {lost} of {len(recorded)} written again from the checkpoint")
     folder.rewind(found.step, recorded)
     say(f"resumed after step {found.step} from {found.path}")
     return found.step

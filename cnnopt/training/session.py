@@ -95,7 +95,7 @@ def train(
             show.clear()
 
     if stop.stopped:
-        console.print(f"stopped as told and saved; the same command goes on from {folder.checkpoints}")
+        console.print(f"stopped by a signal, and saved; the same command goes on from {folder.checkpoints}")
         # A launcher kills all ranks as soon as one exits. So no rank exits before rank 0 has saved and printed this.
         peers.stop_after_first(world.rank)
         collectives.shutdown()

@@ -114,7 +114,7 @@ def test_failures_and_stops_are_retried_and_go_on(cluster):
     assert lost.execute(cluster.manifests.container("Worker")["lifecycle"]["preStop"]["exec"]["command"]) == 0
     lost.kill()
     assert launcher.wait(120) != 0
-    assert "stopped as told and saved" in launcher.log.read_text()[said:]
+    assert "stopped by a signal, and saved" in launcher.log.read_text()[said:]
     stopped = newest(cluster).step
 
     # It is gone for good: as the elastic overlay has it, the other one will do. Then the launcher is deleted.
@@ -126,7 +126,7 @@ def test_failures_and_stops_are_retried_and_go_on(cluster):
     launcher.wait_for("epoch   9/40", 400, since=said)
     launcher.terminate()
     assert launcher.wait(120) != 0
-    assert "stopped as told and saved" in launcher.log.read_text()[said:]
+    assert "stopped by a signal, and saved" in launcher.log.read_text()[said:]
     epochs = [line["epoch"] for line in metrics(cluster)]
     assert epochs == list(range(1, len(epochs) + 1))
     assert 9 <= len(epochs) < 40

@@ -67,7 +67,7 @@ def test_usr1_saves_requeues_and_resumes_exactly(slurm, whole):
     job = super_model(slurm, "told")
     job.wait_for("epoch   1/4")
     slurm.run("scancel", "--signal=USR1", "--full", job.number)
-    job.wait_for("stopped as told and saved")
+    job.wait_for("stopped by a signal, and saved")
     assert_one_curve_as_if_undisturbed(slurm, job, "told")
     assert "status 75: back into the queue" in job.log()
 
@@ -88,7 +88,7 @@ def test_out_of_time_requeues_and_resumes_but_not_once_cancelled(slurm):
     hours, minutes, _ = job.show("RunTime").split(":")
     slurm.run("scontrol", "update", f"jobid={job.number}", f"timelimit={60 * int(hours) + int(minutes) + 1}")
     job.wait_for("back into the queue, restart 1 of at most")
-    assert "stopped as told and saved" in job.log(), job.log()
+    assert "stopped by a signal, and saved" in job.log(), job.log()
     slurm.run("scontrol", "update", f"jobid={job.number}", "timelimit=30")
     job.wait_for("resumed after step")
     slurm.run("scancel", job.number)

@@ -56,7 +56,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_save(stopped):
     # horovodrun itself answers any failure with 1; rank 0 says what it ended with.
     assert status != 0
     assert "exit with status code 75" in output
-    assert "stopped as told and saved" in output
+    assert "stopped by a signal, and saved" in output
     saved = checkpoint.list_steps(run_dir / "run/checkpoints")
     assert checkpoint.load(saved[-1]).step > 4 * 32
     assert not (run_dir / "run/result.json").exists()
@@ -97,7 +97,7 @@ def test_ctrl_c_to_our_own_launcher_saves_and_is_130(start, tmp_path):
     job.wait_for("epoch   1/100")
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.wait(120) == 130, job.output()
-    assert job.output().count("stopped as told and saved; the same command goes on") == 1
+    assert job.output().count("stopped by a signal, and saved; the same command goes on") == 1
     assert "Traceback" not in job.output()
     assert checkpoint.list_steps(tmp_path / "run/checkpoints")
 
@@ -139,7 +139,7 @@ def test_a_stop_that_cannot_save_says_so_and_not_that_it_saved(start, tmp_path):
     output = job.output()
     assert output.count("train_hvd.py: cannot save") == 1
     assert "exit with status code 75" not in output
-    assert "stopped as told" not in output
+    assert "stopped by a signal" not in output
     assert "terminate called" not in output
 
 
@@ -169,7 +169,7 @@ def test_our_own_launcher_hands_a_signal_on_and_the_status_back(start, tmp_path)
     job.wait_for("epoch   1/100")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(120) == 75, job.output()
-    assert "stopped as told and saved" in job.output()
+    assert "stopped by a signal, and saved" in job.output()
 
 
 @pytest.mark.parametrize(

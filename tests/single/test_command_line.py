@@ -405,7 +405,7 @@ def test_a_line_that_was_lost_is_there_again_after_the_same_command(complete, sh
         (copy / "result.json").unlink()
     done = program(arguments(tmp_path), shell)
     assert done.returncode == 0, done.stderr
-    assert f"{copy}/metrics.jsonl had lost lines, which the checkpoint has: 1 of 3 written again" in done.stdout
+    assert f"{copy}/metrics.jsonl had lost lines: 1 of 3 written again from the checkpoint" in done.stdout
     assert (copy / "metrics.jsonl").read_text() == "".join(lines)
     before, after = (json.loads((path / "result.json").read_text()) for path in (folder, copy))
     assert {**after, "line": ""} == {**before, "line": ""}
@@ -416,7 +416,7 @@ def test_another_configuration_is_refused_in_its_folder(complete, shell):
     folder, _ = complete
     message = refusal(arguments(folder.parent, "--depth", "14"), shell)
     assert (
-        f"{folder} holds a run of another configuration (--depth was 8, is 14): go on as it was, or give --name"
+        f"{folder} holds a run of another configuration (--depth was 8, is 14): use its flags, or give another --name"
         in message
     )
 
@@ -519,7 +519,7 @@ def test_the_first_ctrl_c_saves_and_says_how_to_go_on(shell, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert (process.returncode, stderr) == (130, "")
-    assert stdout.splitlines()[-1].startswith("stopped as told and saved; the same command goes on")
+    assert stdout.splitlines()[-1].startswith("stopped by a signal, and saved; the same command goes on")
     assert checkpoint.list_steps(tmp_path / "tiny/checkpoints")
 
 
@@ -539,7 +539,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(complete, shell,
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     assert process.returncode == 75, stderr
-    assert stdout.splitlines()[-1].startswith("stopped as told and saved; the same command goes on")
+    assert stdout.splitlines()[-1].startswith("stopped by a signal, and saved; the same command goes on")
     assert stderr == ""
     assert not (folder / "result.json").exists()
     saved = checkpoint.list_steps(folder / "checkpoints")[-1]

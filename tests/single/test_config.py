@@ -187,7 +187,7 @@ REFUSED = [
     ("--prune-begin 9e --prune-end 8.5e", "--prune-begin 9e: ", "must not be after --prune-end 8.5e"),
     ("--prune-begin " + "9" * 400 + "s", "--prune-begin: ", "use at most"),
     ("--warmup 2", "--warmup: '2' is not a duration", "write one of"),
-    ("--sparsity 0.8 --sparsity-schedule none", "--sparsity 0.8: ", "drop one"),
+    ("--sparsity 0.8 --sparsity-schedule none", "--sparsity 0.8: ", "leave one out"),
     ("--seed 4294967296", "--seed 4294967296: ", "below 2^32"),
     ("--save-every 5%", "--save-every: '5%'", "'2m' (minutes)"),
     ("--save-every 0m", "--save-every 0m: ", "must be above 0"),
@@ -235,7 +235,8 @@ def test_a_line_break_in_the_argument_is_none_in_the_message(argv):
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(batch, ranks, remedy):
     config = TrainConfig(batch_size=batch)
-    with pytest.raises(ConfigError, match=f"^--batch-size {batch}: does not divide over {ranks} ranks; {remedy}$"):
+    fault = f"^--batch-size {batch}: cannot be split evenly over {ranks} ranks; {remedy}$"
+    with pytest.raises(ConfigError, match=fault):
         config.check_ranks(ranks)
     for size in (int(word) for word in remedy.split() if word.isdigit()):
         TrainConfig(batch_size=size).check_ranks(ranks)
@@ -315,7 +316,7 @@ def test_validation_leaves_at_least_a_batch(validation, left):
 def test_more_steps_than_anybody_waits_for_are_refused():
     config = TrainConfig(epochs=10**8)
     with pytest.raises(
-        ConfigError, match=rf"^--epochs 100000000: .* a run has at most {MOST_STEPS:,}, which are 25600 ep"
+        ConfigError, match=rf"^--epochs 100000000: .* a run can have {MOST_STEPS:,}, so use at most 25600 ep"
     ):
         config.check_timeline(Timeline(50_000, 128, 10**8))
     TrainConfig(epochs=25600).check_timeline(Timeline(50_000, 128, 25600))
@@ -364,7 +365,7 @@ def test_help_names_every_flag_and_its_default(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(flag in text for flag in FLAGS)
-    assert "15% of the run [30%]" in " ".join(text.split())
+    assert "15% (of the run) [30%]" in " ".join(text.split())
 
 
 # How the step runs ---------------------------------------------------------------------------------------------

@@ -82,9 +82,9 @@ def test_the_command_prints_all_or_one():
         (["--nodes", "0"], "--nodes 0: must be at least 1"),
         (
             ["--gpus-per-node=4", "--ranks-per-node=2"],
-            "--ranks-per-node 2: --gpus-per-node 4 means one rank to each",
+            "--ranks-per-node 2: --gpus-per-node 4 means one rank for each",
         ),
-        (["--nodes", "3"], "--batch-size 128: does not divide over 3 ranks; use 126 or 129"),
+        (["--nodes", "3"], "--batch-size 128: cannot be split evenly over 3 ranks; use 126 or 129"),
         (["--nodes", "2", "--", "--expect-ranks", "4"], "--expect-ranks 4: 2 started"),
         (["--", "--depth", "21"], "--depth 21: the depth of a CIFAR ResNet is 6n+2"),
         (["--depth", "44"], "unrecognized argument --depth: flags of train_hvd.py go after --"),

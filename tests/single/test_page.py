@@ -144,7 +144,7 @@ def test_the_page_holds_what_the_report_does(run, content):
     assert all(labels[wrong["image"]] == wrong["label"] != wrong["predicted"] for wrong in mistakes)
     for i, row in enumerate(best["test"]["confusion"]):
         for j, count in enumerate(row):
-            assert (f"<title>{i}, taken for {j}: {count}</title>" in html) == bool(count)
+            assert (f"<title>{i}, classified as {j}: {count}</title>" in html) == bool(count)
 
 
 def test_the_command_of_the_page_makes_the_same_run(run):

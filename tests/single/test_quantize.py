@@ -567,7 +567,7 @@ def test_a_signal_reaches_the_fine_tuning_and_its_status_is_handed_on(number, st
             job.kill()
     assert not (path / "report.json").exists()
     assert checkpoint.list_steps(read(path).fine_tuned(50) / "checkpoints")
-    assert "stopped as told and saved" in output
+    assert "stopped by a signal, and saved" in output
 
 
 @pytest.fixture

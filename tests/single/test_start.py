@@ -29,17 +29,17 @@ FOUND = {
     "a limit of open files": (
         Case(limits=(("RLIMIT_NOFILE", 8),)),
         2,
-        "train_hvd.py: ulimit -n 8: a run needs 128; raise it, or ask who has set it",
+        "train_hvd.py: ulimit -n 8: a run needs 128; raise the limit, or ask your administrator",
     ),
     "a limit of memory": (
         Case(limits=(("RLIMIT_AS", 2**31),)),
         2,
-        "train_hvd.py: ulimit -v 2097152: a run needs 3145728; raise it, or ask who has set it",
+        "train_hvd.py: ulimit -v 2097152: a run needs 3145728; raise the limit, or ask your administrator",
     ),
     "a limit of stacks": (
         Case(limits=(("RLIMIT_STACK", 2**17),)),
         2,
-        "train_hvd.py: ulimit -s 128: a run needs 512; raise it, or ask who has set it",
+        "train_hvd.py: ulimit -s 128: a run needs 512; raise the limit, or ask your administrator",
     ),
     "a limit of threads": (
         Case(nobody=True, limits=(("RLIMIT_NPROC", 1),)),
@@ -54,7 +54,7 @@ FOUND = {
     "a pipe in the place of the metrics": (
         Case(before="complete", files=(("runs/run/metrics.jsonl", "fifo"),)),
         0,
-        "runs/run/metrics.jsonl had lost lines, which the checkpoint has: 2 of 2 written again",
+        "runs/run/metrics.jsonl had lost lines: 2 of 2 written again from the checkpoint",
     ),
     "a result without its line": (
         Case(before="complete", files=(("runs/run/result.json", b'{"step": 4}'),)),

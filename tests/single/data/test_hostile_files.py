@@ -277,7 +277,7 @@ def test_members_that_are_no_regular_files_count_as_missing(kind, tmp_path):
         for name, contents in copy.files.items():
             add_file(tar, f"{BINARY_10.folder}/{name}", contents)
         tar.addfile(special(f"{BINARY_10.folder}/test_batch.bin", *SPECIALS[kind]))
-    assert "has no regular file cifar-10-batches-bin/test_batch.bin" in refused("cifar10", tmp_path)
+    assert "does not hold the file cifar-10-batches-bin/test_batch.bin" in refused("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/cnnopt-escaped", "cifar-10-batches-bin/../../escaped"])

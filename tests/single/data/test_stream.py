@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(batch_size, size
 
 def test_more_than_there_is_is_refused():
     assert len(stream(numbered_images(8), batch_size=8)[0]) == 32
-    with pytest.raises(ValueError, match=r"^--batch-size 9: there are 8 images; use at most so many$"):
+    with pytest.raises(ValueError, match=r"^--batch-size 9: there are 8 images; use at most 8$"):
         stream(numbered_images(8), batch_size=9)
 
 

@@ -76,7 +76,7 @@ def test_a_rank_that_hangs_is_alive_and_named():
     presences = ranks(3)
     first, second = last_words(presences, "", "")
     assert first.startswith("rank 2 (host ")
-    assert first.endswith("): alive, but takes no part in the exchange")
+    assert first.endswith("): alive, but not taking part in the exchange")
     assert second is None
     # It is told, and has nothing to add if its exchange fails after all.
     assert presences[2].last_words(2, "") is None

@@ -143,7 +143,7 @@ def test_a_rank_that_reaches_nothing_says_so_and_what_to_do():
     with Rendezvous("127.0.0.1") as server:
         rendezvous.check(two_hosts("127.0.0.1", server.server_port))
         server.shutdown()
-    with pytest.raises(RendezvousError, match=r"rank 1 on .* cannot reach .*let /etc/hosts there give its name"):
+    with pytest.raises(RendezvousError, match=r"rank 1 on .* cannot reach .*in /etc/hosts there, give its name"):
         rendezvous.check(two_hosts("127.0.0.1", server.server_port), patience=0)
 
 
@@ -180,7 +180,7 @@ def test_a_host_whose_name_has_no_address_is_one_line(name, monkeypatch):
 def test_a_host_whose_own_name_is_the_loopback_is_named(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     rendezvous.check_own_name("127.0.0.1")
-    with pytest.raises(RendezvousError, match=r"name of this host, localhost, leads to 127.0.0.1.*let /etc/hosts"):
+    with pytest.raises(RendezvousError, match=r"name of this host, localhost, resolves to 127.0.0.1.*in /etc/hosts"):
         rendezvous.check_own_name("10.0.0.1")
 
 

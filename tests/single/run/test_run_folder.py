@@ -140,7 +140,7 @@ def test_a_new_run_and_the_same_run_are_welcome(tmp_path):
 def test_another_configuration_is_named(tmp_path):
     opened(tmp_path, seed=1)
     message = refusal(small_runs.settings(run_dir=str(tmp_path / "runs"), name="x", seed=2))
-    assert "holds a run of another configuration (--seed was 1, is 2): go on as it was, or give --name" in message
+    assert "holds a run of another configuration (--seed was 1, is 2): use its flags, or give another --name" in message
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_never_resuming_needs_an_empty_place(tmp_path):
     folder.check(config)
     (folder.checkpoints / "step-00000001").mkdir(parents=True)
     assert "--resume never: " in refusal(config)
-    assert "give --name, or delete it" in refusal(config)
+    assert "give another --name, or delete it" in refusal(config)
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

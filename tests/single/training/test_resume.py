@@ -231,7 +231,7 @@ def test_a_run_goes_on_in_another_precision_with_a_loss_scale_of_its_own(tmp_pat
     checkpoint.save(folder.checkpoints, 8, saved.arrays, saved.state)
     folder.config_file.write_text(json.dumps({"identity": saved.state["identity"]}))
     run(tmp_path, precision="auto", stop_in=15)
-    assert "--precision auto was float16 up to here, and is " in capsys.readouterr().out
+    assert "--precision auto was float16 until now, and is " in capsys.readouterr().out
     (last,) = [load for load in map(checkpoint.load, checkpoint.list_steps(folder.checkpoints)) if load.step == 16]
     assert last.arrays["loss_scale/000/loss_scale:0"] == 1
     assert max(np.abs(value).max() for name, value in last.arrays.items() if "kernel" in name) < 5
@@ -294,7 +294,8 @@ def test_a_part_of_a_minute_between_saves(tmp_path):
 def test_the_end_of_another_run_is_no_start(tmp_path):
     folder, _ = run(tmp_path)
     last = checkpoint.list_steps(folder.checkpoints)[-1]
-    with pytest.raises(checkpoint.CheckpointError, match=f"--resume {last}: is the end of its run; give one before it"):
+    fault = f"--resume {last}: is the last checkpoint of a complete run; give an earlier one"
+    with pytest.raises(checkpoint.CheckpointError, match=fault):
         run(tmp_path, name="second", resume=str(last))
 
 
@@ -389,7 +390,7 @@ def test_lines_that_are_lost_are_written_again_as_they_were(tmp_path, capsys, lo
     capsys.readouterr()
     run(tmp_path, save_every="1e")
     lost_lines = {"last": 1, "all": 3, "file": 3, "middle": 1, "in part": 1}[lost]
-    said = f"{folder.metrics_file} had lost lines, which the checkpoint has: {lost_lines} of 3 written again"
+    said = f"{folder.metrics_file} had lost lines: {lost_lines} of 3 written again from the checkpoint"
     assert said in capsys.readouterr().out
     assert folder.metrics_file.read_bytes() == whole
     assert {**run_folder.summarize(folder.metrics(), {"total": 0.6}, {}), "line": result["line"]} == result
@@ -435,7 +436,7 @@ def test_a_checkpoint_that_does_not_hold_the_lost_line_is_passed_over(tmp_path, 
 @pytest.mark.parametrize(
     ("left", "said"),
     [
-        ({8, 16}, "step 24, but of the checkpoints the newest good one is of step 16: restore the last one, or delete"),
+        ({8, 16}, "step 24, but the newest good checkpoint is of step 16: restore the last checkpoint, or delete"),
         ({24}, None),
         (set(), None),
     ],
@@ -458,7 +459,7 @@ def test_a_result_whose_checkpoints_are_all_damaged_is_said_to_be_that(tmp_path)
     folder = finished(tmp_path)
     for path in checkpoint.list_steps(folder.checkpoints):
         (path / "arrays.npz").write_bytes(b"")
-    with pytest.raises(ReadError, match="of the checkpoints none is good"):
+    with pytest.raises(ReadError, match="but no checkpoint is good"):
         folder.result()
 
 
