@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import resource
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -118,10 +119,22 @@ def threads_of_user(proc: Path = Path("/proc")) -> int:
 
 
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
-    """Set environment variables, except those that the user has set. Returns the values in force."""
+    """Set environment variables, except those that the user has set. Returns the values in force.
+
+    Raises UserError if TensorFlow, which is imported next, could not be.
+    """
+    check_temporary_folder()
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in defaults}
+
+
+def check_temporary_folder() -> None:
+    """Raise UserError if there is no folder for temporary files. TensorFlow asks for it while it is imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UserError("no folder for temporary files can be written; set TMPDIR to one that can be") from None
 
 
 @contextlib.contextmanager

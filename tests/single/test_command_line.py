@@ -261,7 +261,10 @@ def test_a_run_ends_with_its_result_line_and_its_files(complete):
 def test_a_complete_run_is_measured_by_the_same_command(complete, shell, tmp_path):
     folder, _ = complete
     shutil.copytree(folder, tmp_path / "tiny")
-    done = program(arguments(tmp_path, "--quantize"), shell)
+    # Whatever the user has set for Keras.
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras/keras.json").write_text(json.dumps({"image_data_format": "channels_first"}))
+    done = program(arguments(tmp_path, "--quantize"), {**shell, "HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "tiny/report.json").read_text())
     made = {entry["name"] for entry in report["files"]}
@@ -469,6 +472,25 @@ def test_a_host_whose_name_has_no_address_trains_alone_and_refuses_ranks(shell, 
     ]
     done = subprocess.run([*nameless, *train], env=shell, capture_output=True, text=True, cwd="/", timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder read-only for one program")
+@pytest.mark.parametrize("command", ["train_hvd.py", "cnnopt.quantize"])
+def test_a_host_without_a_folder_for_temporary_files_is_one_line(command, shell, tmp_path):
+    program = [str(PROGRAM), "--dataset", "synthetic", "--run-dir", str(tmp_path)]
+    if command == "cnnopt.quantize":
+        file = tmp_path / "x.tflite"
+        file.write_bytes(b"\0\0\0\0TFL3")
+        program = ["-m", command, "pack", str(file)]
+    closed = "for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
+    closed += 'mount --bind "$0" "$0"; mount -o remount,bind,rw "$0"; cd /proc; exec "$@"'
+    given = ["unshare", "--mount", "sh", "-ec", closed, str(tmp_path), sys.executable, *program]
+    variables = {name: value for name, value in shell.items() if name not in ("TMPDIR", "TEMP", "TMP")}
+    done = subprocess.run(
+        given, env={**variables, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+    )
+    line = "no folder for temporary files can be written; set TMPDIR to one that can be"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{command}: {line}\n")
 
 
 def test_a_complete_run_below_a_folder_with_a_colon_is_quantized(shell, tmp_path):
