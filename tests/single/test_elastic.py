@@ -12,6 +12,7 @@ import pytest
 from cnnopt import elastic
 from cnnopt.config import ConfigError
 from tests.helpers import ROOT
+from tests.helpers.permissions import stopped_by_permissions
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,21 @@ def test_hosts_that_do_not_come_are_not_waited_for_without_an_end(tmp_path):
         "cnnopt.elastic: --min-np 2: 1 slots, of which 1 divide --batch-size 128, after 0.5 s; give a longer "
         "--elastic-timeout, and the same command goes on\n"
     )
+
+
+def test_a_home_that_may_not_be_written_stops_no_launcher(tmp_path):
+    home, hosts = tmp_path / "home", script(tmp_path, "echo localhost:1")
+    home.mkdir()
+    # Each start ends at once, because there is no data; one is enough.
+    code = "import sys; from cnnopt import elastic; elastic.FRUITLESS = 1; sys.exit(elastic.main(sys.argv[1:]))"
+    flags = ["--max-np", "1", "--host-discovery-script", hosts, "--run-dir", str(tmp_path), "--data-dir", str(home)]
+    command = stopped_by_permissions([sys.executable, "-c", code, *flags])
+    home.chmod(0o500)
+    done = subprocess.run(
+        command, env={**os.environ, "HOME": str(home)}, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert f"train_hvd.py: --data-dir {home}: holds no cifar10" in done.stdout + done.stderr
+    assert "Permission" not in done.stdout + done.stderr
 
 
 def test_a_launcher_that_does_not_end_is_killed(tmp_path, monkeypatch):
