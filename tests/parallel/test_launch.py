@@ -175,7 +175,7 @@ def test_our_own_launcher_hands_a_signal_on_and_the_status_back(start, tmp_path)
 @pytest.mark.parametrize(
     ("ranks", "flags", "message"),
     [
-        (3, [], "--batch-size 64: does not divide over 3 ranks; use 63 or 66"),
+        (3, [], "--batch-size 64: cannot be split evenly over 3 ranks; use 63 or 66"),
         (2, ["--expect-ranks", "4"], "--expect-ranks 4: 2 started; check -np, --ntasks or the worker replicas"),
     ],
 )
