@@ -60,12 +60,14 @@ def _stage(image: str, name: str, instructions: list[Instruction], named: dict[s
     post, folder = [], PurePosixPath("/")
     for word, rest in instructions:
         if word == "RUN":
-            post.append(rest)
+            # Apptainer ends a build at a command that fails, but "sh -e" overlooks one before "&&". It does not
+            # overlook a subshell. As in Docker, the variables of one RUN line are unknown to the next.
+            post.append(f"( {rest} )")
         elif word in ("ENV", "ARG"):
             post += [f"export {part}" for part in _assignments(rest)]
         elif word == "WORKDIR":
             folder = PurePosixPath(rest)
-            post.append(f"mkdir -p {rest} && cd {rest}")
+            post += [f"mkdir -p {rest}", f"cd {rest}"]
         elif word == "COPY":
             # Apptainer copies before all commands, Docker between them. No command makes or changes the copied files.
             *copied, to = rest.split()

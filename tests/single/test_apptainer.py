@@ -13,11 +13,11 @@ DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 
 
 def run_lines(*names: str) -> list[str]:
-    """The RUN lines of some stages of the Dockerfile, each with single spaces."""
+    """The RUN lines of some stages of the Dockerfile, each with single spaces, and in a subshell."""
     parts = re.split(r"^FROM \S+ AS (\S+)\n", DOCKERFILE, flags=re.MULTILINE)
     bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
     text = "\n".join(re.sub(r"^#.*\n", "", bodies[name], flags=re.MULTILINE) for name in names).replace("\\\n", " ")
-    return [" ".join(line.split()) for line in re.findall(r"^RUN (.*)$", text, re.MULTILINE)]
+    return [f"( {' '.join(line.split())} )" for line in re.findall(r"^RUN (.*)$", text, re.MULTILINE)]
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -48,11 +48,20 @@ def test_it_runs_what_the_dockerfile_runs(target):
     wanted = run_lines("base", "tools", f"build-{target}")
     assert len(wanted) >= 5
     assert [line for line in lines if line in wanted] == wanted
-    assert all(line.startswith(("export ", "mkdir -p ")) for line in lines if line not in wanted)
+    assert all(line.startswith(("export ", "mkdir -p ", "cd ")) for line in lines if line not in wanted)
     assert sections(text, "final")["%post"] == run_lines("base")
     for stage in ("build", "final"):
         script = "\n".join(sections(text, stage)["%post"])
         assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+
+
+def test_a_run_line_that_fails_ends_the_build(target, tmp_path):
+    (tmp_path / "apt-get").write_text(f"#!/bin/sh\necho $1 >>{tmp_path}/calls\nexit 100\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    script = "\n".join(sections(definition(target), "build")["%post"])
+    # As Apptainer runs it. With this PATH it finds no command that could change the machine.
+    done = subprocess.run(["/bin/sh", "-e"], input=script, text=True, env={"PATH": str(tmp_path)}, cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "calls").read_text()) == (100, "update\n")
 
 
 def test_it_copies_what_is_there(target):
