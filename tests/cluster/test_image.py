@@ -1,5 +1,7 @@
 """Every RUN line of the Dockerfile, executed in a clean Debian root; what comes out then starts and trains.
 
+Where Apptainer is installed, it builds its definition from the same root, and two ranks train in that image.
+
 Takes many minutes and gigabytes of downloads, so it is asked for by name, as root:
 
     CNNOPT_TEST_IMAGE=cpu python -m pytest tests/cluster/test_image.py
@@ -7,7 +9,8 @@ Takes many minutes and gigabytes of downloads, so it is asked for by name, as ro
         python -m pytest tests/cluster/test_image.py
 
 There is no registry of images here: debootstrap makes the root that FROM would fetch, and the CUDA toolkit, which the
-Dockerfile copies from NVIDIA's image, is that of CNNOPT_TEST_CUDA; from CUDA 13 on it knows no architecture 70.
+Dockerfile copies from NVIDIA's image, is that of CNNOPT_TEST_CUDA; from CUDA 13 on it knows no architecture 70. As
+root, `apptainer build --fakeroot` needs a line for root in /etc/subuid and /etc/subgid.
 """
 
 import os
@@ -16,6 +19,7 @@ import shlex
 import shutil
 import string
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,25 +156,66 @@ def registry_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if names.fullmatch(name)}
 
 
-@pytest.fixture
-def build(tmp_path: Path) -> Iterator[Build]:
-    base = tmp_path / "debian"
+def run(command: list[str], environment: dict[str, str]) -> str:
+    """A command in the repository; returns its output."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}: {done.stdout[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    base = tmp_path_factory.mktemp("debian")
     # As in FROM: Debian 13, with nothing but the essential packages and apt.
     subprocess.run(["debootstrap", "--variant=minbase", "trixie", str(base)], check=True, capture_output=True)
     # Names, as an engine writes them into a container, and the certificates that this machine trusts.
     for path in (Path("/etc/resolv.conf"), Path("/etc/hosts"), *Path("/usr/local/share/ca-certificates").glob("*.crt")):
         (base / str(path)[1:]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, base / str(path)[1:])
-    made = Build(tmp_path, base)
+    yield base
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def build(debian: Path, tmp_path: Path) -> Iterator[Build]:
+    made = Build(tmp_path, debian)
     yield made
     made.end()
     shutil.rmtree(tmp_path)
+
+
+TINY = shlex.split("--dataset synthetic --depth 8 --epochs 1 --batch-size 64 --precision float32 --name image")
 
 
 def test_the_run_lines_make_an_image_that_trains(build):
     image = build.stage(str(TARGET))
     assert build.executed == [rest for name in build.stages for word, rest in stages()[name][1] if word == "RUN"]
     assert "--sparsity" in image.run("python train_hvd.py --help", user="1000")
-    tiny = "--dataset synthetic --depth 8 --epochs 1 --batch-size 64 --precision float32 --run-dir /tmp/runs"
-    said = image.run(f"horovodrun --gloo -np 2 python train_hvd.py {tiny} --name image", user="1000")
+    train = shlex.join(["train_hvd.py", *TINY, "--run-dir", "/tmp/runs"])
+    said = image.run(f"horovodrun --gloo -np 2 python {train}", user="1000")
     assert "epoch   1/1" in said
+
+
+@pytest.mark.skipif(TARGET != "cpu", reason="only the definition for cpu is built")
+@pytest.mark.skipif(shutil.which("apptainer") is None, reason="Apptainer is not installed")
+def test_apptainer_builds_its_definition_and_the_image_trains(debian, tmp_path):
+    base, file, image = tmp_path / "debian", tmp_path / "cnnopt.def", tmp_path / "cnnopt.sif"
+    # Apptainer brings devices of its own. A user, who cannot make any, cannot copy them.
+    subprocess.run(["cp", "-a", str(debian), str(base)], check=True)
+    shutil.rmtree(base / "dev")
+    (base / "dev").mkdir()
+    print_it = [sys.executable, str(ROOT / "docker/apptainer.py"), str(TARGET)]
+    text = subprocess.run(print_it, stdout=subprocess.PIPE, text=True, check=True).stdout
+    text, found = re.subn(r"docker\nFrom: debian:\S+", f"localimage\nFrom: {base}", text)
+    assert found == 2
+    file.write_text(text)
+    settings = {f"APPTAINERENV_{name}": value for name, value in registry_settings().items()}
+    environment = {**os.environ, **settings, "APPTAINER_TMPDIR": str(tmp_path)}
+    run(["apptainer", "build", "--fakeroot", str(image), str(file)], environment)
+    # As slurm/common.sh puts a rank into the image.
+    inside = ["apptainer", "exec", "--bind", f"{ROOT},{tmp_path}", "--pwd", str(ROOT), str(image)]
+    train = ["python", "train_hvd.py", *TINY, "--run-dir", str(tmp_path / "runs"), "--expect-ranks", "2"]
+    launch = [sys.executable, "-m", "cnnopt.launch", "-np", "2", "--"]
+    assert "epoch   1/1" in run([*launch, *inside, *train], dict(os.environ))
