@@ -27,7 +27,7 @@ from cnnopt.data.cifar_files import DataError, Splits
 __all__ = ["DATASETS", "DOWNLOADS", "DataError", "Dataset", "Download", "check", "load"]
 
 #: The data sets, and the number of training images of each.
-DATASETS = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "synthetic": 2_048}
+DATASETS = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_437, "synthetic": 512}
 CONNECT_SECONDS = 15
 
 
@@ -92,7 +92,7 @@ def load(
     validation: int = 0,
     show_progress: bool = False,
     share: bool = False,
-    synthetic_sizes: tuple[int, int] = (DATASETS["synthetic"], 512),
+    synthetic_sizes: tuple[int, int] = (DATASETS["synthetic"], 128),
 ) -> Dataset:
     """Load a data set. Downloads CIFAR if no `data_dir` is given and there is no copy yet.
 

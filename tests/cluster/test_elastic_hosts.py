@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.timeout(1500)
 RUN = [
     *("--dataset", "synthetic", "--depth", "8", "--batch-size", "66", "--precision", "float32", "--save-every", "10s"),
-    *("--epochs", "24", "--warmup", "1e", "--name", "run"),
+    *("--epochs", "96", "--warmup", "1e", "--name", "run"),
 ]
 
 
@@ -22,7 +22,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
         0, "-m", "cnnopt.elastic", "--max-np", "5", "--host-discovery-script", str(script),
         *RUN, "--run-dir", str(tmp_path), launcher=(),
     )  # fmt: skip
-    job.wait_for("epoch   1/24")
+    job.wait_for("epoch   1/96")
     stopped = job.ranks()[1]
     stopped.send_signal(signal.SIGSTOP)
     # horovodrun kills it, once the other rank has noticed and said so.
@@ -31,7 +31,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
     job.wait_for("1 ranks on localhost:1, after step ")
     job.wait_for("[0]<stdout>:resumed after step ")
     resumed = job.output().index("1 ranks on")
-    job.wait_until(lambda output: "/24 loss" in output[resumed:])
+    job.wait_until(lambda output: "/96 loss" in output[resumed:])
     # Of four slots the batch of 66 leaves one unused.
     hosts.write_text("localhost:4\n")
     job.wait_for("3 ranks on localhost:3, after step ")
@@ -39,9 +39,9 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
     assert not stopped.is_running()
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == list(range(1, 25))
-    # The same batch at any number of ranks: as many steps as 2,048 images take in batches of 66.
-    assert [line["step"] for line in lines] == [-(-epoch * 2048 // 66) for epoch in range(1, 25)]
+    assert [line["epoch"] for line in lines] == list(range(1, 97))
+    # The same batch at any number of ranks: as many steps as 512 images take in batches of 66.
+    assert [line["step"] for line in lines] == [-(-epoch * 512 // 66) for epoch in range(1, 97)]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["test_accuracy"] > 0.9
     assert result["sparsity"] == pytest.approx(0.6, abs=1e-4)

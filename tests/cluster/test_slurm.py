@@ -13,7 +13,7 @@ from cnnopt.run import checkpoint
 from tests.helpers.jobs import assert_pruned
 
 pytestmark = pytest.mark.timeout(900)
-TINY = """--dataset synthetic --depth 8 --batch-size 64 --epochs 4
+TINY = """--dataset synthetic --depth 8 --batch-size 64 --epochs 16
           --precision float32 --deterministic --save-every 10s"""
 
 
@@ -57,7 +57,7 @@ def assert_one_curve_as_if_undisturbed(slurm, job, name: str) -> None:
     assert "start 2" in job.log()
     assert "resumed after step" in job.log()
     lines = (slurm.home / f"runs/{name}/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 17))
     expected = final(slurm, "whole")
     for key, array in final(slurm, name).items():
         assert array.tobytes() == expected[key].tobytes(), key
@@ -65,7 +65,7 @@ def assert_one_curve_as_if_undisturbed(slurm, job, name: str) -> None:
 
 def test_usr1_saves_requeues_and_resumes_exactly(slurm, whole):
     job = super_model(slurm, "told")
-    job.wait_for("epoch   1/4")
+    job.wait_for("epoch   1/16")
     slurm.run("scancel", "--signal=USR1", "--full", job.number)
     job.wait_for("stopped by a signal, and saved")
     assert_one_curve_as_if_undisturbed(slurm, job, "told")
@@ -74,7 +74,7 @@ def test_usr1_saves_requeues_and_resumes_exactly(slurm, whole):
 
 def test_a_killed_rank_requeues_and_resumes_exactly(slurm, whole):
     job = super_model(slurm, "killed")
-    job.wait_for("epoch   1/4")
+    job.wait_for("epoch   1/16")
     (rank,) = job.ranks("n2")
     rank.kill()
     assert_one_curve_as_if_undisturbed(slurm, job, "killed")
@@ -82,8 +82,8 @@ def test_a_killed_rank_requeues_and_resumes_exactly(slurm, whole):
 
 
 def test_out_of_time_requeues_and_resumes_but_not_once_cancelled(slurm):
-    job = super_model(slurm, "late", "--epochs", "200", sbatch=("--nodes=2", "--time=30", "--signal=B:USR1@1"))
-    job.wait_for("epoch   1/200")
+    job = super_model(slurm, "late", "--epochs", "800", sbatch=("--nodes=2", "--time=30", "--signal=B:USR1@1"))
+    job.wait_for("epoch   1/800")
     # Every half minute SLURM looks which jobs are within half a minute of their warning.
     hours, minutes, _ = job.show("RunTime").split(":")
     slurm.run("scontrol", "update", f"jobid={job.number}", f"timelimit={60 * int(hours) + int(minutes) + 1}")
@@ -98,7 +98,7 @@ def test_out_of_time_requeues_and_resumes_but_not_once_cancelled(slurm):
 
 def test_a_failed_node_requeues(slurm):
     job = super_model(slurm, "node")
-    job.wait_for("epoch   1/4")
+    job.wait_for("epoch   1/16")
     slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     slurm.run("scontrol", "update", "nodename=n2", "state=resume")
     assert job.wait() == "COMPLETED", job.log()
@@ -111,7 +111,7 @@ def test_a_sweep_of_uneven_nodes_requeues_one_task_alone(slurm):
     common = "precision: float32, batch-size: 66"
     grid = slurm.home / "uneven.yaml"
     grid.write_text(
-        "epochs: 20\ndatasets: [synthetic]\ndepths: [8]\nseeds: [0]\ncells:\n"
+        "epochs: 80\ndatasets: [synthetic]\ndepths: [8]\nseeds: [0]\ncells:\n"
         f"  dense: {{preset: baseline, {common}}}\n  pruned: {{preset: super, sparsity: 0.8, {common}, ranks: all}}\n"
     )
     shape = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "slurm/sweep.sbatch"]
@@ -119,14 +119,14 @@ def test_a_sweep_of_uneven_nodes_requeues_one_task_alone(slurm):
     number = slurm.submit("--array=0-1%1", *shape, *flags).number
     tasks = [slurm.job(f"{number}_{task}") for task in (0, 1)]
     # The last task's own number is that of the array.
-    tasks[1].wait_for("epoch   1/4")
+    tasks[1].wait_for("epoch   1/16")
     slurm.run("scancel", "--signal=USR1", "--full", tasks[1].number)
     for task in tasks:
         assert task.wait() == "COMPLETED", task.log()
     assert ["(n1: 2 x CPU, n2: 1 x CPU)" in task.log() for task in tasks] == [False, True]
     assert ["start 2" in task.log() for task in tasks] == [False, True]
     for name, ranks, sparsity in (("dense", 1, 0), ("pruned", 3, 0.8)):
-        folder = slurm.home / f"runs/study/uneven-synthetic-resnet8-{name}-4epochs-seed0"
+        folder = slurm.home / f"runs/study/uneven-synthetic-resnet8-{name}-16epochs-seed0"
         assert json.loads((folder / "env.json").read_text())["ranks"] == ranks
         assert json.loads((folder / "result.json").read_text())["sparsity"] == pytest.approx(sparsity, abs=1e-3)
     small = slurm.job(f"{slurm.submit('--array=0', *shape, *flags).number}_0")

@@ -30,7 +30,7 @@ from cnnopt.run import checkpoint  # noqa: E402
 RANKS = 2
 SAVE_EVERY = 7
 FLAGS = [
-    *("--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--epochs", "4", "--precision", "float32"),
+    *("--dataset", "synthetic", "--depth", "8", "--batch-size", "16", "--epochs", "4", "--precision", "float32"),
     *("--save-every", f"{SAVE_EVERY}s", "--deterministic", "--name", "run"),
 ]
 # As horovodrun does: SIGTERM to the other ranks when one has failed, and SIGKILL to those still there after a time.

@@ -16,7 +16,7 @@ from cnnopt.run.run_folder import RunFolder
 from tests.helpers.jobs import assert_pruned
 
 pytestmark = pytest.mark.timeout(900)
-TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--precision", "bfloat16"]
+TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "16", "--precision", "bfloat16"]
 
 
 OWN = (sys.executable, "-m", "cnnopt.launch", "-np", "{ranks}", "--")
@@ -175,7 +175,7 @@ def test_our_own_launcher_hands_a_signal_on_and_the_status_back(start, tmp_path)
 @pytest.mark.parametrize(
     ("ranks", "flags", "message"),
     [
-        (3, [], "--batch-size 64: cannot be split evenly over 3 ranks; use 63 or 66"),
+        (3, [], "--batch-size 16: cannot be split evenly over 3 ranks; use 15 or 18"),
         (2, ["--expect-ranks", "4"], "--expect-ranks 4: 2 started; check -np, --ntasks or the worker replicas"),
     ],
 )

@@ -38,7 +38,7 @@ MADE = ("float32", "dynamic", "int8", "sparse-float32", "sparse-dynamic", "clust
 def trained(tmp_path_factory):
     """A run that train_hvd.py has really trained, with averaged weights, and its report."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = "--dataset synthetic --depth 8 --epochs 2 --warmup 0e --batch-size 64 --ema 0.9 --precision float32"
+    flags = "--dataset synthetic --depth 8 --epochs 2 --warmup 0e --batch-size 16 --ema 0.9 --precision float32"
     flags += f" --validation {HELD_OUT}"
     # Uniform, as TensorFlow Lite encodes no kernel with few zeros.
     flags += " --sparsity-scope uniform --name t"
@@ -69,10 +69,10 @@ def entries(content):
 def test_the_float32_file_is_as_accurate_as_training_said(trained):
     path, content, _ = trained
     result = json.loads((path / "result.json").read_text())
-    # Other kernels add in another order: at most one image of 512 may fall to the other side.
-    assert abs(entries(content)["float32"]["test"]["correct"] - 512 * result["test_accuracy"]) <= 1.01
+    # Other kernels add in another order: at most one image of 128 may fall to the other side.
+    assert abs(entries(content)["float32"]["test"]["correct"] - 128 * result["test_accuracy"]) <= 1.01
     assert entries(content)["float32"]["test"]["loss"] == pytest.approx(result["test_loss"], rel=1e-3)
-    assert entries(content)["float32"]["test"]["agreement"] > 0.995
+    assert entries(content)["float32"]["test"]["agreement"] > 0.99
     assert content["run"]["averaged_weights"] is True
 
 
@@ -87,7 +87,7 @@ def test_the_report_is_of_the_files_that_are_there(trained):
         nonzero = sum(kernel.nonzero for kernel in tflite_file.kernels(stored, file))
         assert nonzero == entry["weights"]["nonzero"] == sum(e["nonzero"] for e in entry["weights"]["layers"].values())
         assert np.trace(entry["test"]["confusion"]) == entry["test"]["correct"]
-        assert np.sum(entry["test"]["confusion"]) == entry["test"]["images"] == 512
+        assert np.sum(entry["test"]["confusion"]) == entry["test"]["images"] == 128
         assert entry["latency"][0]["threads"] == 1
         for timing in entry["latency"]:
             assert 0 < timing["median_ms"] <= timing["p90_ms"] <= timing["p99_ms"]
@@ -145,7 +145,7 @@ def test_the_files_are_measured_on_the_images_that_the_run_held_out_and_chosen_b
     assert made["dense-float32"]["validation"] is None, "it was trained on them"
     assert abs(made["float32"]["validation"]["correct"] - HELD_OUT * result["val_accuracy"]) <= 1.01
     assert made["float32"]["validation"]["loss"] == pytest.approx(result["val_loss"], rel=1e-3)
-    assert max(content["calibration"]["indices"]) < 2048 - HELD_OUT
+    assert max(content["calibration"]["indices"]) < 512 - HELD_OUT
     (note,) = [note for note in content["notes"] if "validation" in note]
     assert f"{HELD_OUT} validation images" in note
     assert f"int8 {made['int8']['validation']['accuracy']:.2%}" in note
@@ -272,7 +272,7 @@ def test_batches_threads_and_sparse_encoding_change_no_result(trained):
 
 def test_calibration_is_a_stored_seeded_choice_of_training_images(trained):
     stored = trained[1]["calibration"]
-    expected = np.sort(np.random.default_rng(0).choice(2048 - HELD_OUT, 64, replace=False))
+    expected = np.sort(np.random.default_rng(0).choice(512 - HELD_OUT, 64, replace=False))
     assert (stored["split"], stored["seed"], stored["count"]) == ("train", 0, 64)
     assert stored["indices"] == expected.tolist()
 
@@ -392,7 +392,7 @@ def refused(capsys, *arguments):
         (["--variants", "int8", "--clusters", "16"], ["--clusters 16 is for clustered-int8", "leave --clusters out"]),
         (["--clusters", "1"], ["--clusters 1", "4 to 256"]),
         (["--calibration", "3"], ["--calibration 3", "at least 32"]),
-        (["--calibration", "4000", "--qat", "1"], ["--calibration 4000", "2048"]),  # before it fine-tunes
+        (["--calibration", "4000", "--qat", "1"], ["--calibration 4000", "512"]),  # before it fine-tunes
         (["--calibration", "many"], ["--calibration", "many"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--data-dir", "/nowhere"], ["--data-dir /nowhere"]),

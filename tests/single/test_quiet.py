@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.helpers import ROOT
 from tests.helpers.exported_run import make_run
 
-TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "64", "--epochs", "1"]
+TINY = ["--dataset", "synthetic", "--depth", "8", "--batch-size", "16", "--epochs", "1"]
 
 
 def run(*command: object) -> str:

@@ -104,7 +104,7 @@ def test_the_report_measures_each_format_as_it_is_on_the_disk(run):
         assert entry["shipped"]["times_smaller"] == pytest.approx(content["reference"]["raw"] / entry["size"]["gzip"])
         assert entry["largest_difference"] < 1e-4
         assert entry["test"]["agreement"] == 1
-        assert entry["test"]["images"] == 512
+        assert entry["test"]["images"] == 128
         assert abs(entry["test"]["correct"] - float32["test"]["correct"]) <= 1
     assert not [file for file in (path / "export").iterdir() if file.name.startswith(".")]
     for row in render.format_rows(content):

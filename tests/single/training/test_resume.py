@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,22 @@ def run(
     return folder, stop
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[..., RunFolder]:
+    """As ``run``, for what many tests begin with: trained once for the same settings, then copied."""
+    originals: dict[tuple, Path] = {}
+
+    def copy(path: Path, **settings: object) -> RunFolder:
+        key = tuple(sorted(settings.items()))
+        if key not in originals:
+            originals[key] = tmp_path_factory.mktemp("made")
+            run(originals[key], **settings)
+        shutil.copytree(originals[key], path, dirs_exist_ok=True)
+        return RunFolder(path / "run")
+
+    return copy
+
+
 def steps(folder: RunFolder) -> list[int]:
     return [checkpoint.load(path).step for path in checkpoint.list_steps(folder.checkpoints)]
 
@@ -90,8 +106,8 @@ def test_a_stop_at_the_last_step_of_an_epoch_waits_for_its_line(tmp_path, stop_i
     assert [line["step"] for line in folder.metrics()] == [8, 16, 24][:lines]
 
 
-def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(tmp_path):
-    undisturbed, _ = run(tmp_path / "one")
+def test_an_epoch_that_was_stopped_in_the_middle_has_the_loss_of_all_its_steps(made, tmp_path):
+    undisturbed = made(tmp_path / "one")
     folder, _ = run(tmp_path / "two", stop_in=10)
     assert steps(folder) == [11]
     run(tmp_path / "two", stop_in=13)
@@ -291,8 +307,8 @@ def test_a_part_of_a_minute_between_saves(tmp_path):
     assert steps(folder)[-1] == 16
 
 
-def test_the_end_of_another_run_is_no_start(tmp_path):
-    folder, _ = run(tmp_path)
+def test_the_end_of_another_run_is_no_start(made, tmp_path):
+    folder = made(tmp_path)
     last = checkpoint.list_steps(folder.checkpoints)[-1]
     fault = f"--resume {last}: is the last checkpoint of a complete run; give an earlier one"
     with pytest.raises(checkpoint.CheckpointError, match=fault):
@@ -332,12 +348,12 @@ def test_the_speed_of_an_epoch_is_that_of_its_training(tmp_path, monkeypatch):
         (lambda arrays, state: state.update(epoch_sums=[1.0, None, 2.0, 3.0]), "of another model: epoch_sums"),
     ],
 )
-def test_a_checkpoint_that_verifies_but_does_not_fit_is_skipped_with_the_reason(tmp_path, capsys, change, reason):
-    folder, _ = run(tmp_path, stop_in=3)
+def test_a_checkpoint_that_verifies_but_does_not_fit_is_skipped_with_the_reason(made, tmp_path, capsys, change, reason):
+    folder = made(tmp_path, stop_in=3)
     saved = checkpoint.load(checkpoint.list_steps(folder.checkpoints)[-1])
     change(saved.arrays, saved.state)
     checkpoint.save(folder.checkpoints, 5, saved.arrays, saved.state)
-    run(tmp_path, stop_in=6)
+    run(tmp_path, stop_in=4)
     said = capsys.readouterr().out
     assert f"skipped {folder.checkpoints / 'step-00000005'}: {reason}\n" in said
     assert "resumed after step 4 from" in said
@@ -366,17 +382,18 @@ def test_epochs_between_saves_are_counted(tmp_path):
 # One truth in checkpoint, metrics and result -------------------------------------------------------------------
 
 
-def finished(path: Path, **changes: object) -> RunFolder:
+@pytest.fixture
+def finished(made, tmp_path) -> RunFolder:
     """A run of three epochs with its result, as train_hvd.py leaves it."""
-    folder, _ = run(path, save_every="1e", **changes)
+    folder = made(tmp_path, save_every="1e")
     folder.finish({**run_folder.summarize(folder.metrics(), {"total": 0.6}, {}), "line": "as it was"})
     assert folder.result() is not None
     return folder
 
 
 @pytest.mark.parametrize("lost", ["last", "all", "file", "middle", "in part"])
-def test_lines_that_are_lost_are_written_again_as_they_were(tmp_path, capsys, lost):
-    folder = finished(tmp_path)
+def test_lines_that_are_lost_are_written_again_as_they_were(finished, tmp_path, capsys, lost):
+    folder = finished
     whole, result = folder.metrics_file.read_bytes(), folder.result()
     lines = whole.splitlines(keepends=True)
     left = {"last": b"".join(lines[:2]), "all": b"", "middle": lines[0] + lines[2], "in part": whole[:-9]}
@@ -441,8 +458,8 @@ def test_a_checkpoint_that_does_not_hold_the_lost_line_is_passed_over(tmp_path, 
         (set(), None),
     ],
 )
-def test_a_result_without_its_checkpoint_is_said_to_be_that(tmp_path, left, said):
-    folder = finished(tmp_path, keep=9)
+def test_a_result_without_its_checkpoint_is_said_to_be_that(finished, tmp_path, left, said):
+    folder = finished
     for step in {8, 16, 24} - left:
         shutil.rmtree(folder.checkpoints / f"step-{step:08d}")
     if said is None:
@@ -451,20 +468,20 @@ def test_a_result_without_its_checkpoint_is_said_to_be_that(tmp_path, left, said
     with pytest.raises(ReadError, match=f"{folder.result_file} is of {said}"):
         folder.result()
     folder.result_file.unlink()
-    run(tmp_path, save_every="1e", keep=9)
+    run(tmp_path, save_every="1e")
     assert [line["step"] for line in folder.metrics()] == [8, 16, 24]
 
 
-def test_a_result_whose_checkpoints_are_all_damaged_is_said_to_be_that(tmp_path):
-    folder = finished(tmp_path)
+def test_a_result_whose_checkpoints_are_all_damaged_is_said_to_be_that(finished):
+    folder = finished
     for path in checkpoint.list_steps(folder.checkpoints):
         (path / "arrays.npz").write_bytes(b"")
     with pytest.raises(ReadError, match="but no checkpoint is good"):
         folder.result()
 
 
-def test_lines_that_no_checkpoint_has_are_missed(tmp_path):
-    folder = finished(tmp_path)
+def test_lines_that_no_checkpoint_has_are_missed(finished):
+    folder = finished
     shutil.rmtree(folder.checkpoints)
     folder.rewind(16)
     with pytest.raises(ReadError, match=f"{folder.metrics_file} ends with step 16, but result.json is of step 24, and"):
@@ -472,12 +489,12 @@ def test_lines_that_no_checkpoint_has_are_missed(tmp_path):
 
 
 @pytest.mark.parametrize("lines", [[{"epoch": 1}], [3], ["x"], {"a": 1}, [{"step": "8"}]])
-def test_lines_of_a_checkpoint_that_are_none_are_passed_over(tmp_path, capsys, lines):
-    folder, _ = run(tmp_path, save_every="1e", keep=9, stop_in=17)
+def test_lines_of_a_checkpoint_that_are_none_are_passed_over(made, tmp_path, capsys, lines):
+    folder = made(tmp_path, save_every="1e", keep=9, stop_in=17)
     found = checkpoint.load(folder.checkpoints / "step-00000016")
     checkpoint.save(folder.checkpoints, 16, found.arrays, {**found.state, "metrics": lines}, keep=9)
     shutil.rmtree(folder.checkpoints / "step-00000018")
-    run(tmp_path, save_every="1e", keep=9)
+    run(tmp_path, save_every="1e", keep=9, stop_in=8)
     assert "of another model: metrics" in (said := capsys.readouterr().out)
     assert "resumed after step 8" in said
 
