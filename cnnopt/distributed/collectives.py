@@ -290,9 +290,7 @@ def agree(tensors: Mapping[str, np.ndarray]) -> str:
         common = max(digests, key=digests.count)
         odd = [str(rank) for rank, digest in enumerate(digests) if digest != common]
         if odd:
-            raise DisagreementError(
-                f"rank {', '.join(odd)}: {name} differs from that of the other ranks; training stopped"
-            )
+            raise DisagreementError(f"rank {', '.join(odd)} differs from the other ranks in {name}; training stopped")
     return hashlib.sha256("".join(mine).encode()).hexdigest()
 
 
