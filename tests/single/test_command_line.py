@@ -93,7 +93,7 @@ def test_help_is_on_stdout_with_status_0(shell):
 def test_a_batch_that_does_not_divide_over_the_launched_ranks(shell):
     ranks = {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "3", "HOROVOD_LOCAL_RANK": "0", "HOROVOD_LOCAL_SIZE": "3"}
     message = refusal(["--dataset", "synthetic"], {**shell, **ranks})
-    assert "--batch-size 128: does not divide over 3 ranks; use 126 or 129" in message
+    assert "--batch-size 128: cannot be split evenly over 3 ranks; use 126 or 129" in message
 
 
 @pytest.mark.parametrize("name", ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "TF_NUM_INTEROP_THREADS"])

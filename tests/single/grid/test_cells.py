@@ -137,7 +137,7 @@ def test_a_grid_that_cannot_be_used_is_one_line(old, new, message, tmp_path, cap
     [
         ("--scale 0", "--scale 0: must be above 0"),
         ("--np 0", "--np 0: must be at least 1"),
-        ("--np 3", "--batch-size 128: does not divide over 3 ranks"),
+        ("--np 3", "--batch-size 128: cannot be split evenly over 3 ranks"),
         ("--dataset cifar", "--dataset"),
         ("--depth 21", "--depth 21"),
         ("--variants int9", "--variants int9"),
