@@ -100,17 +100,17 @@ FOUND = {
     "more threads than there can be": (
         Case(environment=(("TF_NUM_INTEROP_THREADS", "99999"),)),
         2,
-        "train_hvd.py: TF_NUM_INTEROP_THREADS=99999: must be a whole number up to 1,024; without it 2 is taken",
+        "train_hvd.py: TF_NUM_INTEROP_THREADS=99999: must be a whole number up to 1,024; unset it for the default, 2",
     ),
     "a number that Python does not read": (
         Case(environment=(("TF_NUM_INTRAOP_THREADS", "9" * 5000),)),
         2,
-        "train_hvd.py: TF_NUM_INTRAOP_THREADS=99999999999999999999: must be a whole number; without it ",
+        "train_hvd.py: TF_NUM_INTRAOP_THREADS=99999999999999999999: must be a whole number; unset it for the default, ",
     ),
     "a digit that is no number": (
         Case(environment=(("TF_NUM_INTRAOP_THREADS", "\N{SUPERSCRIPT TWO}"),)),
         2,
-        "train_hvd.py: TF_NUM_INTRAOP_THREADS=\N{SUPERSCRIPT TWO}: must be a whole number; without it ",
+        "train_hvd.py: TF_NUM_INTRAOP_THREADS=\N{SUPERSCRIPT TWO}: must be a whole number; unset it for the default, ",
     ),
 }
 
