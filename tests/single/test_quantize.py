@@ -604,7 +604,7 @@ def test_pack_and_unpack_refuse_other_files(tmp_path, capsys):
     file = tmp_path / "x.tflite"
     file.write_bytes(b"garbage garbage")
     assert "not a .tflite file" in refused(capsys, "pack", file)
-    assert "no archive" in refused(capsys, "unpack", file)
+    assert "not an archive" in refused(capsys, "unpack", file)
     assert "No such file" in refused(capsys, "unpack", tmp_path / "none")
     assert "No such file" in refused(capsys, "pack", tmp_path / "none" / "x.tflite")
     assert not (tmp_path / "none").exists()
