@@ -22,7 +22,8 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks_and_the_same_batch(start, 
         0, "-m", "cnnopt.elastic", "--max-np", "5", "--host-discovery-script", str(script),
         *RUN, "--run-dir", str(tmp_path), launcher=(),
     )  # fmt: skip
-    job.wait_for("epoch   1/96")
+    # Two epochs have 16 steps, so one checkpoint is there.
+    job.wait_for("epoch   2/96")
     stopped = job.ranks()[1]
     stopped.send_signal(signal.SIGSTOP)
     # horovodrun kills it, once the other rank has noticed and said so.

@@ -74,7 +74,8 @@ def test_usr1_saves_requeues_and_resumes_exactly(slurm, whole):
 
 def test_a_killed_rank_requeues_and_resumes_exactly(slurm, whole):
     job = super_model(slurm, "killed")
-    job.wait_for("epoch   1/16")
+    # Two epochs have 16 steps, so one checkpoint is there.
+    job.wait_for("epoch   2/16")
     (rank,) = job.ranks("n2")
     rank.kill()
     assert_one_curve_as_if_undisturbed(slurm, job, "killed")
@@ -98,7 +99,8 @@ def test_out_of_time_requeues_and_resumes_but_not_once_cancelled(slurm):
 
 def test_a_failed_node_requeues(slurm):
     job = super_model(slurm, "node")
-    job.wait_for("epoch   1/16")
+    # Two epochs have 16 steps, so one checkpoint is there.
+    job.wait_for("epoch   2/16")
     slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     slurm.run("scontrol", "update", "nodename=n2", "state=resume")
     assert job.wait() == "COMPLETED", job.log()
