@@ -49,37 +49,30 @@ PASSED = ("executor", XLA, "_Arg", "_Retval", "NoOp")
 MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill")
 
 
-def lines_of(space: xplane_pb2.XSpace, threads: str) -> list[tuple[xplane_pb2.XPlane, xplane_pb2.XLine]]:
-    """The events of the threads with this name, and their plane."""
-    return [(plane, line) for plane in space.planes for line in plane.lines if line.name.startswith(threads)]
-
-
 def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
     """Seconds by kind of operation, and how many there were, of the thread that computes in a trace's folder."""
     space = xplane_pb2.XSpace()
     space.ParseFromString(next(trace.rglob("*.xplane.pb")).read_bytes())
-    plane, line = max(lines_of(space, "tf_Compute"), key=lambda found: len(found[1].events))
+    lines = ((plane, line) for plane in space.planes for line in plane.lines if line.name.startswith("tf_Compute"))
+    plane, line = max(lines, key=lambda found: len(found[1].events))
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     around: list[tuple[int, str]] = []
     for event in sorted(line.events, key=lambda e: (e.offset_ps, -e.duration_ps)):
         name = plane.event_metadata[event.metadata_id].name
-        # Operations are named "node:kind", and XLA's kernels "kind: name"; all else belongs to the executor.
-        kind = name.rsplit(":", 1)[1] if ":" in name and "::" not in name else "executor"
-        kind = XLA if kind.startswith(" ") else kind
         while around and around[-1][0] <= event.offset_ps:
             around.pop()
+        # Operations are named "node:kind". XLA's kernels lie within the call of an executable. All else belongs to the
+        # executor.
+        kind = name.rsplit(":", 1)[1] if ":" in name and "::" not in name else "executor"
+        if name.startswith("CpuExecutable::") or (around and around[-1][1] == XLA):
+            kind = XLA
         if around:
             seconds[around[-1][1]] -= event.duration_ps * 1e-12
         seconds[kind] += event.duration_ps * 1e-12
-        counts[kind] += 1
+        # A call of an executable counts as one operation.
+        counts[kind] += kind != XLA or name.startswith("CpuExecutable::")
         around.append((event.offset_ps + event.duration_ps, kind))
-    # XLA computes in another thread, and the executor waits for it.
-    for _, compiled in lines_of(space, "host_executor"):
-        spent = sum(event.duration_ps for event in compiled.events) * 1e-12
-        seconds[XLA] += spent
-        seconds["executor"] -= spent
-        counts[XLA] += len(compiled.events)
     return seconds, counts
 
 

@@ -39,6 +39,7 @@ from cnnopt.run.run_folder import RunFolder  # noqa: E402
 from cnnopt.schedules import Timeline  # noqa: E402
 from cnnopt.training import metrics  # noqa: E402
 from cnnopt.training.build import build_model  # noqa: E402
+from cnnopt.training.curves import CURVES  # noqa: E402
 from cnnopt.training.step import SynchronousModel  # noqa: E402
 from cnnopt.training.stream import HostStream, Stream, training_stream  # noqa: E402
 
@@ -103,7 +104,7 @@ def build(
 
 def saving_and_recording(model: SynchronousModel, rounds: int) -> dict[str, list[float]]:
     """A checkpoint and the records of an epoch, as the training thread waits for them."""
-    logs = {name: 0.0 for names in metrics.TRAIN_CURVES.values() for name in names}
+    logs = {name: 0.0 for names in CURVES.values() for name in names}
     logs |= {"step": 1, "test_accuracy": 0.0, "test_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))

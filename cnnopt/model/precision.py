@@ -19,12 +19,14 @@ def cpu_has_bfloat16(flags: set[str]) -> bool:
 class Precision:
     """The compute type of a run. Weights, weight updates and BatchNorm statistics are float32 with every compute type.
 
-    ``widen``: convolutions run in float32 (``resnet.Conv2D``).
+    ``widen``: convolutions run in float32 (``resnet.Conv2D``). ``fuse``: a network that is not compiled as a whole is
+    made of the parts in ``cnnopt.model.fused``.
     """
 
     compute: str
     widen: bool
     reason: str
+    fuse: bool = False
 
     @property
     def scales_loss(self) -> bool:
@@ -44,10 +46,10 @@ def choose(asked: str, *, has_gpu: bool) -> Precision:
     native = cpu_has_bfloat16(host.cpu_flags())
     if asked == "auto":
         if native:
-            return Precision("bfloat16", widen=False, reason="this CPU has bfloat16 instructions")
+            return Precision("bfloat16", widen=False, reason="this CPU has bfloat16 instructions", fuse=True)
         return Precision("float32", widen=False, reason="auto: this CPU has no bfloat16 instructions")
     if asked == "float32" or (asked == "bfloat16" and native):
-        return Precision(asked, widen=False, reason="as asked")
+        return Precision(asked, widen=False, reason="as asked", fuse=asked == "bfloat16")
     return Precision(asked, widen=True, reason=f"this CPU has no {asked} convolutions: operands widened to float32")
 
 

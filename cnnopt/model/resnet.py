@@ -97,15 +97,20 @@ class IdentityShortcut(layers.Layer):
 class Parts:
     """The layers that a network is made of.
 
-    ``cnnopt.export.qat`` has parts that compute like int8 arithmetic, and ``cnnopt.export.formats`` standard layers.
+    ``cnnopt.export.qat`` has parts that compute like int8 arithmetic, ``cnnopt.export.formats`` standard layers, and
+    ``cnnopt.model.fused`` the parts that are fast in bfloat16 on CPUs.
 
-    ``rounded(tensor, name)`` is called on every tensor that an int8 file stores between two operators.
+    ``join`` makes the layer that ends a block: [shortcut, branch] to relu(shortcut + branch), once for each of the two
+    readers of it. None makes an Add and a ReLU. ``rounded(tensor, name)`` is called on every tensor that an int8 file
+    stores between two operators.
     """
 
     standardize: Callable[..., layers.Layer] = Standardize
     convolution: Callable[..., layers.Layer] = Conv2D
     dense: Callable[..., layers.Layer] = layers.Dense
     shortcut: Callable[..., Callable[[tf.Tensor], tf.Tensor]] = IdentityShortcut
+    relu: Callable[..., layers.Layer] = layers.ReLU
+    join: Callable[..., layers.Layer] | None = None
     rounded: Callable[[tf.Tensor, str], tf.Tensor] = lambda tensor, name: tensor
 
 
@@ -138,17 +143,24 @@ def resnet(
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype=dtype, name=f"{name}_bn")(x)
 
     def relu(x: tf.Tensor, name: str) -> tf.Tensor:
-        return parts.rounded(layers.ReLU(name=name)(x), name)
+        return parts.rounded(parts.relu(name=name)(x), name)
+
+    def join(shortcut: tf.Tensor, branch: tf.Tensor, name: str) -> tuple[tf.Tensor, tf.Tensor]:
+        if parts.join is not None:
+            return parts.join(name=f"{name}_relu2")([shortcut, branch])
+        x = relu(layers.Add(name=f"{name}_add")([shortcut, branch]), f"{name}_relu2")
+        return x, x
 
     images = keras.Input((32, 32, 3), name="pixels", dtype="float32")
     x = parts.standardize(mean, std, name="standardize")(images)
-    x = relu(conv_bn(x, topology.FILTERS[0], 1, "stem"), "stem_relu")
+    x = shortcut = relu(conv_bn(x, topology.FILTERS[0], 1, "stem"), "stem_relu")
     for block in topology.blocks(depth):
-        shortcut = parts.shortcut(name=f"{block.name}_shortcut")(x) if block.downsamples else x
+        if block.downsamples:
+            shortcut = parts.shortcut(name=f"{block.name}_shortcut")(shortcut)
         strides = 2 if block.downsamples else 1
         y = relu(conv_bn(x, block.filters, strides, f"{block.name}_conv1"), f"{block.name}_relu1")
         y = parts.rounded(conv_bn(y, block.filters, 1, f"{block.name}_conv2"), f"{block.name}_conv2")
-        x = relu(layers.Add(name=f"{block.name}_add")([shortcut, y]), f"{block.name}_relu2")
+        x, shortcut = join(shortcut, y, block.name)
     x = parts.rounded(layers.GlobalAveragePooling2D(name="pool")(x), "pool")
     # Logits are float32 under every policy, because the softmax of half-precision logits loses small probabilities.
     x = parts.dense(num_classes, kernel_initializer="he_normal", dtype="float32", name="classifier")(x)

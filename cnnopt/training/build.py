@@ -8,6 +8,7 @@ import tf_keras as keras
 from cnnopt.config import TrainConfig
 from cnnopt.data.datasets import Dataset
 from cnnopt.distributed import collectives
+from cnnopt.model import fused
 from cnnopt.model.flat import Vectors, views
 from cnnopt.model.precision import DynamicLossScale, Precision
 from cnnopt.model.pruning import Pruner, prunable_kernels
@@ -34,6 +35,9 @@ def build_model(
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     precision.apply()
+    compiler = compiler or Compiler()
+    if precision.fuse and parts is FLOAT and not compiler.enabled:
+        parts = fused.PARTS
     mean, std = pixel_statistics(data.train_images, config.normalize)
     with views() as made:
         network = resnet(config.depth, data.num_classes, mean=mean, std=std, widen=precision.widen, parts=parts)
@@ -72,7 +76,7 @@ def build_model(
         # Muon applies weight decay to the kernels of convolutions itself.
         if not (orthogonal and kernel.shape.rank == 4):
             kernel.like(run.weight_decay, kernel.name).assign(tf.fill(kernel.shape, decay))
-    model.vectors, model.run, model.compiler = vectors, run, compiler or Compiler()
+    model.vectors, model.run, model.compiler = vectors, run, compiler
     model.learning_rates = tf.constant([rate(step) for step in range(timeline.total_steps)], tf.float32)
     model.label_smoothing, model.ema = config.label_smoothing, config.ema
     model.loss_scale = DynamicLossScale(precision.scales_loss or config.wire_dtype == "float16")

@@ -56,6 +56,7 @@ def test_the_choice_for_the_hardware(asked, cpuinfo, has_gpu, compute, widen, mo
     monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
     chosen = choose(asked, has_gpu=has_gpu)
     assert (chosen.compute, chosen.widen) == (compute, widen)
+    assert chosen.fuse == (compute == "bfloat16" and not widen and not has_gpu)
     assert chosen.scales_loss == (compute == "float16")
     assert chosen.reason
 

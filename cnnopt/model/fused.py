@@ -1,0 +1,108 @@
+"""ReLU and the end of a residual block, for bfloat16 on CPUs: XLA compiles what lies between two convolutions.
+
+TensorFlow's kernels for sums and ReLU widen each bfloat16 number, compute and round it, operation by operation. They
+take an eighth of a step (docs/benchmarks.md, "Operations of a step"). Here XLA does the same work in one pass. It
+rounds where TensorFlow rounds, so finite numbers are equal bit for bit, except for the sign of a gradient that is zero.
+
+The compiled functions take pairs of bfloat16 numbers as one int32, because XLA is slow with types of 16 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import tensorflow as tf
+from tf_keras import layers
+
+from cnnopt.model.resnet import FLOAT
+
+Gradient = Callable[..., tf.Tensor]
+
+
+def _halves(pairs: tf.Tensor) -> list[tf.Tensor]:
+    """The upper and the lower number of each pair, float32. A bfloat16 is the upper half of a float32."""
+    upper = tf.bitwise.bitwise_and(pairs, -0x10000)
+    return [tf.bitcast(bits, tf.float32) for bits in (upper, tf.bitwise.left_shift(pairs, 16))]
+
+
+def _paired(halves: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Pairs, int32, of upper and lower numbers, float32, which are rounded to the nearest bfloat16, halves to even."""
+    upper, lower = (tf.bitcast(half, tf.int32) for half in halves)
+    upper, lower = (
+        bits + 0x7FFF + tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, 16), 1) for bits in (upper, lower)
+    )
+    lower = tf.bitwise.bitwise_and(tf.bitwise.right_shift(lower, 16), 0xFFFF)
+    return tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(upper, -0x10000), lower)
+
+
+def _compiled(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """``function`` of float32 tensors, compiled, as one of bfloat16 tensors [..., an even number] of one shape."""
+
+    @functools.partial(tf.function, autograph=False, jit_compile=True)
+    def of_pairs(*tensors: tf.Tensor) -> tf.Tensor:
+        return _paired([function(*halves) for halves in zip(*map(_halves, tensors), strict=True)])
+
+    def call(*tensors: tf.Tensor) -> tf.Tensor:
+        # Neither a bitcast nor a reshape copies anything.
+        pairs = of_pairs(*(tf.bitcast(tf.reshape(tensor, [-1, 2]), tf.int32) for tensor in tensors))
+        return tf.reshape(tf.bitcast(pairs, tf.bfloat16), tf.shape(tensors[0]))
+
+    return call
+
+
+@_compiled
+def _relu_of_sum(shortcut: tf.Tensor, branch: tf.Tensor) -> tf.Tensor:
+    return tf.nn.relu(shortcut + branch)
+
+
+@_compiled
+def _through_relu(gradient: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+    return tf.where(output > 0, gradient, 0.0)
+
+
+@_compiled
+def _sum_through_relu(gradient: tf.Tensor, other: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+    return tf.where(output > 0, gradient + other, 0.0)
+
+
+@tf.custom_gradient
+def relu(inputs: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+    """``tf.nn.relu``, which TensorFlow fuses with the BatchNorm before it, and a compiled gradient."""
+    output = tf.nn.relu(inputs)
+    return output, lambda gradient: _through_relu(gradient, output)
+
+
+@tf.custom_gradient
+def join(shortcut: tf.Tensor, branch: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Gradient]:
+    """relu(shortcut + branch), once for each of its two readers. So the sum of their gradients is compiled too."""
+    output = _relu_of_sum(shortcut, branch)
+
+    def gradient(of_one: tf.Tensor, of_other: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        both = _sum_through_relu(of_one, of_other, output)
+        return both, both
+
+    return (output, tf.identity(output)), gradient
+
+
+class ReLU(layers.Layer):
+    """``relu`` in training. Evaluation has batches of other sizes, and XLA would compile for each."""
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """A tensor of any shape, to one of the same shape and type."""
+        return relu(inputs) if training else tf.nn.relu(inputs)
+
+
+class Join(layers.Layer):
+    """``join`` in training: the end of a residual block, for the two readers of its output."""
+
+    def call(self, inputs: list[tf.Tensor], training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+        """[shortcut, branch], of one shape and type, to the output, twice."""
+        if training:
+            return join(*inputs)
+        output = tf.nn.relu(tf.add(*inputs))
+        return output, output
+
+
+PARTS = replace(FLOAT, relu=ReLU, join=Join)
