@@ -46,7 +46,7 @@ XLA = "compiled by XLA"
 # Not TensorFlow operations of the step: the executor, XLA's kernels, and what passes arguments and results.
 PASSED = ("executor", XLA, "_Arg", "_Retval", "NoOp")
 # They pass a tensor on, read its shape, or disappear when TensorFlow simplifies the graph.
-MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill")
+MOVES_NOTHING = ("Identity", "IdentityN", "Shape", "ShapeN", "Fill", "Reshape", "Bitcast")
 
 
 def self_times(trace: Path) -> tuple[Counter[str], Counter[str]]:
@@ -93,7 +93,8 @@ def bytes_moved(graph: tf.Graph) -> tuple[Counter[str], Counter[str]]:
         if kind in MOVES_NOTHING:
             continue
         tensors = [*operation.inputs, *operation.outputs]
-        known = [t for t in tensors if t.shape.is_fully_defined() and t.dtype.is_floating]
+        # XLA gets some numbers as bits.
+        known = [t for t in tensors if t.shape.is_fully_defined() and (t.dtype.is_floating or kind == XLA)]
         moved[kind] += sum(t.shape.num_elements() * t.dtype.size for t in known)
         counts[kind] += 1
     return moved, counts

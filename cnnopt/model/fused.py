@@ -38,18 +38,13 @@ def _paired(halves: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 def _compiled(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """``function`` of float32 tensors, compiled, as one of bfloat16 tensors [..., an even number] of one shape."""
+    """``function`` of float32 tensors, compiled, as one of pairs."""
 
     @functools.partial(tf.function, autograph=False, jit_compile=True)
-    def of_pairs(*tensors: tf.Tensor) -> tf.Tensor:
-        return _paired([function(*halves) for halves in zip(*map(_halves, tensors), strict=True)])
+    def of_pairs(*pairs: tf.Tensor) -> tf.Tensor:
+        return _paired([function(*halves) for halves in zip(*map(_halves, pairs), strict=True)])
 
-    def call(*tensors: tf.Tensor) -> tf.Tensor:
-        # Neither a bitcast nor a reshape copies anything.
-        pairs = of_pairs(*(tf.bitcast(tf.reshape(tensor, [-1, 2]), tf.int32) for tensor in tensors))
-        return tf.reshape(tf.bitcast(pairs, tf.bfloat16), tf.shape(tensors[0]))
-
-    return call
+    return of_pairs
 
 
 @_compiled
@@ -67,20 +62,34 @@ def _sum_through_relu(gradient: tf.Tensor, other: tf.Tensor, output: tf.Tensor) 
     return tf.where(output > 0, gradient + other, 0.0)
 
 
+# Neither a bitcast nor a reshape copies anything.
+
+
+def _pairs(numbers: tf.Tensor) -> tf.Tensor:
+    """bfloat16 [..., an even number] as pairs, int32 [n / 2]."""
+    return tf.bitcast(tf.reshape(numbers, [-1, 2]), tf.int32)
+
+
+def _numbers(pairs: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Pairs, int32 [n / 2], as bfloat16 in the shape of ``like``."""
+    return tf.reshape(tf.bitcast(pairs, tf.bfloat16), tf.shape(like))
+
+
 @tf.custom_gradient
 def relu(inputs: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
     """``tf.nn.relu``, which TensorFlow fuses with the BatchNorm before it, and a compiled gradient."""
     output = tf.nn.relu(inputs)
-    return output, lambda gradient: _through_relu(gradient, output)
+    return output, lambda gradient: _numbers(_through_relu(_pairs(gradient), _pairs(output)), like=output)
 
 
 @tf.custom_gradient
 def join(shortcut: tf.Tensor, branch: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Gradient]:
     """relu(shortcut + branch), once for each of its two readers. So the sum of their gradients is compiled too."""
-    output = _relu_of_sum(shortcut, branch)
+    pairs = _relu_of_sum(_pairs(shortcut), _pairs(branch))
+    output = _numbers(pairs, like=shortcut)
 
     def gradient(of_one: tf.Tensor, of_other: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        both = _sum_through_relu(of_one, of_other, output)
+        both = _numbers(_sum_through_relu(_pairs(of_one), _pairs(of_other), pairs), like=shortcut)
         return both, both
 
     return (output, tf.identity(output)), gradient

@@ -28,8 +28,9 @@ def build_model(
     """Build the network, its optimizer, masks and schedules from ``config``. ``config.seed`` decides the weights.
 
     ``ranks``: the number of ranks that exchange; 1 sends nothing. ``parts``: the layers that the network is made of.
-    ``bucketed``: True sends gradients in buckets, each as soon as it is ready; False sends all in one. ``compiler``:
-    compiles the step and the evaluation; None leaves both as plain TensorFlow graphs.
+    ``compiler``: compiles the step and the evaluation; None leaves both as plain TensorFlow graphs. ``bucketed``: a
+    plain step sends gradients in buckets, each as soon as it is ready. False sends all in one, as a compiled step does,
+    whose gradients are ready at once.
     """
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
@@ -67,7 +68,9 @@ def build_model(
     decay, orthogonal = config.weight_decay, config.optimizer == "muon"
     assert decay is not None
     if orthogonal:
-        collectives.assert_same("--optimizer muon", muon.digest(), remedy="choose --optimizer sgd")
+        collectives.assert_same(
+            "--optimizer muon", muon.digest(), remedy="choose --optimizer sgd, or start the ranks on hosts of one kind"
+        )
     model.compile()
     # The optimizer is not given to compile(), which would wrap it in Keras' own loss scale under mixed_float16.
     model.optimizer = _optimizer(config.optimizer, rate.peak, decay, vectors)
@@ -80,7 +83,9 @@ def build_model(
     model.learning_rates = tf.constant([rate(step) for step in range(timeline.total_steps)], tf.float32)
     model.label_smoothing, model.ema = config.label_smoothing, config.ema
     model.loss_scale = DynamicLossScale(precision.scales_loss or config.wire_dtype == "float16")
-    model.exchange = _exchange(config, model, timeline.total_steps, ranks=ranks, bucketed=bucketed)
+    model.exchange = _exchange(
+        config, model, timeline.total_steps, ranks=ranks, bucketed=bucketed and not compiler.enabled
+    )
     return model
 
 

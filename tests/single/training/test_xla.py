@@ -105,4 +105,6 @@ def test_a_compiled_step_is_two_operations_and_the_exchange_whatever_the_depth()
     assert found[0] == found[1]
     working = [kind for kind in found[0] if kind not in ("Placeholder", "Const", "Identity", "NoOp")]
     assert working.count("StatefulPartitionedCall") == 2
+    # All gradients are ready at once, so they are sent as one.
+    assert len(model.exchange.sizes) == 1
     assert len(working) < 20
