@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of results that README.md and docs/study.md show, from the stored runs and records of docs/results.
+"""Write the tables of results that README.md and docs/study.md show, from the records in docs/results/study.
 
     python scripts/fill_tables.py            # writes them
     python scripts/fill_tables.py --check    # only names the files that differ, with status 1
@@ -7,39 +7,27 @@
 Everything else in the two files stays as it is. docs/results/study/README.md is written whole.
 """
 
-import json
 import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cnnopt.grid import records, report, tables  # noqa: E402
 from cnnopt.grid.table import Table  # noqa: E402
-from cnnopt.run.run_folder import RunFolder  # noqa: E402
 
-RESULTS = ROOT / "docs" / "results"
-#: The rows of the README's table: runs of one setting that differ in their seed, the one with measured files first.
-ROWS = (
-    ("resnet44-np2-defaults", "resnet44-np2-defaults-seed1"),
-    ("resnet20-muon-decay-seed0", "resnet20-muon-decay-seed1", "resnet20-muon-decay-seed2"),
-    ("resnet20-70-muon-30epochs",),
-    ("resnet20-dense-muon-seed0",),
-)
+RECORDS = ROOT / "docs" / "results" / "study"
+#: The cells of our recipe in the README's table.
+CELLS = ("super-60", "super-70", "super-90", "super-dense")
+DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 HEAD = (
-    "| network | zero weights | accuracy % (seeds) | epochs; minutes a run | packed int8 | packed int8, 16 clusters |"
+    "| network, data | zero weights | accuracy % (seeds) | epochs; minutes a run | packed int8 "
+    "| packed int8, 16 clusters |"
 )
 #: The part of docs/study.md that is written here.
 BEGIN, END = "<!-- from docs/results/study: scripts/fill_tables.py -->", "<!-- end -->"
-
-
-def read(run: str, name: str) -> dict[str, Any]:
-    """A JSON file of a stored run; empty if the run has no such file."""
-    path = RESULTS / run / name
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def rounded(value: float) -> int:
@@ -47,44 +35,40 @@ def rounded(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def packed(report: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Size, ratio and accuracy of the first of these files that a report has."""
-    by_name = {entry["name"]: entry for entry in report.get("files", [])}
-    entry = next((by_name[name] for name in names if name in by_name), None)
-    if entry is None:
+def packed(record: records.Record, name: str) -> str:
+    """Packed size of a file, its ratio to the raw float32 file, and its accuracy. Empty if it was not measured."""
+    files = {entry["name"]: entry for entry in record["files"]}
+    if name not in files:
         return ""
-    archive = entry["packed"]
-    tuned = entry["fine_tuned"]
-    more = f" with {tuned['epochs']} epoch{'s' * (tuned['epochs'] > 1)} of fine-tuning" if tuned else ""
-    size, accuracy = rounded(archive["bytes"] / 1024), 100 * entry["test"]["accuracy"]
-    return f"{size} KiB, {archive['times_smaller']:.1f}x smaller, {accuracy:.2f}%{more}"
+    size, whole = files[name]["packed"], files["float32"]["raw"]
+    return f"{rounded(size / 1024)} KiB, {whole / size:.1f}x smaller, {100 * files[name]['accuracy']:.2f}%"
 
 
-def row(runs: tuple[str, ...]) -> str:
-    """A row of the README's table."""
-    environment, card = (read(runs[0], name) for name in ("env.json", "report.json"))
-    identities = [RunFolder(RESULTS / run).identity("restore it") for run in runs]
-    identity = identities[0]
-    results = [RunFolder(RESULTS / run).result() or {} for run in runs]
-    seeds = ", ".join(str(identity["seed"]) for identity in identities)
-    accuracies = ", ".join(f"{100 * result['test_accuracy']:.2f}" for result in results)
-    took = sorted({rounded(result["minutes"]) for result in results})
+def row(group: tables.Group, label: str) -> str:
+    """A row of the README's table: the runs of a cell. The files are of its first seed."""
+    runs = group.of(label)
+    first = runs[0]
+    zeros, cores = first["identity"]["sparsity"], first["machine"]["cores"]
+    accuracies = ", ".join(f"{tables.accuracy_of(run):.2f}" for run in runs)
+    seeds = ", ".join(str(run["identity"]["seed"]) for run in runs)
+    took = sorted({rounded(run["result"]["minutes"]) for run in runs})
     minutes = " to ".join(map(str, dict.fromkeys((took[0], took[-1]))))
-    cores = environment["cores"]
     cells = (
-        f"ResNet-{identity['depth']}",
-        f"{identity['sparsity']:.0%}" if identity["sparsity"] else "none",
+        f"ResNet-{group.depth}, {DATA[group.dataset]}",
+        f"{zeros:.0%}" if zeros else "none",
         f"{accuracies} ({seeds})",
-        f"{identity['epochs']}; {minutes} on {cores} core{'s' * (cores > 1)}",
-        packed(card, ("int8",)),
-        packed(card, ("clustered-int8-qat", "clustered-int8")),
+        f"{group.epochs}; {minutes} on {cores} core{'s' * (cores > 1)}",
+        packed(first, "int8"),
+        packed(first, "clustered-int8"),
     )
     return "| " + " | ".join(cells) + " |"
 
 
-def readme(text: str) -> str:
+def readme(text: str, groups: list[tables.Group]) -> str:
     """README.md with its table of results."""
-    table = "\n".join([HEAD, "|" + "---|" * (HEAD.count("|") - 1), *map(row, ROWS)])
+    ours = sorted((group for group in groups if group.recipe == "ours"), key=lambda g: (g.dataset, -g.depth))
+    rows = [row(group, label) for group in ours for label in CELLS if label in group.labels]
+    table = "\n".join([HEAD, "|" + "---|" * (HEAD.count("|") - 1), *rows])
     filled, count = re.subn(rf"^{re.escape(HEAD)}\n(\|.*\n)+", lambda _: table + "\n", text, flags=re.M)
     assert count == 1, "README.md has no table of results"
     return filled
@@ -123,11 +107,11 @@ def all_tables(groups: list[tables.Group]) -> str:
 
 def main() -> int:
     """Write the files, or compare them."""
-    groups = tables.groups(records.load(RESULTS / "study"), report.known())
+    groups = tables.groups(records.load(RECORDS), report.known())
     pages = {
-        ROOT / "README.md": readme,
+        ROOT / "README.md": lambda text: readme(text, groups),
         ROOT / "docs" / "study.md": lambda text: study(text, groups),
-        RESULTS / "study" / "README.md": lambda text: all_tables(groups),
+        RECORDS / "README.md": lambda text: all_tables(groups),
     }
     stale = []
     for path, fill in pages.items():

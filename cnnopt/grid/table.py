@@ -40,17 +40,20 @@ class Table:
     columns: tuple[Column, ...]
     rows: list[tuple[Any, ...]]
 
-    def texts(self) -> list[list[str]]:
-        """The rows as people read them."""
-        return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
+    def shown(self) -> tuple[list[Column], list[list[str]]]:
+        """The columns that have a value in some row, and the rows as people read them."""
+        filled = [i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)]
+        columns = [self.columns[i] for i in filled]
+        return columns, [[self.columns[i].text(row[i]) for i in filled] for row in self.rows]
 
     def markdown(self) -> str:
         """The table alone, without its title."""
-        head = [[column.title for column in self.columns], ["---"] * len(self.columns)]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in [*head, *self.texts()])
+        columns, rows = self.shown()
+        head = [[column.title for column in columns], ["---"] * len(columns)]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [*head, *rows])
 
     def csv(self) -> str:
-        """Numbers in full. A column of spreads becomes three: mean, deviation and number of seeds."""
+        """All columns, with numbers in full. A column of spreads becomes three: mean, deviation and number of seeds."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         head: list[str] = []
@@ -71,8 +74,9 @@ class Table:
 
     def latex(self) -> str:
         """A table environment, for the package booktabs."""
-        kinds = "".join("r" if column.form else "l" for column in self.columns)
-        lines = [[column.title for column in self.columns], *self.texts()]
+        columns, rows = self.shown()
+        kinds = "".join("r" if column.form else "l" for column in columns)
+        lines = [[column.title for column in columns], *rows]
         head, *body = [" & ".join(map(_latex, cells)) + r" \\" for cells in lines]
         return "\n".join(
             [
@@ -84,15 +88,14 @@ class Table:
 
     def html(self) -> str:
         """The table and its note, in the classes of cnnopt/export/page.html."""
-        kinds = [' class="n"' if column.form else "" for column in self.columns]
-        head = "".join(
-            f"<th{kind}>{escape(column.title)}</th>" for kind, column in zip(kinds, self.columns, strict=True)
-        )
-        rows = "".join(
+        columns, rows = self.shown()
+        kinds = [' class="n"' if column.form else "" for column in columns]
+        head = "".join(f"<th{kind}>{escape(column.title)}</th>" for kind, column in zip(kinds, columns, strict=True))
+        body = "".join(
             "<tr>" + "".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(kinds, row, strict=True)) + "</tr>"
-            for row in self.texts()
+            for row in rows
         )
-        return f"<div class=scroll><table><tr>{head}</tr>{rows}</table></div><p class=small>{escape(self.note)}</p>"
+        return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div><p class=small>{escape(self.note)}</p>"
 
 
 def _latex(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Comparisons of runs: a real run of docs/results with a made-up report, and a run that was stopped."""
+"""Comparisons of runs: a real run on CIFAR-10 with a made-up report, and a run that was stopped."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from cnnopt.export.render import SCHEMA
 from cnnopt.groups import by_settings, read
 from tests.helpers import ROOT
 
-RESULTS = ROOT / "docs" / "results"
+RUNS = Path(__file__).with_name("runs")
 
 
 def entry(name, *, gzip, packed=None):
@@ -28,8 +28,8 @@ def entry(name, *, gzip, packed=None):
 @pytest.fixture
 def runs(tmp_path):
     """A quantized run and one that was stopped."""
-    shutil.copytree(RESULTS / "resnet20-np2-4epochs", tmp_path / "resnet20-np2-4epochs")
-    shutil.copytree(Path(__file__).with_name("unfinished_run"), tmp_path / "unfinished")
+    shutil.copytree(RUNS / "resnet20-np2-4epochs", tmp_path / "resnet20-np2-4epochs")
+    shutil.copytree(RUNS / "unfinished", tmp_path / "unfinished")
     files = [
         entry("float16", gzip=300_000),
         entry("int8", gzip=200_000, packed=160_000),
@@ -67,7 +67,7 @@ def dense_and_pruned(tmp_path):
     folder = tmp_path / "runs"
     for name in ("resnet20-muon-decay-seed0", "resnet20-muon-decay-seed1", "resnet20-muon-decay-seed2",
                  "resnet20-dense-muon-seed0"):  # fmt: skip
-        shutil.copytree(RESULTS / name, folder / name, ignore=shutil.ignore_patterns("report.*"))
+        shutil.copytree(RUNS / name, folder / name)
     for seed, (accuracy, gzip, ms) in enumerate([(0.90, 100 * 1024, 1.0), (0.92, 200 * 1024, 3.0)]):
         files = [
             {**entry("float32", gzip=10**6), "latency": [{"median_ms": 6.0, "p99_ms": 7}]},

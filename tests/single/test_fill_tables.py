@@ -1,4 +1,4 @@
-"""The tables of results in README.md and docs/study.md are those of the stored runs and records."""
+"""The tables of results in README.md and docs/study.md are those of the stored records."""
 
 import json
 import shutil
@@ -22,14 +22,16 @@ def test_a_table_that_differs_is_found_and_written(tmp_path):
     for name in ("README.md", "docs", "cnnopt", "scripts"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    path = tmp_path / "docs/results/resnet44-np2-defaults/result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "accuracy": 0.1234}))
+    path = tmp_path / "docs/results/study/ours-cifar10-resnet20-super-60-30epochs-seed0.json"
+    record = json.loads(path.read_text())
+    record["result"]["accuracy"] = 0.1234
+    path.write_text(json.dumps(record))
     done = fill(tmp_path, "--check")
     assert (done.returncode, done.stderr.split()[0]) == (1, "README.md")
     before = (tmp_path / "README.md").read_text()
-    assert fill(tmp_path).stdout == "README.md\n"
+    assert fill(tmp_path).stdout.splitlines() == ["README.md", "docs/results/study/README.md"]
     after = (tmp_path / "README.md").read_text()
     changed = [line for line in after.splitlines() if line not in before.splitlines()]
     assert len(changed) == 1
-    assert "| 12.34, 92.90 (0, 1) |" in changed[0]
+    assert changed[0].startswith("| ResNet-20, CIFAR-10 | 60% | 12.34 (0) |")
     assert fill(tmp_path, "--check").returncode == 0

@@ -78,7 +78,7 @@ def test_a_line_of_an_error_that_nobody_can_read_changes_no_status(module):
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("command", ["cnnopt.launch_plan", "cnnopt.compare docs/results/resnet20-np2-4epochs"])
+@pytest.mark.parametrize("command", ["cnnopt.launch_plan", "cnnopt.compare tests/single/runs/resnet20-np2-4epochs"])
 def test_an_answer_that_nobody_can_take_is_an_error_of_one_line(command):
     given = [sys.executable, "-m", *command.split()]
     with open("/dev/full", "w") as full:

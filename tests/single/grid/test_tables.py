@@ -1,6 +1,7 @@
 """The tables of a study, from records with made-up figures, and every form of a table."""
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -155,6 +156,14 @@ def test_a_table_in_each_form():
     html = TABLE.html()
     assert "a_b &lt;i&gt;" in html
     assert '<td class="n">1.2x ± 0.5</td>' in html
+
+
+def test_what_people_read_leaves_out_a_column_without_a_value():
+    table = dataclasses.replace(TABLE, rows=[("a", None, 1), ("b", None, 2)])
+    assert table.markdown().splitlines() == ["| what | n |", "| --- | --- |", "| a | 1 |", "| b | 2 |"]
+    assert r"\begin{tabular}{lr}" in table.latex()
+    assert table.html().count("<th") == 2
+    assert table.csv().splitlines()[0].split(",")[:2] == ["what", "value"]
 
 
 @pytest.mark.parametrize(
