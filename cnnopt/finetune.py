@@ -91,6 +91,7 @@ def fine_tune(
     assert outcome is not None
     run, remaining = outcome
     if not remaining:
+        collectives.shutdown()
         return 0
 
     from cnnopt.run import run_folder
@@ -108,6 +109,7 @@ def fine_tune(
         identity["dataset"], data_dir, seed=identity["seed"], validation=identity["validation"],
         share=world.local_size > 1,
     )  # fmt: skip
+    collectives.assert_same("--data-dir", images.counts(), remedy="give all hosts the same copy of the data set")
     for clusters in remaining:
         config = settings_of(run, epochs, clusters)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -110,8 +111,11 @@ def find(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in paths:
         folders = [path]
-        if path.is_dir() and not RunFolder(path).config_file.exists():
-            folders = sorted(entry for entry in path.iterdir() if RunFolder(entry).config_file.exists())
+        if os.path.isdir(path) and not RunFolder(path).is_run:
+            try:
+                folders = sorted(entry for entry in path.iterdir() if RunFolder(entry).is_run)
+            except OSError as error:
+                raise GroupError(f"{path}: {error.strerror}; name a folder that may be read") from None
             if not folders:
                 raise GroupError(f"{path}: neither a run folder nor a folder of some; name one that train_hvd.py made")
         for folder in folders:

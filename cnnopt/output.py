@@ -59,6 +59,10 @@ def _take_over(output: type[_File]) -> None:
     A stream that was closed before the program started becomes /dev/null. Otherwise the next file to be opened would
     get its number, and C++ code would write its messages for standard error into that file.
     """
+    columns = os.environ.get("COLUMNS", "")
+    # rich prints nothing with COLUMNS=0, which some programs leave behind. Without it, rich asks the terminal.
+    if columns.isdigit() and int(columns) < 40:
+        del os.environ["COLUMNS"]
     for number, name, kind in ((1, "stdout", output), (2, "stderr", _File)):
         given = getattr(sys, name)
         settings: dict[str, Any] = {}

@@ -26,8 +26,8 @@ def require(flag: str, packages: Iterable[str]) -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingError(
-            f"{flag}: {' and '.join(missing)} {verb} not installed; pip install {' '.join(missing)}, or on Python 3.11 "
-            "or newer EXTRAS=1 make env"
+            f"{flag}: {' and '.join(missing)} {verb} not installed; run EXTRAS=1 make env (Python 3.11 or newer), or "
+            f"uv pip install {' '.join(missing)}"
         )
 
 

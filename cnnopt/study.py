@@ -14,6 +14,7 @@ a signal and saved, 130 stopped by Ctrl-C and saved.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -148,12 +149,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dataset in dict.fromkeys(cell.config.dataset for cell in chosen):
         datasets.check(dataset, given.data_dir)
 
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GridError(f"--output {output}: {error.strerror}; choose another folder") from None
+    if not os.access(output, os.W_OK):
+        raise GridError(f"--output {output}: may not be written; choose another folder")
+    unwritten = ""
+
     def after_each(cell: Cell) -> None:
+        nonlocal unwritten
         print(f"{cell.name}: {report.summary(cell.folder)}", flush=True)
-        report.of_runs(run_dir, output, [grid])
+        # What is wrong here is not the fault of this cell: the tables are made of all cells.
+        try:
+            report.of_runs(run_dir, output, [grid])
+            unwritten = ""
+        except CnnoptError as error:
+            unwritten = str(error)
 
     print(f"{len(chosen)} cells; tables and figures go to {output}", flush=True)
-    return runner.Runner(chosen, quantize, variants).run(after_each)
+    status = runner.Runner(chosen, quantize, variants).run(after_each)
+    if unwritten:
+        print(f"cnnopt.study: no tables and figures: {unwritten}", file=sys.stderr)
+    return status or bool(unwritten)
 
 
 if __name__ == "__main__":

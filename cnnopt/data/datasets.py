@@ -52,6 +52,10 @@ class Dataset:
         """The number of classes."""
         return len(self.class_names)
 
+    def counts(self) -> str:
+        """The number of images of each split, as text."""
+        return f"{len(self.train_images):,} training and {len(self.test_images):,} test images"
+
     @property
     def monitored(self) -> Literal["val", "test"]:
         """The split that is evaluated after each epoch: the validation images, or the test images if there are none."""

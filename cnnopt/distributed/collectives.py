@@ -261,12 +261,14 @@ def gather_objects(value: Any) -> list[Any]:
     return [value] if _size() == 1 else hvd.allgather_object(value)
 
 
-def assert_same(flag: str, value: str, *, remedy: str = "name one") -> None:
+def assert_same(
+    flag: str, value: str, *, remedy: str = "name one, or start the ranks on hosts of one kind"
+) -> None:  # fmt: skip
     """Raise LaunchError on every rank, with ``remedy``, unless ``flag`` has the same value on all ranks."""
     everyone = gather_objects((value, hostname()))
     if len({settled for settled, _ in everyone}) > 1:
         found = ", ".join(f"{settled} on {name}" for settled, name in dict.fromkeys(everyone))
-        raise LaunchError(f"{flag}: {found}; {remedy}, or start the ranks on hosts of one kind")
+        raise LaunchError(f"{flag}: {found}; {remedy}")
 
 
 def mean(values: Sequence[float]) -> list[float]:

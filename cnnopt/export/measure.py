@@ -22,7 +22,8 @@ def sizes(data: bytes, kernels: Sequence[Kernel]) -> dict[str, int]:
     ``entropy_bound``, but not far below ``weights_entropy``.
     """
     coded = weights_entropy(kernels)
-    other = len(data) - sum(kernel.nbytes for kernel in kernels)
+    # The converter stores equal kernels, such as two of zeros alone, once.
+    other = len(data) - sum(nbytes for _, nbytes in {(kernel.offset, kernel.nbytes) for kernel in kernels})
     return {**compressed(data), "entropy_bound": other + coded, "weights_entropy": coded}
 
 

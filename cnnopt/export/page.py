@@ -99,7 +99,7 @@ def run_page(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
     zeros = [(layer, 100 * (1 - found["nonzero"] / found["weights"])) for layer, found in layers.items()]
     sections = [
         _network(content, folder, images),
-        section("Accuracy and size", _accuracy([("", content)])),
+        section("Accuracy and size", _accuracy([("", content, 0)])),
         section("Files", _files(content)),
         section("Other formats", _formats(content)) if content.get("formats") else "",
         section("Latency", _latency((e["name"], e, 0) for e in content["files"])),
@@ -118,8 +118,8 @@ def run_page(content: Mapping[str, Any], folder: Path, images: Dataset) -> str:
 
 
 def comparison_page(runs: Sequence[Any], *, title: str | None = None, first: Sequence[str] = ()) -> str:
-    """The page of several runs, each a ``cnnopt.compare.Run``. ``first`` are sections that come before all others."""
-    cards = [(run.name, run.card) for run in runs if run.card]
+    """The page of several runs, each a ``cnnopt.groups.Run``. ``first`` are sections that come before all others."""
+    cards = [(run.name, run.card, number % COLORS) for number, run in enumerate(runs) if run.card]
     lines = "".join(
         f'<li><i class="key c{number % COLORS}"></i>{escape(run.name)}: '
         f"{escape(headline(run.card)) if run.card else 'not quantized'}</li>"
@@ -127,12 +127,11 @@ def comparison_page(runs: Sequence[Any], *, title: str | None = None, first: Seq
     )
     sections = [*first, section("Runs", f"<ul>{lines}</ul>", "wide")]
     if cards:
-        colors = {run.name: number % COLORS for number, run in enumerate(runs)}
         sections += [
-            section("Accuracy and size", _accuracy(cards, colors)),
+            section("Accuracy and size", _accuracy(cards)),
             section(
                 "Latency",
-                _latency((f"{name}: {e['name']}", e, colors[name]) for name, card in cards for e in card["files"]),
+                _latency((f"{name}: {e['name']}", e, color) for name, card, color in cards for e in card["files"]),
             ),
         ]
     if any(run.metrics for run in runs):
@@ -165,11 +164,10 @@ def _percent(test: Mapping[str, Any]) -> str:
     return f"{100 * test['accuracy']:.2f}% (95%: {100 * low:.1f} to {100 * high:.1f})"
 
 
-def _accuracy(cards: Sequence[tuple[str, Mapping[str, Any]]], colors: Mapping[str, int] | None = None) -> str:
-    """All files of all cards, with the front of each card as a line. Without ``colors``, all have the first colour."""
+def _accuracy(cards: Sequence[tuple[str, Mapping[str, Any], int]]) -> str:
+    """All files of all cards (name, report, colour), with the front of each card as a line."""
     everything, fronts = [], []
-    for name, card in cards:
-        color = colors[name] if colors else 0
+    for name, card, color in cards:
         points = []
         for number, entry in enumerate(card["files"], start=1):
             test = entry["test"]
@@ -188,7 +186,7 @@ def _accuracy(cards: Sequence[tuple[str, Mapping[str, Any]]], colors: Mapping[st
         f"<li>{f'{escape(name)}: ' if name else ''}"
         + ", ".join(f"<b>{i}</b> {escape(entry['name'])}" for i, entry in enumerate(card["files"], start=1))
         + "</li>"
-        for name, card in cards
+        for name, card, _ in cards
     )
     chart = charts.scatter(everything, "KiB, packed or gzip -9", "test accuracy, %", fronts=fronts)
     return (

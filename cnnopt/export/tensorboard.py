@@ -48,7 +48,7 @@ def save(content: dict[str, Any], folder: Path, images: Dataset) -> None:
         for evaluated in ("validation", "test"):
             if (place.parent / evaluated).exists():
                 with _writer(place.parent / evaluated, SUFFIX).as_default(step):
-                    tf.summary.scalar("quantize/packed_bytes", shipped(entry).bytes)
+                    tf.summary.scalar("quantize/bytes_to_ship", shipped(entry).bytes)
     except (OSError, tf.errors.OpError) as error:
         raise WriteError(f"{place}: cannot be written ({error}); free some space there") from None
 

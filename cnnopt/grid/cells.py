@@ -106,7 +106,7 @@ def read(path: Path) -> Grid:
         if not content.get(key):
             raise refuse(f"{key} is missing")
     epochs = content["epochs"] if isinstance(content["epochs"], dict) else {0: content["epochs"]}
-    if not all(type(number) is int and number >= 0 for pair in epochs.items() for number in pair):
+    if not all(type(depth) is int and type(number) is int and number > 0 for depth, number in epochs.items()):
         raise refuse("epochs: give a whole number, or one for each smallest depth")
     for key, kind in (("datasets", str), ("depths", int), ("seeds", int)):
         if not isinstance(content[key], list) or not all(type(value) is kind for value in content[key]):
@@ -115,7 +115,7 @@ def read(path: Path) -> Grid:
     if not isinstance(cells, dict) or not all(isinstance(settings, dict) for settings in cells.values()):
         raise refuse("cells: give a name and the settings of each")
     for label, settings in cells.items():
-        if not LABEL.fullmatch(str(label)):
+        if not isinstance(label, str) or not LABEL.fullmatch(label):
             raise refuse(f"cells: {label}: use small letters, digits and '-'")
         for setting in settings:
             if str(setting).replace("-", "_") in DECIDED:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Iterable, Sequence
 
+from cnnopt.errors import CnnoptError
 from cnnopt.export.render import SCHEMA
 from cnnopt.grid.cells import Cell
 from cnnopt.run import atomic_files
@@ -20,9 +22,9 @@ def state(cell: Cell, variants: Sequence[str]) -> str:
     Raises UserError if the folder holds another run, or is damaged.
     """
     folder = RunFolder(cell.folder)
-    if not folder.config_file.exists():
-        return WAITING
     folder.check(cell.config)
+    if not folder.is_run:
+        return WAITING
     result = folder.result()
     if result is None:
         return BEGUN
@@ -54,7 +56,9 @@ class Pace:
         self.overheads: list[float] = []
         self.cells = list(cells)
         for cell in self.cells:
-            self.see(cell)
+            # A damaged cell is reported when its turn comes.
+            with contextlib.suppress(CnnoptError):
+                self.see(cell)
 
     def see(self, cell: Cell) -> None:
         """Take in what a cell has recorded."""

@@ -29,7 +29,7 @@ def of_run(path: Path) -> dict[str, Any] | None:
     """
     folder = RunFolder(path)
     named = NAME.fullmatch(path.name)
-    if named is None or not folder.config_file.exists() or (result := folder.result()) is None:
+    if named is None or not folder.is_run or (result := folder.result()) is None:
         return None
     environment = atomic_files.read_json(path / "env.json", "restore it from a copy")
     return {

@@ -50,6 +50,11 @@ class RunFolder:
             raise atomic_files.ReadError(f"{self.config_file} is damaged: {remedy}")
         return completed(identity)
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder holds a run. False also for a folder that may not be entered, for which Path raises."""
+        return os.path.isfile(self.config_file)
+
     def check(self, config: TrainConfig) -> None:
         """Raise UserError, within milliseconds, if this run cannot be written or continued here."""
         try:
@@ -237,9 +242,18 @@ def monitored(line: Mapping[str, Any]) -> str:
 
 
 def minutes(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Minutes of all steps, at their epoch's speed. ``seconds`` of a resumed epoch covers only its last part."""
+    """Minutes of all steps, at their epoch's speed.
+
+    ``seconds`` of a resumed epoch covers only its last part. If that is less than half of the epoch, it may be little
+    more than the first step, which compiles. Such an epoch counts at the median speed of the others.
+    """
     starts = [0, *(line["step"] for line in metrics)]
-    return sum((m["step"] - start) * m["step_seconds"] for m, start in zip(metrics, starts, strict=False)) / 60
+    steps = [line["step"] - start for line, start in zip(metrics, starts, strict=False)]
+    speeds = [line["step_seconds"] for line in metrics]
+    measured = [2 * line["seconds"] >= n * speed for line, n, speed in zip(metrics, steps, speeds, strict=True)]
+    well = [speed for speed, enough in zip(speeds, measured, strict=True) if enough]
+    typical = statistics.median(well or speeds or [0])
+    return sum(n * (s if enough else typical) for n, s, enough in zip(steps, speeds, measured, strict=True)) / 60
 
 
 def summarize(

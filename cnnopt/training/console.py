@@ -74,7 +74,7 @@ def start_table(
         "pruning": pruning,
     }
     for name, value in rows.items():
-        lines = textwrap.wrap(str(value), console.width - 12, break_long_words=False, break_on_hyphens=False)
+        lines = textwrap.wrap(str(value), max(console.width, 40) - 12, break_long_words=False, break_on_hyphens=False)
         console.print(
             "\n".join(f"  {head:<10}{line}" for head, line in zip([name, *[""] * len(lines)], lines, strict=False))
         )

@@ -90,7 +90,9 @@ def train(
         images, draws, first_step=first_step, last_step=timeline.total_steps, resident=config.resident(gpu=gpu)
     ) as stream:
         try:
-            loop.fit(model, stream, timeline, hooks, steps_per_call=config.call_length(gpu=gpu))
+            # Ranks on unlike devices would choose differently, and only some would wait for the others.
+            length = collectives.broadcast_object(config.call_length(gpu=gpu))
+            loop.fit(model, stream, timeline, hooks, steps_per_call=length)
         finally:
             show.clear()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from cnnopt.config import parse_args
 from cnnopt.run import checkpoint
 from cnnopt.run.run_folder import RunFolder
+from tests.helpers.cifar_copies import BINARY_10, small_copy
 from tests.helpers.jobs import assert_pruned
 
 pytestmark = pytest.mark.timeout(900)
@@ -116,6 +118,20 @@ def test_all_ranks_take_the_word_of_the_first_whether_a_run_is_complete(start, t
     assert job.wait(200) == 0, job.output()
     assert job.output() == f"{complete.path} is complete: as it was\n"
     assert not (tmp_path / "1").exists()
+
+
+def test_ranks_with_other_images_are_refused(start, tmp_path):
+    for rank, images in enumerate((16, 12)):
+        small_copy(BINARY_10, images).folder(tmp_path / f"{rank}")
+    code = "import os, runpy, sys; sys.argv += ['--data-dir', sys.argv.pop(1) + '/' + os.environ['HOROVOD_RANK']]; "
+    code += "sys.path.insert(0, '.'); sys.argv[0] = 'train_hvd.py'; runpy.run_path('train_hvd.py', run_name='__main__')"
+    flags = [*TINY, "--dataset", "cifar10", "--run-dir", str(tmp_path), "--name", "run"]
+    job = start(2, "-c", code, str(tmp_path), *flags, launcher=OWN)
+    assert job.wait(200) == 2, job.output()
+    here = platform.node()
+    found = f"80 training and 16 test images on {here}, 60 training and 12 test images on {here}"
+    assert f"--data-dir: {found}; give all hosts the same copy of the data set\n" in job.output()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(start, tmp_path):

@@ -138,6 +138,23 @@ def test_a_list_of_the_cells_says_how_far_they_are_and_runs_nothing(ended, study
     assert not (run_dir / mixed).exists()
 
 
+def test_a_damaged_cell_does_not_stop_the_others(ended, study):
+    run_dir, begin = study
+    config = run_dir / NAMES["baseline"] / "config.json"
+    kept = config.read_text()
+    config.write_text("{")
+    (run_dir / NAMES["constant-60"] / "report.json").unlink()
+    try:
+        job = begin("--variants", "float32,int8", "--only", "baseline", "constant-60")
+        assert job.wait() == 1
+    finally:
+        config.write_text(kept)
+    assert "1 of 2 cells are done" in job.output()
+    assert f"failed: {NAMES['baseline']}: {config} is damaged" in job.output()
+    assert f"failed: {NAMES['constant-60']}" not in job.output()
+    assert f"cnnopt.study: no tables and figures: {config} is damaged" in job.output()
+
+
 def test_a_cell_that_another_study_runs_is_left_to_it(ended, study):
     import filelock
 

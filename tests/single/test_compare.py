@@ -61,6 +61,14 @@ def test_a_comparison_holds_what_the_runs_have_recorded(runs, tmp_path, capsys):
     assert all(f"<title>resnet20-np2-4epochs: {name}: " in html for name in ("float16", "int8", "int8-qat"))
 
 
+def test_runs_of_one_name_have_separate_colours(runs, tmp_path):
+    for folder in ("a", "b"):
+        shutil.copytree(runs[0], tmp_path / folder / "run")
+    assert main([str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--output", str(tmp_path / "out")]) == 0
+    html = (tmp_path / "out/comparison.html").read_text()
+    assert [html.count(f'<div class="bar c{color}"') for color in (0, 1)] == [3, 3]
+
+
 @pytest.fixture
 def dense_and_pruned(tmp_path):
     """A folder of runs: three seeds of a pruned network, of which two are quantized, and a dense one."""

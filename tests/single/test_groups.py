@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cnnopt.groups import GroupError, Run, Spread, by_settings, find, read
+from tests.helpers import ROOT
+from tests.helpers.permissions import stopped_by_permissions
 
 RUNS = Path(__file__).with_name("runs")
 
@@ -55,3 +59,19 @@ def test_a_folder_of_runs_is_all_of_its_runs_each_once(tmp_path: Path):
     assert find([tmp_path / "b", tmp_path]) == [tmp_path / "b", tmp_path / "a"]
     with pytest.raises(GroupError, match="neither a run folder nor a folder of some"):
         find([tmp_path / "c"])
+
+
+@pytest.mark.parametrize(("closed", "status"), [("lost+found", 0), (".", 2)])
+def test_a_folder_that_may_not_be_entered_is_no_run(closed, status, tmp_path: Path):
+    runs = tmp_path / "runs"
+    shutil.copytree(RUNS / "resnet20-muon-decay-seed1", runs / "a")
+    (runs / closed).mkdir(exist_ok=True)
+    (runs / closed).chmod(0)
+    command = [sys.executable, "-m", "cnnopt.compare", str(runs)]
+    try:
+        done = subprocess.run(stopped_by_permissions(command), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    finally:
+        (runs / closed).chmod(0o700)
+    assert done.returncode == status
+    expected = f"cnnopt.compare: {runs}: Permission denied; name a folder that may be read\n" if status else ""
+    assert done.stderr == expected

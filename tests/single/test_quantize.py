@@ -218,7 +218,7 @@ def test_tensorboard_holds_the_report(trained):
     for tag in ("figure", "confusion", "answers"):
         assert event_files.image(events, f"quantize/{tag}").std() > 10
     assert event_files.image(events, "quantize/figure").shape == (990, 1430, 3)
-    (size,) = event_files.points(event_files.curves(path / "tb/validation"), "quantize/packed_bytes").values()
+    (size,) = event_files.points(event_files.curves(path / "tb/validation"), "quantize/bytes_to_ship").values()
     assert size == page.best(content)["shipped"]["bytes"]
 
 

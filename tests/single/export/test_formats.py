@@ -142,8 +142,8 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_made(
     assert main([str(path), *flags]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
-    assert f"{' '.join(flags).replace('float32,', '')}: {package} not installed; pip install " in said.err
-    assert "EXTRAS=1 make env" in said.err
+    assert f"{' '.join(flags).replace('float32,', '')}: {package} not installed; run EXTRAS=1 make env" in said.err
+    assert f"uv pip install {package.split()[0]}" in said.err
     assert not (path / "export").exists()
 
 

@@ -56,6 +56,12 @@ def test_sizes_count_each_byte_once():
     assert size["xz"] == len(lzma.compress(data, preset=9))
 
 
+def test_kernels_that_share_their_bytes_are_subtracted_once():
+    zeros = np.zeros(400, np.int8)
+    data = b"header" + zeros.tobytes() + b"tail"
+    assert sizes(data, 2 * [kernel(zeros, offset=6)])["entropy_bound"] == 10
+
+
 def test_ratios_are_against_the_reference_as_it_is():
     size = {"raw": 50, "gzip": 25, "xz": 20, "entropy_bound": 10, "weights_entropy": 9}
     found = ratios(size, {"raw": 200, "gzip": 100})

@@ -110,6 +110,8 @@ def test_patterns_choose_cells_by_label_or_by_name(grid):
         ("seeds: [0, 1]", "", "seeds is missing"),
         ("[20, 44]", "[20, deep]", "depths: give a list"),
         ("{20: 30, 44: 40}", "many", "epochs: give a whole number"),
+        ("{20: 30, 44: 40}", "{20: 0}", "epochs: give a whole number"),
+        ("  dense:", "  60:", "cells: 60: use small letters"),
         ("  dense: {preset: baseline}", "  dense: baseline", "cells: give a name and the settings"),
         ("  dense:", "  Dense:", "cells: Dense: use small letters"),
         ("{preset: baseline}", "{preset: baseline, depth: 8}", "dense: depth is not a setting of a cell"),
@@ -144,6 +146,7 @@ def test_a_grid_that_cannot_be_used_is_one_line(old, new, message, tmp_path, cap
         ("--task 99 --only baseline", "the grid has 12 cells: give sbatch --array=0-11%4"),
         ("--task 0 --tasks 4 --only baseline --seed 0 --depth 20", "the grid has 2 cells"),
         ("--report", "no cell is complete yet"),
+        ("--dataset digits --output /proc/none", "--output /proc/none: No such file or directory"),
         ("--grid none.yaml", "none.yaml: No such file"),
     ],
 )

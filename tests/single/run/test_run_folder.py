@@ -42,6 +42,12 @@ def test_minutes_are_of_all_steps_of_a_resumed_epoch():
     assert summarize(lines, {"total": 0.6}, {})["minutes"] == 1.0
 
 
+def test_minutes_do_not_multiply_a_step_that_compiled():
+    # The second epoch was resumed at its last step, which took 15 s.
+    lines = [line(1, 0.5), {**line(2, 0.6), "seconds": 15.0, "step_seconds": 15.0}, line(3, 0.7)]
+    assert summarize(lines, {"total": 0.6}, {})["minutes"] == 1.5
+
+
 def test_the_environment_names_versions_and_settings():
     found = environment({"TF_NUM_INTRAOP_THREADS": "2"})
     assert found["settings"] == {"TF_NUM_INTRAOP_THREADS": "2"}
