@@ -73,7 +73,8 @@ def training_rows(groups: Sequence[Group]) -> list[list[str]]:
         first, dense = group.runs[0], dense_for(group, groups)
         of_all = first.identity.get("epochs", "?")
         accuracy = group.spread(Run.test_accuracy)
-        lost = dense and accuracy and dense.spread(Run.test_accuracy)
+        # A run that is still at a high rate would seem to have lost much.
+        lost = dense and first.finished and accuracy and dense.spread(Run.test_accuracy)
         speed = group.spread(
             lambda run: statistics.median(e["images_per_second"] for e in run.metrics) if run.metrics else None
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cnnopt.command_line import Parser
 from cnnopt.config import TrainConfig
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cnnopt.training.step import SynchronousModel
     from cnnopt.training.xla import Compiler
 
-#: ``base_lr`` as a share of the run's, annealed by a cosine. NVIDIA's pytorch-quantization recommends this.
+#: The peak rate as a share of the run's, annealed by a cosine. NVIDIA's pytorch-quantization recommends this.
 RATE = 0.01
 
 
@@ -44,13 +44,15 @@ def settings_of(run: trained.TrainedRun, epochs: int, clusters: int) -> TrainCon
         config = TrainConfig(**run.identity)
     except TypeError as error:
         raise trained.TrainedError(f"{run.path}: config.json is of another version of cnnopt ({error})") from None
-    assert config.base_lr is not None
+    # Muon's steps do not shrink with the gradient, so SGD takes its place. The two scale the rate with the batch
+    # differently.
+    optimizer: Literal["sgd", "adam"] = "adam" if config.optimizer == "adam" else "sgd"
+    scale = dataclasses.replace(config, optimizer=optimizer, base_lr=1.0).peak_rate()
     return dataclasses.replace(
         config,
         epochs=epochs,
-        # Muon's steps do not shrink with the gradient. SGD can take its place, because both have the same base_lr.
-        optimizer="sgd" if config.optimizer == "muon" else config.optimizer,
-        base_lr=config.base_lr * RATE,
+        optimizer=optimizer,
+        base_lr=config.peak_rate() * RATE / scale,
         lr_schedule="cosine",
         lr_drops="",
         warmup="0e",

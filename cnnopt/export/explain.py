@@ -84,7 +84,7 @@ def _int8_speed(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
     if has:
         return [f"{sentence} This CPU has {', '.join(has)}, so measure again on an idle machine."]
     return [
-        f"{sentence} This CPU has none: with AVX2 alone XNNPACK widens int8 to int16 first, and then needs two "
+        f"{sentence} This CPU has none. With AVX2 alone, XNNPACK widens int8 to int16 first, and then needs two "
         "instructions for 16 products, as float32 does (FMA)."
     ]
 

@@ -55,14 +55,14 @@ def one(path: Path, threads: int, seconds: float, runtime: str) -> dict[str, Any
     """Latency of one image, in milliseconds, and memory of this process, in bytes.
 
     Times are for ``invoke`` alone, after ``WARM_UP`` calls, over ``seconds`` and at least 20 calls. The measurement of
-    memory starts before the interpreter is made. ``peak_rss`` is the largest resident size. ``added_rss`` is its excess
+    memory starts before the file is read. ``peak_rss`` is the largest resident size. ``added_rss`` is its excess
     over the size at the start, because a device would not carry the hundreds of megabytes of TensorFlow's libraries.
     """
     from cnnopt.export import interpret
 
-    data = tflite_file.read(path)
     _reset_peak()
     before = _status("VmRSS")
+    data = tflite_file.read(path)
     session = interpret.start(data, path, threads=threads, runtime=runtime)
     interpreter = session.interpreter
     source = interpreter.get_input_details()[0]

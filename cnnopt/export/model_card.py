@@ -60,7 +60,7 @@ def markdown(content: Mapping[str, Any], command: str) -> str:
             f"{entry['latency'][0]['median_ms']:.2f}",
             f"`{entry['sha256'][:16]}`",
         )
-        for entry in own(content)
+        for entry in page.own(content)
     ]
     rows += [
         (
@@ -109,11 +109,6 @@ def markdown(content: Mapping[str, Any], command: str) -> str:
     )
 
 
-def own(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The files of this run, without the baseline's, which hold another network."""
-    return [entry for entry in content["files"] if entry["run"] == content["run"]["path"]]
-
-
 def header(content: Mapping[str, Any], name: str) -> list[str]:
     """The lines of YAML between the rules. The values are JSON, which is a part of YAML."""
     data = content["run"]["dataset"]
@@ -123,7 +118,7 @@ def header(content: Mapping[str, Any], name: str) -> list[str]:
             "dataset": {"name": data, "type": HUB_NAMES.get(data, data), "split": "test"},
             "metrics": [{"type": "accuracy", "value": entry["test"]["accuracy"], "name": entry["name"]}],
         }
-        for entry in (*own(content), *content.get("formats", []))
+        for entry in (*page.own(content), *content.get("formats", []))
     ]
     fields: dict[str, Any] = {
         "pipeline_tag": "image-classification",

@@ -44,13 +44,20 @@ def reference(content: Mapping[str, Any]) -> dict[str, Any]:
     return next(entry for entry in content["files"] if entry["name"] == content["reference"]["file"])
 
 
+def own(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The files of this run, without the baseline's, which holds another network."""
+    chosen = content["reference"]
+    return [e for e in content["files"] if chosen.get("kind") != "baseline" or e["name"] != chosen["file"]]
+
+
 def best(content: Mapping[str, Any]) -> dict[str, Any]:
     """The smallest int8 file whose accuracy is within the reference's 95% interval, or else the most accurate one.
 
-    If there is no int8 file, the choice is among all files. It is made on validation images, if the run held some out.
+    If there is no int8 file, the choice is among all files of the run. It is made on validation images, if the run held
+    some out.
     """
     split = chosen_on(content)
-    files = [entry for entry in content["files"] if entry[split]]
+    files = [entry for entry in own(content) if entry[split]]
     entries = [entry for entry in files if entry["name"] in RUNNABLE] or files
     against = reference(content)[split]
     if not against:
@@ -75,7 +82,9 @@ def headline(content: Mapping[str, Any]) -> str:
     speed = against["latency"][0]["median_ms"] / entry["latency"][0]["median_ms"]
     points = f"{abs(lost):.1f} points {'gained' if lost <= -0.05 else 'lost'}"
     pace = f"{speed:.1f}x faster" if speed >= 1 else f"{1 / speed:.1f}x slower"
-    return f"{entry['name']}: {shipped(entry).times_smaller:.1f}x smaller, {points}, {pace}"
+    # Without a dense run beside it, the figures do not say what pruning has cost.
+    itself = " than its own float32 file" if content["reference"].get("kind") == "self" else ""
+    return f"{entry['name']}: {shipped(entry).times_smaller:.1f}x smaller, {points}, {pace}{itself}"
 
 
 def save(content: Mapping[str, Any], folder: Path, images: Dataset) -> None:
@@ -139,7 +148,10 @@ def comparison_page(runs: Sequence[Any], *, title: str | None = None, first: Seq
     best_run = max(cards, key=lambda card: shipped(best(card[1])).times_smaller, default=None)
     line = f"{best_run[0]}, {headline(best_run[1])}" if best_run else f"{len(runs)} runs"
     return _page(
-        title or ", ".join(run.name for run in runs), line, "The run whose best file is the smallest.", sections
+        title or ", ".join(run.name for run in runs),
+        line,
+        "The run whose best file is the most times smaller.",
+        sections,
     )
 
 
@@ -313,7 +325,11 @@ def _training(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
         kinds += [("training accuracy", "accuracy", True), ("zeros", "sparsity", False)] if len(runs) == 1 else []
         for place, (kind, key, dashed) in enumerate(kinds):
             points = [(line["epoch"], 100 * line[key]) for line in metrics]
-            lines.append(charts.Line(name or kind, points, place if len(runs) == 1 else number % COLORS, dashed))
+            lines.append(
+                charts.Line(
+                    kind if len(runs) == 1 else name, points, place if len(runs) == 1 else number % COLORS, dashed
+                )
+            )
     keys = "".join(f'<li><i class="key c{line.color}"></i>{escape(line.name)}</li>' for line in lines)
     drawn = sorted({splits[monitored(line)] for _, metrics in runs for line in metrics[-1:]})
     label = "%" if len(runs) == 1 else f"{', '.join(drawn)}, %"

@@ -75,9 +75,9 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         f"Sizes in KiB; `bound` is the entropy bound; `smaller`: {MEANING}, here the "
         f"{'dense' if reference['kind'] == 'baseline' else 'own'} float32 file of {reference['run']} "
-        f"({reference['raw']:,} bytes). `agree`: share of test images on which the file and the float32 network name "
-        f"the same class. Latency of one image in ms, median/p90/p99. `peak MiB`: resident memory at one thread, and "
-        "in brackets what the file added to it.",
+        f"({reference['raw']:,} bytes). `agree`: share of test images on which the file and the float32 network of the "
+        "run name the same class. Latency of one image in ms, median/p90/p99. `peak MiB`: resident memory at one "
+        "thread, and in brackets what the file added to it.",
         "",
         *_table(COLUMNS, rows(content)),
         "",

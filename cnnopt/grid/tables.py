@@ -159,7 +159,7 @@ def questions(found: Sequence[Group]) -> Table:
         *WHERE, Column("question"), Column("from"), Column("to"), Column("from %", ".2f", spread=True),
         Column("to %", ".2f", spread=True), Column("points", "+.2f", spread=True), Column("seeds", "d"),
     )  # fmt: skip
-    note = "Each pair of cells differs in one thing. Points: the difference of runs with the same seed."
+    note = "Each pair differs in what its question asks about. Points: the difference of runs with the same seed."
     return Table("questions", "One thing at a time", note, columns, rows)
 
 
@@ -252,7 +252,7 @@ def sparsity(found: Sequence[Group]) -> Table:
         *WHERE, Column("family"), Column("zeros %", ".1f"), Column("original %", ".1f"),
         Column("ours %", ".2f", spread=True), Column("seeds", "d"),
     )  # fmt: skip
-    note = "pruned: one rank, float32. super: all ranks, mixed precision, augmented."
+    note = "The cells of a family differ in their sparsity alone."
     return Table("sparsity", "Accuracy by sparsity", note, columns, rows)
 
 

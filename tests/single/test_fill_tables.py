@@ -29,7 +29,7 @@ def test_a_table_that_differs_is_found_and_written(tmp_path):
     done = fill(tmp_path, "--check")
     assert (done.returncode, done.stderr.split()[0]) == (1, "README.md")
     before = (tmp_path / "README.md").read_text()
-    assert fill(tmp_path).stdout.splitlines() == ["README.md", "docs/results/study/README.md"]
+    assert fill(tmp_path).stdout.splitlines() == ["README.md", "docs/study.md", "docs/results/study/README.md"]
     after = (tmp_path / "README.md").read_text()
     changed = [line for line in after.splitlines() if line not in before.splitlines()]
     assert len(changed) == 1

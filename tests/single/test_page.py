@@ -169,11 +169,17 @@ def test_the_best_file_is_the_smallest_that_is_as_good_as_the_test_images_can_te
     files = [entry("float32", 9160, None, 500), entry("int8", 9170, 150), entry("clustered-int8", 8970, 100)]
     card = {"files": files, "reference": {"file": "float32"}}
     assert page.headline(card) == "int8: 6.7x smaller, 0.1 points gained, 1.0x faster"
+    card["reference"]["kind"] = "self"
+    assert page.headline(card) == "int8: 6.7x smaller, 0.1 points gained, 1.0x faster than its own float32 file"
+    card["reference"]["kind"] = "baseline"
     files[1]["test"].update(correct=9000, accuracy=0.9)
     files[1]["latency"][0]["median_ms"] = 2.0
     assert page.headline(card) == "int8: 6.7x smaller, 1.6 points lost, 2.0x slower"
-    del files[1:]
-    assert page.headline(card) == "float32: 2.0x smaller, 0.0 points lost, 1.0x faster"
+    # The file of the baseline holds another network, and is never the best of this run.
+    files[1:] = [entry("dynamic", 8900, 200)]
+    assert page.best(card)["name"] == "dynamic"
+    card["reference"]["kind"] = "self"
+    assert page.best(card)["name"] == "float32"
 
 
 def test_validation_images_choose_the_best_file_if_there_are_any():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnnopt.config import TrainConfig
 from cnnopt.data import datasets
 from cnnopt.distributed import host
 from cnnopt.distributed.rendezvous import Rendezvous
@@ -632,3 +633,11 @@ def test_zeros_lost_in_training_are_named(tmp_path):
     found = measure.ledger({"trained": kernels, "loaded": kernels}, run.masks)
     assert found["first_loss"] == "trained"
     assert found["stages"][0]["lost"] == int(np.sum(~run.masks["stem"]))
+
+
+@pytest.mark.parametrize(("batch", "optimizer"), [(64, "muon"), (512, "muon"), (512, "sgd"), (512, "adam")])
+def test_fine_tuning_starts_at_one_percent_of_the_rate_of_training(tmp_path, batch, optimizer):
+    run = read(make_run(tmp_path / "r", batch_size=batch, optimizer=optimizer))
+    tuned = settings_of(run, 1, 0)
+    assert tuned.optimizer == optimizer.replace("muon", "sgd")
+    assert tuned.peak_rate() == pytest.approx(0.01 * TrainConfig(**run.identity).peak_rate())
