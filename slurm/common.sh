@@ -28,12 +28,16 @@ if [[ -n ${CNNOPT_SETUP:-} ]]; then
     [[ -r $CNNOPT_SETUP ]] || refuse "CNNOPT_SETUP=$CNNOPT_SETUP: there is no such file on $(hostname)"
     CNNOPT_SETUP=$(realpath "$CNNOPT_SETUP")
     export CNNOPT_SETUP
-    # Modules and conda are not written for strict modes.
+    # Modules and conda are not written for strict modes. A sourced file sees the arguments of this script, and `source
+    # activate` would take them for its own.
+    given=("$@")
+    set --
     set +eu
     # shellcheck disable=SC1090
     source "$CNNOPT_SETUP"
     site=$?
     set -eu
+    set -- ${given[@]+"${given[@]}"}
     ((site == 0)) || refuse "CNNOPT_SETUP=$CNNOPT_SETUP: its last command failed with status $site"
 fi
 PATH=$PWD/.venv/bin:$PATH
@@ -126,14 +130,21 @@ requeue_or_exit() {  # requeues 75 (stopped and saved) and 129 to 254 (a rank wa
     # The last task of an array has the job number of the whole array, so name the task instead.
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     ((status == 75 || (status > 128 && status < 255 && status != 130 && status != 143))) || exit "$status"
-    # Do not requeue a job that the user has cancelled, or that SLURM itself is about to requeue.
-    [[ $(squeue --noheader --jobs "$job" --format %T) == RUNNING ]] || exit "$status"
+    # Do not requeue a job that the user has cancelled, or that SLURM itself is about to requeue. SLURM's controller may
+    # be busy, so ask it again. A filter of the user's, such as SQUEUE_STATES, would hide the job.
+    unset "${!SQUEUE_@}"
+    local state="" tries=0
+    until state=$(squeue --noheader --jobs "$job" --format %T) && [[ -n $state ]]; do
+        ((++tries < 4)) || { say "status $status, and squeue does not know this job: not queued again" >&2; break; }
+        sleep 5
+    done
+    [[ $state == RUNNING ]] || exit "$status"
     if ((RESTARTS >= MAX_RESTARTS)); then
         say "$SLURM_JOB_NAME: status $status, and not queued again: MAX_RESTARTS=$MAX_RESTARTS is reached" >&2
         exit "$status"
     fi
     say "status $status: back into the queue, restart $((RESTARTS + 1)) of at most $MAX_RESTARTS"
-    scontrol requeue "$job" || exit "$status"
+    scontrol requeue "$job" || { sleep 5; scontrol requeue "$job"; } || exit "$status"
     # Wait for SLURM to end this script.
     trap - USR1 TERM
     sleep 60

@@ -67,6 +67,23 @@ def test_what_a_run_ended_with_decides_whether_it_is_queued_again(status, queued
     assert done.returncode == (-9 if queued else status)
 
 
+@pytest.mark.parametrize("answer", ["", "exit 1"])
+def test_a_busy_controller_is_asked_again_without_the_filters_of_the_user(answer, tmp_path):
+    asked = f'[ -z "$SQUEUE_STATES" ] || exit 0; [ ! -e {tmp_path}/asked ] || exec echo RUNNING; >{tmp_path}/asked'
+    commands = {"squeue": f"{asked}; {answer}", "scontrol": 'echo "requeued $2"; kill -KILL "$SCRIPT"'}
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = "set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; requeue_or_exit 75"
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "PATH": path}
+    variables["SQUEUE_STATES"] = "PENDING"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
+    assert "requeued 7" in done.stdout, done
+
+
 def test_a_full_disk_keeps_no_job_from_the_queue(tmp_path):
     queued = tmp_path / "queued"
     commands = {"squeue": "echo RUNNING", "scontrol": f'touch {queued}; kill -KILL "$SCRIPT"'}
@@ -93,10 +110,10 @@ def test_a_network_is_not_ignored_by_other_launchers(name):
     assert done.stderr == "test: CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not pmix\n"
 
 
-def sourced(setup: Path, command: str) -> subprocess.CompletedProcess[str]:
+def sourced(setup: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "CNNOPT_SETUP": str(setup)}
     return subprocess.run(
-        ["bash", "-c", f"set -euo pipefail; . slurm/common.sh; {command}"],
+        ["bash", "-c", f"set -euo pipefail; . slurm/common.sh; {command}", "script", *arguments],
         cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,
@@ -112,6 +129,16 @@ def test_a_set_up_is_not_run_in_strict_mode_and_the_script_goes_on_in_it(tmp_pat
     site, inside, first, flags = done.stdout.split()
     assert (site, inside, first) == (":here", "slurm/set_up.sh", f"{ROOT}/.venv/bin")
     assert {"e", "u"} <= set(flags)
+
+
+def test_a_set_up_neither_sees_nor_changes_the_arguments(tmp_path):
+    setup = tmp_path / "site.sh"
+    # As `source activate` of conda, which takes all arguments for its own.
+    setup.write_text("[ $# = 0 ] || exit 9\necho loaded\nset -- others\n")
+    done = sourced(setup, 'echo "$@"; "${inside[@]}" echo of the rank', "--dataset", "two words")
+    assert (done.returncode, done.stdout) == (0, "loaded\n--dataset two words\nof the rank\n"), done
+    # What it prints before a rank does not mix with the answer of a command.
+    assert done.stderr == "loaded\n"
 
 
 @pytest.mark.parametrize(
