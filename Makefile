@@ -21,37 +21,37 @@ env:  ## build .venv from the lock: seconds, the first time minutes (it compiles
 	@VENV=$(VENV) scripts/make_env.sh
 
 train: env  ## train the demo preset on two processes of this machine
-	$(BIN)/python -m cnnopt.launch -np 2 -- $(BIN)/python train_hvd.py --preset demo $(ARGS)
+	"$(BIN)/python" -m cnnopt.launch -np 2 -- "$(BIN)/python" train_hvd.py --preset demo $(ARGS)
 
 test: lint test-single test-parallel  ## everything that must pass before a commit
 
 test-single: env  ## the tests that need one process
-	$(BIN)/python -m pytest tests/single --numprocesses auto --dist loadfile $(ARGS)
+	"$(BIN)/python" -m pytest tests/single --numprocesses auto --dist loadfile $(ARGS)
 
 test-parallel: env  ## the tests that start horovodrun -np 2
-	$(BIN)/python -m pytest tests/parallel $(ARGS)
+	"$(BIN)/python" -m pytest tests/parallel $(ARGS)
 
 test-cluster: env  ## the tests that start a cluster on this machine; they skip where its packages are missing
-	$(BIN)/python -m pytest tests/cluster $(ARGS)
+	"$(BIN)/python" -m pytest tests/cluster $(ARGS)
 
 # PyTorch is optional, and has a separate environment (docs/benchmarks.md).
 bench: env  ## this trainer beside its peers: 20 minutes; the other comparisons are in docs/benchmarks.md
-	$(BIN)/python benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
+	"$(BIN)/python" benchmarks/peers.py --depth 20 44 $(if $(wildcard .venv-peers),--torch-python .venv-peers/bin/python) $(ARGS)
 
 FAULTS ?= 100
 STARTS ?= 2000
 soak: env  ## 2,000 starts (STARTS=n) of every kind, 100 faults (FAULTS=n) in runs of two ranks; prints what came of them
-	@status=0; $(BIN)/python tests/helpers/start_fuzz.py $(STARTS) || status=1; \
-	$(BIN)/python tests/parallel/fault_driver.py $(FAULTS) || status=1; exit $$status
+	@status=0; "$(BIN)/python" tests/helpers/start_fuzz.py $(STARTS) || status=1; \
+	"$(BIN)/python" tests/parallel/fault_driver.py $(FAULTS) || status=1; exit $$status
 
 lint: env  ## ruff and mypy
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	"$(BIN)/ruff" check
+	"$(BIN)/ruff" format --check
+	"$(BIN)/mypy"
 
 format: env  ## sort imports and format, in place
-	$(BIN)/ruff check --select I --fix
-	$(BIN)/ruff format
+	"$(BIN)/ruff" check --select I --fix
+	"$(BIN)/ruff" format
 
 lock:  ## bring requirements*.txt in step with pyproject.toml; UPGRADE=1 takes the newest versions
 	@scripts/make_env.sh lock $(if $(UPGRADE),--upgrade)

@@ -14,7 +14,9 @@ readonly venv=${VENV:-.venv} stamp=${VENV:-.venv}/.installed
 readonly remedy="apt-get install python3 python3-venv where that is 3.10 to 3.13, or set PYTHON=/path/to/python3.13"
 
 # If .venv is activated, this script would find the python and the uv of .venv, and delete them while in use.
-PATH=${PATH//"$(realpath --canonicalize-missing "$venv")/bin:"/}
+for folder in "$(realpath --canonicalize-missing "$venv")" "$(realpath --canonicalize-missing --no-symlinks "$venv")"; do
+    PATH=${PATH//"$folder/bin:"/}
+done
 unset VIRTUAL_ENV PYTHONHOME PYTHONPATH
 # Horovod's inner make would inherit our MAKEFLAGS (serial, as soon as `make train ARGS=...` sets a variable). Without
 # MAKEFLAGS it would run 8 compilers on any machine.
@@ -122,6 +124,8 @@ lock() {
 # Prints a digest of everything that decides the content of an environment built from the file $1.
 inputs() {
     {
+        # The programs of an environment that was moved or copied start the Python of its old place.
+        realpath "$venv"
         cat "$1" scripts/horovod/*
         awk '/^\[/ { inside = /^\[+tool\.uv/ } inside' pyproject.toml
     } | sha256sum
@@ -156,9 +160,12 @@ lock | python) ;;
 "")
     if [ -e "$stamp" ]; then
         # An environment with the extras also serves users who do not ask for them.
-        for file in "$requirements" requirements-extra.txt; do
-            [ "$(<"$stamp")" != "$(inputs "$file")" ] || exit 0
-        done
+        # An environment whose base Python is gone is built again.
+        if "$venv/bin/python" -c "" 2>/dev/null; then
+            for file in "$requirements" requirements-extra.txt; do
+                [ "$(<"$stamp")" != "$(inputs "$file")" ] || exit 0
+            done
+        fi
     elif [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
         say "$venv is there, but no Python environment: set VENV to another folder, or remove it"
         exit 2

@@ -195,3 +195,25 @@ def test_a_folder_of_something_else_is_not_replaced(machine):
     done = subprocess.run([machine / "scripts/make_env.sh"], env=environment, capture_output=True, text=True)
     assert "papers is there, but no Python environment" in only_line(done)
     assert (machine / "papers/thesis.tex").exists()
+
+
+@pytest.mark.parametrize(("python", "place", "status"), [("works", "here", 0), ("gone", "here", 2),
+                                                         ("works", "elsewhere", 2)])  # fmt: skip
+def test_an_environment_that_is_broken_or_was_moved_is_built_again(machine, python, place, status):
+    (machine / "scripts/horovod").mkdir()
+    (machine / "scripts/horovod/toolchain.cmake").write_text("")
+    (machine / "elsewhere/bin").mkdir(parents=True)
+    target = Path(sys.executable) if python == "works" else machine / "none"
+    (machine / "elsewhere/bin/python").symlink_to(target)
+    for name in ("awk", "bash"):
+        if not (machine / "bin" / name).exists():
+            add(machine, name, Path(str(shutil.which(name))))
+    inputs = 'venv=elsewhere; eval "$(sed -n "/^inputs()/,/^}/p" scripts/make_env.sh)"; inputs requirements-dev.txt'
+    command = f"({inputs}) >elsewhere/.installed; [ {place} = here ] || mv elsewhere moved"
+    environment = {"PATH": str(machine / "bin") + ":/bin:/usr/bin"}
+    subprocess.run(["bash", "-c", command], cwd=machine, env=environment, check=True)
+    # A Python that does not exist ends the set-up before it builds anything.
+    environment = {"PATH": str(machine / "bin"), "VENV": "elsewhere" if place == "here" else "moved", "PYTHON": "none"}
+    done = subprocess.run([machine / "scripts/make_env.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done
+    assert ("PYTHON=none" in done.stderr) == bool(status)
