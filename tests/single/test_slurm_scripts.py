@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,29 +24,45 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+#: A scontrol that ends the script as SLURM does once a job is queued again.
+REQUEUES = 'echo "requeued $2"; kill -KILL "$SCRIPT"'
+
+
+def job(folder: Path, commands: dict[str, str], command: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` of slurm/common.sh in a job whose SLURM commands are played by ``commands``, texts for sh.
+
+    ``settings``: variables of the job, in capitals, and arguments of ``subprocess.run``.
+    """
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    script = f"set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; {command}"
+    variables = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2",
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **{name: value for name, value in settings.items() if name.isupper()},
+    }  # fmt: skip
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    streams |= {name: value for name, value in settings.items() if not name.isupper()}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, text=True, timeout=60, **streams
+    )
+
+
 @pytest.mark.parametrize("launcher", ["srun", "horovodrun"])
 def test_a_signal_before_the_ranks_start_puts_the_job_back_into_the_queue(launcher, tmp_path):
     # SLURM's commands are played; tests/cluster/test_slurm.py has real ones, but not the second that this needs.
     commands = {
-        "scontrol": '[ "$1" != requeue ] && kill -USR1 "$SCRIPT" || { echo "requeued $2"; kill -KILL "$SCRIPT"; }',
+        "scontrol": f'[ "$1" != requeue ] && kill -USR1 "$SCRIPT" || {{ {REQUEUES}; }}',
         "squeue": "echo RUNNING",
         "srun": 'echo "$@" >>"$STARTED"',
     }
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = "set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; train --dataset synthetic"
-    variables = {
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "LAUNCHER": launcher,
-        "STARTED": str(tmp_path / "started"), "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
-    )
+    started = tmp_path / "started"
+    done = job(tmp_path, commands, "train --dataset synthetic", LAUNCHER=launcher, STARTED=str(started))
     assert "told to stop: saving" in done.stdout, done.stderr
     assert "requeued 7" in done.stdout, done.stderr
     # No rank: only the version and, for horovodrun, the names of the hosts were asked for.
-    asked = (tmp_path / "started").read_text().split()
+    asked = started.read_text().split()
     assert asked == ["--version", *(["hostname"] if launcher == "horovodrun" else [])]
 
 
@@ -53,16 +70,7 @@ def test_a_signal_before_the_ranks_start_puts_the_job_back_into_the_queue(launch
     ("status", "queued"), [(75, True), (137, True), (130, False), (143, False), (1, False), (2, False)]
 )
 def test_what_a_run_ended_with_decides_whether_it_is_queued_again(status, queued, tmp_path):
-    commands = {"squeue": "echo RUNNING", "scontrol": 'echo "requeued $2"; kill -KILL "$SCRIPT"'}
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = f"set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; requeue_or_exit {status}"
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "PATH": path}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
-    )
+    done = job(tmp_path, {"squeue": "echo RUNNING", "scontrol": REQUEUES}, f"requeue_or_exit {status}")
     assert ("requeued 7" in done.stdout) == queued, done
     assert done.returncode == (-9 if queued else status)
 
@@ -70,33 +78,16 @@ def test_what_a_run_ended_with_decides_whether_it_is_queued_again(status, queued
 @pytest.mark.parametrize("answer", ["", "exit 1"])
 def test_a_busy_controller_is_asked_again_without_the_filters_of_the_user(answer, tmp_path):
     asked = f'[ -z "$SQUEUE_STATES" ] || exit 0; [ ! -e {tmp_path}/asked ] || exec echo RUNNING; >{tmp_path}/asked'
-    commands = {"squeue": f"{asked}; {answer}", "scontrol": 'echo "requeued $2"; kill -KILL "$SCRIPT"'}
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = "set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; requeue_or_exit 75"
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "PATH": path}
-    variables["SQUEUE_STATES"] = "PENDING"
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
-    )
+    commands = {"squeue": f"{asked}; {answer}", "scontrol": REQUEUES}
+    done = job(tmp_path, commands, "requeue_or_exit 75", SQUEUE_STATES="PENDING")
     assert "requeued 7" in done.stdout, done
 
 
 def test_a_full_disk_keeps_no_job_from_the_queue(tmp_path):
     queued = tmp_path / "queued"
     commands = {"squeue": "echo RUNNING", "scontrol": f'touch {queued}; kill -KILL "$SCRIPT"'}
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = "set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; requeue_or_exit 75"
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "PATH": path}
     with open("/dev/full", "w") as full:
-        subprocess.run(
-            ["bash", "-c", script], cwd=ROOT, env={**os.environ, **variables}, stdout=full, stderr=full, timeout=60
-        )
+        job(tmp_path, commands, "requeue_or_exit 75", stdout=full, stderr=full)
     assert queued.exists()
 
 
