@@ -325,11 +325,8 @@ def _training(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
         kinds += [("training accuracy", "accuracy", True), ("zeros", "sparsity", False)] if len(runs) == 1 else []
         for place, (kind, key, dashed) in enumerate(kinds):
             points = [(line["epoch"], 100 * line[key]) for line in metrics]
-            lines.append(
-                charts.Line(
-                    kind if len(runs) == 1 else name, points, place if len(runs) == 1 else number % COLORS, dashed
-                )
-            )
+            title, color = (kind, place) if len(runs) == 1 else (name, number % COLORS)
+            lines.append(charts.Line(title, points, color, dashed))
     keys = "".join(f'<li><i class="key c{line.color}"></i>{escape(line.name)}</li>' for line in lines)
     drawn = sorted({splits[monitored(line)] for _, metrics in runs for line in metrics[-1:]})
     label = "%" if len(runs) == 1 else f"{', '.join(drawn)}, %"
