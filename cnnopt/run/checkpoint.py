@@ -97,12 +97,12 @@ def save(
             final.rename(folder / f".old-{final.name}")
         temporary.rename(final)
         _sync(folder)
-        shutil.rmtree(folder / f".old-{final.name}", ignore_errors=True)
+        _remove(folder / f".old-{final.name}")
     except OSError as error:
         remedy = "check that the folder exists, is writable and has space; earlier checkpoints were not touched"
         raise SaveError(f"cannot save {final}: {error.strerror or error}; {remedy}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
     # The new checkpoint is safe by now. An old one that cannot be deleted costs only space.
     with contextlib.suppress(OSError, CheckpointError):
         _rotate(folder, step, keep)
@@ -172,11 +172,10 @@ def set_aside(folder: Path, *, after: int) -> None:
         if int(name.removeprefix("step-")) > after:
             aside = folder / f"abandoned-{name}"
             try:
-                if aside.exists():
-                    shutil.rmtree(aside)
+                _remove(aside)
                 path.rename(aside)
                 # A second save of this step, if killed, left this older copy. The renamed one hid it until now.
-                shutil.rmtree(folder / f".old-{name}", ignore_errors=True)
+                _remove(folder / f".old-{name}")
             except OSError as error:
                 raise CheckpointError(f"cannot set {path} aside: {error.strerror}; move it away by hand") from error
 
@@ -260,7 +259,16 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
         if path != best:
             # Rename it first, so that a kill half-way through leaves no damaged checkpoint in sight.
             hidden = folder / f".tmp-{path.name.removeprefix('.old-')}-{os.getpid()}"
-            shutil.rmtree(path.rename(hidden), ignore_errors=True)
+            _remove(path.rename(hidden))
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, or what has its name, as far as possible. shutil.rmtree would open a pipe, and wait."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _verifies(path: Path) -> bool:
@@ -276,4 +284,4 @@ def _sweep(folder: Path) -> None:
         # A restarted container gets the same pid, so a leftover with our own pid is from a dead predecessor.
         dead = leftover and (int(leftover[1]) == os.getpid() or not Path("/proc", leftover[1]).exists())
         if superseded or dead:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            _remove(folder / name)
