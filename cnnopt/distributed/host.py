@@ -35,6 +35,16 @@ LEAST = {
     "-v": (resource.RLIMIT_AS, 1024, 3 * 2**20),
     "-s": (resource.RLIMIT_STACK, 1024, 512),
 }
+#: TensorFlow aborts in the middle of a run if one of these is neither 0, false, 1 nor true.
+SWITCHES = (
+    "TF_DETERMINISTIC_OPS",
+    "TF_DETERMINISTIC_ORDER",
+    "TF_ENABLE_ASYNC_WAIT_FOR_REMOTE_FUNCTION",
+    "TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE",
+    "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS",
+    "TF_ONEDNN_THREADPOOL_USE_CALLER_THREAD",
+    "TF_ONEDNN_USE_SYSTEM_ALLOCATOR",
+)
 #: Threads that TensorFlow, Horovod and the input pipeline start.
 THREADS = 64
 #: The cores that this process was started with. It may have bound itself to some of them since.
@@ -89,6 +99,7 @@ def cpu_flags() -> set[str]:
 def check_limits() -> None:
     """Raise UserError where a limit of this process is so low that TensorFlow or Horovod would abort.
 
+    So is a umask that keeps the user from the files that a run writes.
     Raises RunError if its user has so many threads that the limit leaves too few.
     """
     for option, (limit, unit, least) in LEAST.items():
@@ -97,6 +108,10 @@ def check_limits() -> None:
             raise UserError(
                 f"ulimit {option} {allowed // unit}: a run needs {least}; raise the limit, or ask your administrator"
             )
+    os.umask(mask := os.umask(0o777))
+    # The kernel lets root read what nobody may.
+    if mask & 0o700 and os.getuid():
+        raise UserError(f"umask {mask:04o}: this user could not read the files of the run; give umask 022")
     allowed, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     # The kernel does not limit root.
     if allowed != resource.RLIM_INFINITY and os.getuid() and allowed - (taken := threads_of_user()) < THREADS:
@@ -121,9 +136,12 @@ def threads_of_user(proc: Path = Path("/proc")) -> int:
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
     """Set environment variables, except those that the user has set. Returns the values in force.
 
-    Raises UserError if TensorFlow, which is imported next, could not be.
+    Raises UserError if TensorFlow, which is imported next, could not be, or would abort.
     """
     check_temporary_folder()
+    for name in SWITCHES:
+        if (value := os.environ.get(name, "0")).lower() not in ("0", "false", "1", "true"):
+            raise UserError(f"{name}={value[:20]}: give 0 or 1, or unset it")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in defaults}

@@ -139,15 +139,16 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
         # Also for one process, which Gloo would end in C++.
         address_of(interface, "HOROVOD_GLOO_IFACE=")
     size = environ.get("HOROVOD_SIZE", "1")
-    if size == "1" or not {_ADDRESS, "HOROVOD_RANK"} & environ.keys():
+    # mpirun sets neither. Horovod asks at an address that is set, also for one process.
+    if environ.keys().isdisjoint({"HOROVOD_RANK", "HOROVOD_SIZE"}) or (size == "1" and _ADDRESS not in environ):
         return
     left = "start with horovodrun or cnnopt.launch, or unset HOROVOD_*, if another job has left them"
     if not environ.get(_ADDRESS):
         raise RendezvousError(f"HOROVOD_SIZE={size}, but {_ADDRESS} is not set: {left}")
     name, address = socket.gethostname(), environ[_ADDRESS]
-    if not own_name_is_here():
+    if size != "1" and not own_name_is_here():
         raise UserError(f"this host's name {name} has no address here, and Horovod needs one; add it to /etc/hosts")
-    one_host = size == environ.get("HOROVOD_LOCAL_SIZE")
+    one_host = size in ("1", environ.get("HOROVOD_LOCAL_SIZE"))
     place = f"{address}:{environ.get(_PORT)}"
     end = time.monotonic() + patience
     while True:

@@ -67,6 +67,9 @@ def launched(environ: Mapping[str, str] = os.environ) -> tuple[World, str | None
             f"RANK={environ['RANK']}, WORLD_SIZE={environ['WORLD_SIZE']}: Horovod does not read those of torchrun; "
             f"{_REMEDY}"
         )
+    # One process of several that trains alone is not noticed, and Gloo aborts if nobody answers at this address.
+    if (address := environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR")) is not None:
+        raise LaunchError(f"HOROVOD_GLOO_RENDEZVOUS_ADDR={address}, but HOROVOD_RANK is not set: {_REMEDY}")
     return World(), None
 
 

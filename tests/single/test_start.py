@@ -1,6 +1,5 @@
 """The program started in every kind of place and with every kind of input (tests/helpers/start_fuzz.py)."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from tests.helpers.start_fuzz import ENDINGS, Case, Starts, Tally, draw_cases, fuzz, try_case
 
 pytestmark = pytest.mark.timeout(900)
-CASES = int(os.environ.get("CNNOPT_TEST_STARTS", "60"))
+CASES = 60  # `make soak` makes more
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +85,11 @@ FOUND = {
         1,
         "cannot be written (Permission denied); check the folder",
     ),
+    "a pipe in the place of a checkpoint": (
+        Case(before="stopped", files=(("runs/run/checkpoints/step-00000004", "fifo"),)),
+        0,
+        "TensorBoard: ",
+    ),
     "a folder of the start that is gone": (Case(cwd_is_gone=True), 0, "TensorBoard: "),
     "a network that is not there, and one process": (
         Case(environment=(("HOROVOD_GLOO_IFACE", "none0"),)),
@@ -96,6 +100,21 @@ FOUND = {
         Case(environment=(("HOROVOD_LOCAL_RANK", "1"),)),
         2,
         "train_hvd.py: HOROVOD_RANK is not set, HOROVOD_SIZE is not set, HOROVOD_LOCAL_RANK=1, ",
+    ),
+    "an address of a launcher without a rank": (
+        Case(environment=(("HOROVOD_GLOO_RENDEZVOUS_ADDR", "x"),)),
+        2,
+        "train_hvd.py: HOROVOD_GLOO_RENDEZVOUS_ADDR=x, but HOROVOD_RANK is not set: start with ",
+    ),
+    "a switch of TensorFlow that is neither on nor off": (
+        Case(environment=(("TF_DETERMINISTIC_OPS", "2"),)),
+        2,
+        "train_hvd.py: TF_DETERMINISTIC_OPS=2: give 0 or 1, or unset it",
+    ),
+    "a umask that forbids the user to read": (
+        Case(nobody=True, umask=0o777),
+        2,
+        "train_hvd.py: umask 0777: this user could not read the files of the run; give umask 022",
     ),
     "more threads than there can be": (
         Case(environment=(("TF_NUM_INTEROP_THREADS", "99999"),)),
