@@ -84,10 +84,11 @@ class Jobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.parent = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fault_ranks.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "parent.txt").open("w"), text=True,
-        )  # fmt: skip
+        with (folder / "parent.txt").open("w") as log:
+            self.parent = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fault_ranks.py"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
         self.slots = get_host_assignments(parse_hosts(f"localhost:{RANKS}"), RANKS)
 
     def close(self) -> None:
@@ -96,6 +97,7 @@ class Jobs:
             self.parent.wait(60)
         except subprocess.TimeoutExpired:
             self.parent.kill()
+        self.parent.stdout.close()
 
     def _ask(self, line: str) -> list:
         self.parent.stdin.write(line + "\n")
@@ -121,6 +123,8 @@ class Jobs:
             statuses, killed, seconds = self._wait(self._ask(json.dumps(job)), stopped)
         finally:
             server.stop()
+            # stop() leaves the socket open.
+            server._httpd.server_close()
         lines = events.read_text().splitlines()
         steps = [int(line.split()[1]) for line in lines if line.startswith("step")]
         saves = sum(line.startswith("save") for line in lines)
