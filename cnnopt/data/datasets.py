@@ -223,6 +223,7 @@ def _download(name: str, directory: Path, show_progress: bool) -> tuple[cifar_fi
 def _fetch(url: str, file: IO[bytes], most: int, show_progress: bool) -> str:
     """Write the answer of `url` to `file`, and return its MD5. Raises OSError."""
     import http.client
+    import urllib.error
     import urllib.request
 
     digest = hashlib.md5(usedforsecurity=False)
@@ -239,6 +240,9 @@ def _fetch(url: str, file: IO[bytes], most: int, show_progress: bool) -> str:
                 file.write(chunk)
                 digest.update(chunk)
                 advance(len(chunk))
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
     if total is not None and received != total:
