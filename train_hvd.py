@@ -46,12 +46,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
         config.check_timeline(published, launch_info.size)
 
     # ---- Start the ranks -----------------------------------------------------------------------------------------
-    settings = collectives.prepare(
-        launch_info,
-        deterministic=config.deterministic,
-        verbose=config.verbose,
-        compiles=config.compiles(gpu=host.has_gpu()),
-    )
+    settings = collectives.prepare(launch_info, verbose=config.verbose, compiles=config.compiles(gpu=host.has_gpu()))
     world = collectives.start(verbose=config.verbose, share_gpus=config.share_gpus)
     config.check_ranks(world.size)
     collectives.exchange_addresses(peers)

@@ -25,7 +25,7 @@ from cnnopt.distributed import collectives
 from cnnopt.distributed.world import launched
 
 os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-collectives.prepare(launched()[0], deterministic=False, verbose=False)
+collectives.prepare(launched()[0], verbose=False)
 WORLD = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

@@ -21,7 +21,7 @@ from side_by_side import arguments, median_and_spread, report, table
 from cnnopt.distributed import collectives
 from cnnopt.distributed.world import World
 
-collectives.prepare(World(), deterministic=False, verbose=False)
+collectives.prepare(World(), verbose=False)
 collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

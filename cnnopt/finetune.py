@@ -76,7 +76,7 @@ def fine_tune(
     """Fine-tune the run in ``path`` for each number of clusters in ``codebooks`` (0: none); returns the exit status."""
     # ---- Start the ranks. Only the first one reads the run: other hosts may not have the run on their disks ------
     launch_info, _ = launched()
-    settings = collectives.prepare(launch_info, deterministic=False, verbose=False, compiles=host.has_gpu())
+    settings = collectives.prepare(launch_info, verbose=False, compiles=host.has_gpu())
     # Training has refused ranks that share a GPU, unless the user allowed it.
     world = collectives.start(verbose=False, share_gpus=True)
     collectives.exchange_addresses(peers)

@@ -36,7 +36,7 @@ depth, batch, asked = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if "ONE_GPU" in os.environ:
     # NCCL refuses two ranks of one host on the same GPU. So each rank says that it is another host.
     os.environ["NCCL_HOSTID"] = f"rank{os.environ['HOROVOD_RANK']}"
-collectives.prepare(launched()[0], deterministic=False, verbose=False, compiles=host.has_gpu())
+collectives.prepare(launched()[0], verbose=False, compiles=host.has_gpu())
 world = collectives.start(verbose=False, share_gpus="ONE_GPU" in os.environ)
 HOROVODS = [thread for thread in cpu_tuning.threads() if os.sched_getscheduler(thread) == os.SCHED_BATCH]
 

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def prepare(world: World, *, deterministic: bool, verbose: bool, compiles: bool = False) -> dict[str, str]:
+def prepare(world: World, *, verbose: bool, compiles: bool = False) -> dict[str, str]:
     """Set the environment variables that TensorFlow and Horovod read at start. Call before importing either.
 
     ``compiles``: whether XLA will compile the step; it keeps what it compiles for later processes. If it cannot compile
     for a GPU, one line says what is missing.
 
-    A variable that the user has set is left alone. Returns the settings in force. Raises RendezvousError if this rank
-    and the others cannot reach each other, LaunchError if a variable that must be a whole number is not one.
+    A variable that the user has set is left alone, except those of host.FIXED. Returns the settings in force. Raises
+    RendezvousError if this rank and the others cannot reach each other, LaunchError if a variable that must be a whole
+    number is not one.
     """
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "HOROVOD_RANK" not in os.environ:
         # cnnopt.launch serves the rendezvous, but srun started the ranks, so their places come from srun.
@@ -54,8 +55,6 @@ def prepare(world: World, *, deterministic: bool, verbose: bool, compiles: bool 
         others["XLA_FLAGS"] = variables["XLA_FLAGS"]
         if lacking and compiles and world.local_rank == 0:
             print(f"cnnopt: {platform.node()}: {lacking}", file=sys.stderr, flush=True)
-    if deterministic:
-        others["TF_DETERMINISTIC_OPS"] = "1"
     if compiles:
         others |= xla_cache.variables()
     if not verbose:

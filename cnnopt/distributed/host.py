@@ -15,12 +15,19 @@ from pathlib import Path
 
 from cnnopt.errors import RunError, UserError
 
-#: Variables that TensorFlow reads when it starts.
-TENSORFLOW = {
+#: Variables that TensorFlow reads when it starts, and that decide what it computes. The user's values do not count.
+FIXED = {
     # Keras 3, the default since TensorFlow 2.16, works with neither tfmot nor Horovod's callbacks.
     "TF_USE_LEGACY_KERAS": "1",
     # /dev/null is no folder, so Keras finds no keras.json. A user's file may change layout and type of all tensors.
     "KERAS_HOME": os.devnull,
+    # With 1, an inference setting, oneDNN computes with the weights of the first step for ever, and nothing is learned.
+    "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS": "0",
+    # --deterministic decides. With 1 and without the flag, TensorFlow refuses to read the clock, as each step does.
+    "TF_DETERMINISTIC_OPS": "0",
+}
+#: Variables that it also reads then, unless the user has set them.
+TENSORFLOW = {
     # TensorFlow enables oneDNN by itself only on AVX512. On AVX2, oneDNN doubles the training speed
     # (docs/how-it-works.md, "Threads and kernels").
     "TF_ENABLE_ONEDNN_OPTS": "1",
@@ -37,11 +44,9 @@ LEAST = {
 }
 #: TensorFlow aborts in the middle of a run if one of these is neither 0, false, 1 nor true.
 SWITCHES = (
-    "TF_DETERMINISTIC_OPS",
     "TF_DETERMINISTIC_ORDER",
     "TF_ENABLE_ASYNC_WAIT_FOR_REMOTE_FUNCTION",
     "TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE",
-    "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS",
     "TF_ONEDNN_THREADPOOL_USE_CALLER_THREAD",
     "TF_ONEDNN_USE_SYSTEM_ALLOCATOR",
 )
@@ -134,7 +139,7 @@ def threads_of_user(proc: Path = Path("/proc")) -> int:
 
 
 def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
-    """Set environment variables, except those that the user has set. Returns the values in force.
+    """Set the variables of FIXED, and those of ``defaults`` that the user has not set. Returns the latter in force.
 
     Raises UserError if TensorFlow, which is imported next, could not be, or would abort.
     """
@@ -142,6 +147,7 @@ def prepare(defaults: Mapping[str, str]) -> dict[str, str]:
     for name in SWITCHES:
         if (value := os.environ.get(name, "0")).lower() not in ("0", "false", "1", "true"):
             raise UserError(f"{name}={value[:20]}: give 0 or 1, or unset it")
+    os.environ.update(FIXED)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in defaults}

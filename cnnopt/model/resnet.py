@@ -12,7 +12,7 @@ from tf_keras import layers
 
 from cnnopt.model import topology
 
-# The network must be the same for every user. A user's ~/.keras/keras.json may differ; ``host.TENSORFLOW`` hides it.
+# The network must be the same for every user. A user's ~/.keras/keras.json may differ; ``host.FIXED`` hides it.
 keras.backend.set_image_data_format("channels_last")
 keras.backend.set_floatx("float32")
 keras.backend.set_epsilon(1e-7)

@@ -17,7 +17,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.distributed import collectives
 from cnnopt.distributed.world import launched
 
-collectives.prepare(launched()[0], deterministic=True, verbose=False)
+collectives.prepare(launched()[0], verbose=False)
 world = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

@@ -13,7 +13,7 @@ driver, share, *numbers = sys.argv[1:]
 
 
 def train(request, peers) -> int:
-    collectives.prepare(launched()[0], deterministic=False, verbose=False)
+    collectives.prepare(launched()[0], verbose=False)
     world = collectives.start(verbose=False)
     collectives.exchange_addresses(peers)
     # From here on this rank sees one GPU only, as a task of SLURM does.

@@ -15,7 +15,7 @@ from cnnopt.config import TrainConfig
 from cnnopt.distributed import collectives, cpu_tuning
 from cnnopt.distributed.world import launched
 
-collectives.prepare(launched()[0], deterministic=True, verbose=False)
+collectives.prepare(launched()[0], verbose=False)
 world = collectives.start(verbose=False)
 
 import tensorflow as tf  # noqa: E402

@@ -18,7 +18,7 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 # Test files import TensorFlow while pytest collects them.
-SETTINGS = collectives.prepare(World(), deterministic=False, verbose=False)
+SETTINGS = collectives.prepare(World(), verbose=False)
 
 
 def pytest_collection_finish() -> None:

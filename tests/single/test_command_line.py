@@ -355,13 +355,20 @@ def test_the_same_command_says_that_the_run_is_complete(complete, shell):
 
 
 @pytest.mark.timeout(300)
-def test_what_a_user_has_set_for_keras_computes_nothing(complete, shell, tmp_path):
+def test_what_a_user_has_set_for_keras_and_tensorflow_computes_nothing(complete, shell, tmp_path):
     folder, _ = complete
     (tmp_path / ".keras").mkdir()
     # Keras 3 knows bfloat16 here, and Keras 2 fails to be imported with it.
     mine = {"image_data_format": "channels_first", "floatx": "bfloat16", "epsilon": 0.1}
     (tmp_path / ".keras/keras.json").write_text(json.dumps(mine))
-    done = program(arguments(tmp_path), {**shell, "HOME": str(tmp_path)})
+    theirs = {
+        "HOME": str(tmp_path),
+        "KERAS_HOME": str(tmp_path / ".keras"),
+        "TF_USE_LEGACY_KERAS": "0",
+        "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS": "1",
+        "TF_DETERMINISTIC_OPS": "1",
+    }
+    done = program(arguments(tmp_path), {**shell, **theirs})
     assert done.returncode == 0, done.stderr
     assert lasting(tmp_path / "tiny") == lasting(folder)
     assert json.loads((tmp_path / ".keras/keras.json").read_text()) == mine

@@ -107,9 +107,9 @@ FOUND = {
         "train_hvd.py: HOROVOD_GLOO_RENDEZVOUS_ADDR=x, but HOROVOD_RANK is not set: start with ",
     ),
     "a switch of TensorFlow that is neither on nor off": (
-        Case(environment=(("TF_DETERMINISTIC_OPS", "2"),)),
+        Case(environment=(("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "2"),)),
         2,
-        "train_hvd.py: TF_DETERMINISTIC_OPS=2: give 0 or 1, or unset it",
+        "train_hvd.py: TF_ONEDNN_USE_SYSTEM_ALLOCATOR=2: give 0 or 1, or unset it",
     ),
     "a umask that forbids the user to read": (
         Case(nobody=True, umask=0o777),

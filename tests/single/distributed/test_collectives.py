@@ -92,10 +92,9 @@ def test_the_threads_of_a_rank_are_its_part_of_the_cores(environ, cores, threads
     assert threads_per_rank(World(rank=5, size=8, local_rank=1, local_size=4), environ) == threads
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_horovod_joins_no_vectors_unless_told_to(deterministic, monkeypatch):
+def test_horovod_joins_no_vectors_unless_told_to(monkeypatch):
     monkeypatch.setattr(collectives.host, "prepare", dict)
-    found = collectives.prepare(World(), deterministic=deterministic, verbose=True)
+    found = collectives.prepare(World(), verbose=True)
     assert found["HOROVOD_FUSION_THRESHOLD"] == "0"
 
 
@@ -109,7 +108,7 @@ def test_on_a_gpu_xla_gets_its_threads_and_one_line_says_what_it_lacks(compiles,
         monkeypatch.delenv(name, raising=False)
     for name, value in (("PATH", ""), ("XLA_FLAGS", "--xla_mine"), ("TF_NUM_INTRAOP_THREADS", "3")):
         monkeypatch.setenv(name, value)
-    found = collectives.prepare(World(), deterministic=False, verbose=True, compiles=compiles)
+    found = collectives.prepare(World(), verbose=True, compiles=compiles)
     assert found["XLA_FLAGS"] == os.environ["XLA_FLAGS"] == "--xla_mine --xla_gpu_force_compilation_parallelism=3"
     assert found["HOROVOD_CYCLE_TIME"] == "0.1"
     assert capfd.readouterr().err.count("XLA needs nvvm/libdevice/libdevice.10.bc and bin/ptxas of CUDA") == lines

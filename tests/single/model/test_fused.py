@@ -87,7 +87,7 @@ def test_no_gradient_passes_where_a_relu_is_0():
 def test_xla_prints_nothing():
     program = (
         "from cnnopt.distributed import collectives, world\n"
-        "collectives.prepare(world.World(), deterministic=False, verbose=False)\n"
+        "collectives.prepare(world.World(), verbose=False)\n"
         "collectives.start(verbose=False); import tensorflow as tf; from cnnopt.model import fused\n"
         "x = tf.ones([2], tf.bfloat16); print(len(fused.Join(dtype='bfloat16')([x, x], training=True)))"
     )
