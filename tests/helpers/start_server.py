@@ -28,6 +28,7 @@ SIZES = (64, 32)
 import train_hvd  # noqa: E402
 from cnnopt.data import datasets  # noqa: E402
 from cnnopt.distributed import entrypoint, host  # noqa: E402
+from cnnopt.distributed.signals import StopRequest  # noqa: E402
 from cnnopt.run import checkpoint, run_folder  # noqa: E402, F401
 
 # A start under another user may be unable to read Python's own folder.
@@ -117,8 +118,14 @@ def become_start(start: dict[str, Any]) -> NoReturn:
         os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ))
     if "tensorflow" not in sys.modules:
         sys.meta_path.insert(0, Tripwire(report))
-    # Signals count from here: one that comes before the program listens to them is nobody's.
-    os.write(report, b"begun ")
+    listen = StopRequest.listen
+
+    def listen_and_say_so(request: StopRequest) -> None:
+        # Signals count from here: one that comes before the program listens to them is nobody's.
+        listen(request)
+        os.write(report, b"begun ")
+
+    StopRequest.listen = listen_and_say_so  # type: ignore[method-assign]
     entrypoint.start(train_hvd.main)
 
 
