@@ -92,7 +92,10 @@ PLAIN_CASE = Case()
 
 # What is drawn ------------------------------------------------------------------------------------------------------
 
-_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+#: No paths from the root, where a start of root would write.
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(
+    lambda text: not text.startswith("/")
+)
 _LENGTHS = st.sampled_from(["0s", "1s", "1e", "50%", "100%", "2e", "3e", "0%", "-1e", "nan%", "1e9s", "inf", "1.5s"])
 _NUMBERS = st.sampled_from(["0", "1", "2", "-1", "0.5", "1e39", "1e-45", "nan", "inf", "9" * 30, "x", ""])
 
@@ -125,7 +128,7 @@ _ANY_FLAGS = st.one_of(
                                          "--initial-sparsity", "--keep", "--seed", "--expect-ranks", "--ema",
                                          "--label-smoothing")),
     *(_flag(name, _TEXT) for name in ("--name", "--run-dir", "--data-dir", "--resume", "--dataset", "--lr-drops")),
-    _flag("--run-dir", st.sampled_from(["/proc/none", "/dev/null", "/", "~none-such", "d/" * 2100, "n" * 256])),
+    _flag("--run-dir", st.sampled_from(["/proc/none", "/dev/null", "/sys/none", "~none-such", "d/" * 2100, "n" * 256])),
     _flag("--name", st.sampled_from(["n" * 256, ".", "..", "a/b", ""])),
     _flag("--preset", st.sampled_from(["study-baseline", "demo", "dmo"])),
     _flag("--save-every", _LENGTHS),
@@ -134,7 +137,7 @@ _ANY_FLAGS = st.one_of(
 )  # fmt: skip
 
 _GOOD_VARIABLES = st.sampled_from([
-    ("HOME", None), ("HOME", ""), ("HOME", "/nowhere"), ("TMPDIR", "/nowhere"), ("PATH", None), ("PATH", ""),
+    ("HOME", None), ("HOME", ""), ("HOME", "/proc/nowhere"), ("TMPDIR", "/proc/nowhere"), ("PATH", None), ("PATH", ""),
     ("TERM", None), ("TERM", "dumb"), ("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("COLUMNS", "0"), ("COLUMNS", "x"),
     ("LINES", "-1"), ("TZ", "Nowhere/None"), ("TZ", ":/dev/null"), ("LANG", "xx_YY.nothing"), ("LC_TIME", "tr_TR"),
     ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("CUDA_VISIBLE_DEVICES", "x"),
@@ -142,7 +145,7 @@ _GOOD_VARIABLES = st.sampled_from([
     ("TF_NUM_INTRAOP_THREADS", "0"), ("TF_CPP_MIN_LOG_LEVEL", "x"), ("TF_DETERMINISTIC_OPS", "2"),
     ("TF_GPU_ALLOCATOR", "none"), ("SLURM_PROCID", "0"), ("SLURM_CPUS_PER_TASK", "x"), ("SLURM_JOB_ID", "7"),
     ("SLURM_CPUS_PER_TASK", "0"), ("SLURM_STEP_ID", "0"), ("RANK", "0"), ("WORLD_SIZE", "4"), ("HOROVOD_TIMELINE", ""),
-    ("HOROVOD_HOSTNAME", "x"), ("CNNOPT_DATA_DIR", "/nowhere"), ("PYTHONSAFEPATH", "1"), ("PYTHONUNBUFFERED", "1"),
+    ("HOROVOD_HOSTNAME", "x"), ("CNNOPT_DATA_DIR", "/proc/nowhere"), ("PYTHONSAFEPATH", "1"), ("PYTHONUNBUFFERED", "1"),
     ("HOROVOD_LOG_LEVEL", "nonsense"), ("no\N{LATIN SMALL LETTER E WITH ACUTE}", "\udcff"), ("KERAS_BACKEND", "torch"),
     ("HOROVOD_CYCLE_TIME", "x"), ("HOROVOD_GLOO_IFACE", "lo"), ("HTTP_PROXY", "x"), ("DISPLAY", ":9"),
     ("MPLBACKEND", "nonsense"), ("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python"), ("OPENBLAS_NUM_THREADS", "x"),
