@@ -97,7 +97,7 @@ def become_start(start: dict[str, Any]) -> NoReturn:
     for number, kind in enumerate(start["streams"]):
         stream(kind, number)
     os.environ.clear()
-    os.environ.update({name: native(value) for name, value in start["environment"].items()})
+    os.environ.update({native(name): native(value) for name, value in start["environment"].items()})
     os.chdir(start["cwd"])
     if start["cwd_is_gone"]:
         os.rmdir(start["cwd"])
