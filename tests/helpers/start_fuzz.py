@@ -53,7 +53,7 @@ LATE = (
     r"no checkpoint in .* can be used", r"--resume .*", r".*training images; use at most",
     r".*(data_batch|test_batch|batches\.meta|python\.tar\.gz).*",
     r"--run-dir .*: cannot be written", r"SLURM gave",
-    r"--run-dir .*(Permission denied|Not a directory|File exists|No such file)",
+    r"--run-dir .*(Permission denied|Operation not permitted|Not a directory|File exists|No such file)",
 )  # fmt: skip
 
 
