@@ -40,6 +40,8 @@ _LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 }
+# What horovodrun says of the rank among those with the same local rank. Horovod reads them also without the others.
+_CROSS = {"HOROVOD_CROSS_RANK": "0", "HOROVOD_CROSS_SIZE": "1"}
 # The variables of MPICH and Intel MPI. srun also sets the first two if it speaks their protocol.
 _MPIEXEC = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _REMEDY = "start with horovodrun, cnnopt.launch, srun or mpirun, or unset the variables, if another job has left them"
@@ -85,15 +87,19 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
 def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
     """The place that these variables give; None without them. Raises LaunchError if they do not fit together."""
     # Horovod reads its local ones also without a rank, and Gloo aborts.
-    telling = names if names == _LAUNCHERS["horovodrun"] else names[:2]
-    if environ.keys().isdisjoint(telling):
+    horovods = names == _LAUNCHERS["horovodrun"]
+    telling, cross = (names, _CROSS) if horovods else (names[:2], {})
+    if environ.keys().isdisjoint({*telling, *cross}):
         return None
     given = {name: environ.get(name) for name in names}
     if given[names[1]] == "1":
         # A size of 1 is enough: it settles the other three.
         given = {name: value or "01"[i % 2] for i, (name, value) in enumerate(given.items())}
     rank, size, local_rank, local_size = (-1 if (n := count(value)) is None else n for value in given.values())
-    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+    among, of = (count(environ.get(name, usual)) for name, usual in _CROSS.items()) if horovods else (0, 1)
+    fits_across = among is not None and of is not None and among < of
+    if not (fits_across and 0 <= rank < size and 0 <= local_rank < local_size <= size):
+        given |= {name: environ[name] for name in cross if name in environ}
         said = ", ".join(f"{name} is not set" if value is None else f"{name}={value}" for name, value in given.items())
         raise LaunchError(f"{said}: {_REMEDY}")
     return World(rank, size, local_rank, local_size)
