@@ -104,7 +104,7 @@ def cpu_flags() -> set[str]:
 def check_limits() -> None:
     """Raise UserError where a limit of this process is so low that TensorFlow or Horovod would abort.
 
-    So is a umask that keeps the user from the files that a run writes.
+    Raises UserError also for a umask that keeps the user from the files that a run writes.
     Raises RunError if its user has so many threads that the limit leaves too few.
     """
     for option, (limit, unit, least) in LEAST.items():

@@ -40,7 +40,7 @@ _LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
 }
-# What horovodrun says of the rank among those with the same local rank. Horovod reads them also without the others.
+# Two more of horovodrun, with Horovod's defaults: the rank among those with the same local rank, and their number.
 _CROSS = {"HOROVOD_CROSS_RANK": "0", "HOROVOD_CROSS_SIZE": "1"}
 # The variables of MPICH and Intel MPI. srun also sets the first two if it speaks their protocol.
 _MPIEXEC = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
@@ -86,19 +86,18 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
 
 def _world(environ: Mapping[str, str], names: Sequence[str]) -> World | None:
     """The place that these variables give; None without them. Raises LaunchError if they do not fit together."""
-    # Horovod reads its local ones also without a rank, and Gloo aborts.
-    horovods = names == _LAUNCHERS["horovodrun"]
-    telling, cross = (names, _CROSS) if horovods else (names[:2], {})
-    if environ.keys().isdisjoint({*telling, *cross}):
+    # Horovod reads its local and cross ones also without a rank, and Gloo aborts.
+    telling, cross = (names, _CROSS) if names == _LAUNCHERS["horovodrun"] else (names[:2], {})
+    if environ.keys().isdisjoint([*telling, *cross]):
         return None
     given = {name: environ.get(name) for name in names}
     if given[names[1]] == "1":
         # A size of 1 is enough: it settles the other three.
         given = {name: value or "01"[i % 2] for i, (name, value) in enumerate(given.items())}
-    rank, size, local_rank, local_size = (-1 if (n := count(value)) is None else n for value in given.values())
-    among, of = (count(environ.get(name, usual)) for name, usual in _CROSS.items()) if horovods else (0, 1)
-    fits_across = among is not None and of is not None and among < of
-    if not (fits_across and 0 <= rank < size and 0 <= local_rank < local_size <= size):
+    values = [*given.values(), *(environ.get(name, usual) for name, usual in cross.items())]
+    rank, size, local_rank, local_size, *across = (-1 if (n := count(value)) is None else n for value in values)
+    fits = 0 <= rank < size and 0 <= local_rank < local_size <= size
+    if not fits or (across and not 0 <= across[0] < across[1]):
         given |= {name: environ[name] for name in cross if name in environ}
         said = ", ".join(f"{name} is not set" if value is None else f"{name}={value}" for name, value in given.items())
         raise LaunchError(f"{said}: {_REMEDY}")
