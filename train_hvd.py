@@ -94,7 +94,12 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     console.print(session.finish(rank, model, images, folder))
     console.print(tensorboard_command(folder))
     collectives.shutdown()
-    return quantize(config, folder) if config.quantize and world.first else 0
+    if not (config.quantize and world.first):
+        return 0
+    if request.told:
+        console.print("stopped by a signal after the last step; the same command quantizes the run")
+        return request.status
+    return quantize(config, folder)
 
 
 def finish(config: TrainConfig, folder: RunFolder, result: Mapping[str, Any]) -> int:

@@ -31,6 +31,8 @@ MOST_STEPS = 10**7
 #: layers in half a minute on two cores. 1,202 layers, the deepest of He et al. 2016, end in a RecursionError. With a
 #: higher recursion limit, those 1,202 layers had not taken their first step after five minutes, in 6 GB.
 MOST_LAYERS = 560
+#: Largest learning rate and weight decay. float32 holds them, also after the learning rate has grown with the batch.
+LARGEST = 1e30
 #: Longest file name on the usual file systems, in bytes.
 NAME_MAX = 255
 
@@ -307,13 +309,12 @@ def _validate(config: TrainConfig) -> None:
         refuse("validation", "must be 0 or more")
     if not 0 <= config.seed < 2**32:
         refuse("seed", "must be 0 or more, and below 2^32")
-    for name, low in (("base_lr", 0.0), ("weight_decay", -math.ulp(0.0))):
-        value = getattr(config, name)
-        if not (low < value < math.inf):
-            refuse(
-                name,
-                "must be a finite number above 0" if name == "base_lr" else "must be 0 or more, and finite",
-            )
+    assert config.base_lr is not None
+    assert config.weight_decay is not None
+    if not 0 < config.base_lr <= LARGEST:
+        refuse("base_lr", f"must be above 0, and at most {LARGEST:g}")
+    if not 0 <= config.weight_decay <= LARGEST:
+        refuse("weight_decay", f"must be 0 or more, and at most {LARGEST:g}")
     for name in ("prune_begin", "prune_end", "prune_frequency", "warmup"):
         try:
             parse_duration(getattr(config, name))

@@ -101,7 +101,7 @@ def give_way(waiting: Iterable[int]) -> None:
     """Keep threads that wake often from interrupting compute threads. They run once a core is free, or take turns.
 
     They get SCHED_BATCH, which preempts nobody (sched(7)). With SCHED_IDLE, the exchange would wait for any busy
-    program on the same core (docs/benchmarks.md, "Whose core it is"). A policy that the user has chosen is left alone.
+    program on the same core. A policy that the user has chosen is left alone.
     If the kernel refuses, or the thread has ended, only speed is lost.
     """
     for thread in waiting:

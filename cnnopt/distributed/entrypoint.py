@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -55,6 +56,7 @@ def start(main: Callable[[], int]) -> NoReturn:
 
 def become(module: str, *arguments: str) -> NoReturn:
     """Continue as ``python -m module`` in this process, so that a signal meant for one ends the other."""
+    _remove_generated_files()
     sys.stdout.flush()
     os.execv(sys.executable, [*python_m(module), *arguments])
 
@@ -65,9 +67,22 @@ def leave(status: int) -> NoReturn:
     A normal exit takes TensorFlow apart, for seconds on a busy machine. A launcher that has seen one rank end kills
     the others meanwhile, and their status would be the signal's.
     """
+    _remove_generated_files()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _remove_generated_files() -> None:
+    """Remove the temporary files of AutoGraph, one for each function that it has rewritten. Only a normal exit does."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file"):
+            for file in filter(None, (module.__file__, module.__cached__)):
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+            with contextlib.suppress(OSError):
+                # Fails if another program's files are there too.
+                os.rmdir(os.path.dirname(module.__cached__ or ""))
 
 
 def _speak(peers: PeerStatus, world: World, why: str, status: int, *, of_one_rank: bool) -> None:

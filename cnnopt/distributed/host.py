@@ -28,8 +28,8 @@ FIXED = {
 }
 #: Variables that it also reads then, unless the user has set them.
 TENSORFLOW = {
-    # TensorFlow enables oneDNN by itself only on AVX512. On AVX2, oneDNN doubles the training speed
-    # (docs/how-it-works.md, "Threads and kernels").
+    # TensorFlow enables oneDNN by itself only on AVX512. On AVX2 (Zen 3), oneDNN doubled the
+    # training speed.
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -101,11 +101,17 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+class ThreadLimitError(RunError):
+    """This process may not start threads. One rank may hit the limit alone, because all ranks of a host share it."""
+
+    of_one_rank = True
+
+
 def check_limits() -> None:
     """Raise UserError where a limit of this process is so low that TensorFlow or Horovod would abort.
 
     Raises UserError also for a umask that keeps the user from the files that a run writes.
-    Raises RunError if its user has so many threads that the limit leaves too few.
+    Raises ThreadLimitError if its user has so many threads that the limit leaves too few.
     """
     for option, (limit, unit, least) in LEAST.items():
         allowed, _ = resource.getrlimit(limit)
@@ -120,7 +126,7 @@ def check_limits() -> None:
     allowed, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     # The kernel does not limit root.
     if allowed != resource.RLIM_INFINITY and os.getuid() and allowed - (taken := threads_of_user()) < THREADS:
-        raise RunError(
+        raise ThreadLimitError(
             f"ulimit -u {allowed}: this user has {taken} threads already, and a run needs {THREADS} more; raise it, or "
             "end other programs"
         )

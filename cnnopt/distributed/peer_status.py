@@ -91,30 +91,32 @@ class PeerStatus:
     def last_words(self, rank: int, why: str, *, patience: float = 3) -> str | None:
         """The line with which this rank, ``rank``, ends, or None if another rank prints it.
 
-        ``why`` is this rank's own error. It is empty if the exchange failed because of another rank. Then the lowest
-        rank that saw the failure names the ranks that are gone or hang, unless some rank has told its own error.
+        ``why`` is this rank's own error. The lowest of the ranks with the same error prints it. ``why`` is empty if the
+        exchange failed because of another rank. Then the lowest rank that saw the failure names the ranks that are gone
+        or hang, unless some rank has an error of its own.
         """
         why = sendable(why)
         self.state = why or "failed"
         others = [other for other in range(len(self.places)) if other != rank]
         end = time.monotonic() + patience
         while True:
-            answers = {other: self.ask(other, why) for other in others}
-            if why and rank == 0:
-                return why
+            answers = {other: self.ask(other) for other in others}
             lower = [answers[other] for other in range(rank)]
             errors = self.heard | ({*answers.values()} - {None, "", "running", "stopped", "failed"})
-            if (why in {*errors, *lower}) if why else (errors or "failed" in lower):
+            if (why in {*self.heard, *lower}) if why else (errors or "failed" in lower):
                 return None
-            if "running" not in answers.values() or time.monotonic() > end:
+            # A lower rank that runs may still meet the same error.
+            if "running" not in (lower if why else answers.values()) or time.monotonic() > end:
                 break
             time.sleep(0.2)
-        if why:
-            return f"{self._name(rank)}: {why}"
-        words = self._blame([o for o in others if not answers[o]], [o for o in others if answers[o] == "running"])
+        words = why or self._blame(
+            [other for other in others if not answers[other]],
+            [other for other in others if answers[other] == "running"],
+        )
+        # A rank that asks later may find this one ended. So tell all of them now what is printed.
         for other in others:
             self.ask(other, words)
-        return words
+        return f"{self._name(rank)}: {why}" if why and rank else words
 
     def _blame(self, gone: list[int], hanging: list[int]) -> str:
         names = ", ".join(map(self._name, gone or hanging))

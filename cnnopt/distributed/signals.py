@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 
+from cnnopt.distributed.host import ThreadLimitError
 from cnnopt.errors import RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -44,13 +45,13 @@ class StopRequest:
         self.training = False
 
     def listen(self) -> None:
-        """Take over the signals. Call from the main thread. Raises RunError if no thread can be started."""
+        """Take over the signals. Call from the main thread. Raises ThreadLimitError if no thread can be started."""
         reader, writer = socket.socketpair()
         hearing = threading.Thread(target=self._hear, args=(reader, writer), name="signals", daemon=True)
         try:
             hearing.start()
         except RuntimeError as error:
-            raise RunError(f"{error}: check ulimit -u, and the process limit of the container") from None
+            raise ThreadLimitError(f"{error}: check ulimit -u, and the process limit of the container") from None
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:

@@ -147,17 +147,22 @@ class Pruner:
         return {**shares, "total": sum(zeros) / sum(sizes)}
 
     def verify_final(self) -> None:
-        """Raise PruningError unless the number of zeros is the target, within one weight: per kernel, or in total.
+        """Raise PruningError unless the masks prune the target, within one weight, and all pruned weights are zero.
 
-        A dense run has no target: weights become zeros by themselves when weight decay shrinks them for long enough.
+        The target is that of each kernel, or of all together. Kept weights may be zero too: weight decay shrinks one
+        that has no gradient until it is.
         """
         if not self.enabled:
             return
-        zeros, sizes = self._zeros(), [kernel.size for kernel in self.kernels]
-        names = [kernel.name for kernel in self.kernels]
+        names, sizes = [kernel.name for kernel in self.kernels], [kernel.size for kernel in self.kernels]
+        masks = read(self.masks)
+        pruned = [int(np.sum(mask == 0)) for mask in masks]
+        for name, weights, mask in zip(names, read(self.kernels), masks, strict=True):
+            if wrong := int(np.sum(weights[mask == 0] != 0)):
+                raise PruningError(f"{name}: {wrong} pruned weights are not zero")
         if self.scope == "global":
-            zeros, sizes, names = [sum(zeros)], [sum(sizes)], ["all kernels"]
-        for name, found, size in zip(names, zeros, sizes, strict=True):
+            names, sizes, pruned = ["all kernels"], [sum(sizes)], [sum(pruned)]
+        for name, size, found in zip(names, sizes, pruned, strict=True):
             wanted = num_pruned(size, self.final_sparsity)
             if abs(found - wanted) > 1:
-                raise PruningError(f"{name} ends with {found} zeros of {size} weights; --sparsity asks for {wanted}")
+                raise PruningError(f"{name}: {found} of {size} weights are pruned; --sparsity asks for {wanted}")

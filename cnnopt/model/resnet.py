@@ -62,10 +62,10 @@ class Standardize(layers.Layer):
 class Conv2D(layers.Conv2D):
     """A convolution that can run in float32 on hardware without half-precision instructions.
 
-    On a CPU without instructions for bfloat16 or float16, TensorFlow's kernels for that type run 7 times slower than
-    float32 (docs/how-it-works.md, "Precision"). The operands are already rounded to the half type. Widening them to
-    float32 gives the result of half-precision units with float32 accumulators. The sums stay float32 and go to
-    BatchNorm before they are rounded, as in a fused kernel.
+    On a CPU without instructions for bfloat16 or float16, TensorFlow's kernels for that type are more than ten times
+    slower than those for float32 (docs/how-it-works.md, "Precision"). The operands are already rounded to the half
+    type. Widening them to float32 gives the result of half-precision units with float32 accumulators. The sums stay
+    float32 and go to BatchNorm before they are rounded, as in a fused kernel.
     """
 
     def __init__(self, *args: object, widen: bool = False, **kwargs: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -62,6 +63,10 @@ class Prune(Boundary):
             self.empty = set(now)
 
 
+class DivergedError(RunError):
+    """Gradients or loss are not finite, so further steps cannot help."""
+
+
 class Evaluate(Callback):
     """Adds accuracy and loss of the monitored split to an epoch's logs: ``val_accuracy`` and ``val_loss`` of all
     validation images, or ``test_accuracy`` and ``test_loss`` of all test images if there are no validation images.
@@ -72,19 +77,22 @@ class Evaluate(Callback):
         self.data, self.world = data, world
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Each rank evaluates its share of the images."""
+        """Each rank evaluates its share of the images. Raises DivergedError if nothing is left to train and the loss
+        is not finite: the last step may have been too large, and no step follows that would notice.
+        """
         assert logs is not None
         split = self.data.monitored
         result = evaluate(self.model, *self.data.split(split), self.world)
+        trained = int(self.model.run.global_step.numpy()) == len(self.model.learning_rates)
+        if trained and not math.isfinite(result["loss"]):
+            raise DivergedError(
+                f"the {split} loss is not finite after the last step; a lower learning rate (--base-lr) may help"
+            )
         logs.update({f"{split}_accuracy": result["accuracy"], f"{split}_loss": result["loss"]})
 
 
-class DivergedError(RunError):
-    """The loss is not finite, so further steps cannot help."""
-
-
 class StopIfDiverged(Callback):
-    """Ends the run at the first loss that is not finite, unless the loss scale is the cause and can still be halved."""
+    """Ends the run at the first gradients that are not finite, unless a lower loss scale may still mend it."""
 
     def __init__(self, checkpoints: Path) -> None:
         super().__init__()
@@ -98,7 +106,7 @@ class StopIfDiverged(Callback):
         saved = checkpoint.list_steps(self.checkpoints)
         last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
         raise DivergedError(
-            f"step {step}: loss or gradients are not finite; a lower learning rate (--base-lr) may help; {last}"
+            f"step {step}: the gradients are not finite; a lower learning rate (--base-lr) may help; {last}"
         )
 
 

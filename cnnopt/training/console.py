@@ -49,8 +49,9 @@ def start_table(
     pruner, window = model.pruner, model.pruner.window
     weights = sum(int(np.prod(kernel.shape)) for kernel in pruner.kernels)
     pruning = (
-        f"{len(pruner.kernels)} kernels, {weights:,} weights, {config.sparsity:.0%} zero ({config.sparsity_scope}), "
-        f"{config.sparsity_schedule} from step {window.begin} to {window.end}, every {window.frequency}"
+        f"{len(pruner.kernels)} kernels, {weights:,} weights, {100 * config.sparsity:g}% zero "
+        f"({config.sparsity_scope}), {config.sparsity_schedule} from step {window.begin} to {window.end}, "
+        f"every {window.frequency}"
         if pruner.enabled
         else "none"
     )

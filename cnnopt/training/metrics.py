@@ -99,7 +99,9 @@ class Record(Callback):
                 trial=folder.path.name, settings=hyperparameters,
             )  # fmt: skip
         except OSError as error:
-            raise WriteError(f"{error.filename}: cannot be written ({error.strerror}); check the folder") from None
+            raise WriteError(
+                f"{error.filename or folder.tensorboard}: cannot be written ({error.strerror}); check the folder"
+            ) from None
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Write one line, and one point of every curve. Raises WriteError if the last epoch's line is not written."""

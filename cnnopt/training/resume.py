@@ -73,16 +73,17 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
         # A requeued job has the same flags. Without this it would begin from the named checkpoint each time.
         say(f"--resume {named} was for the first start; this run goes on from its own checkpoints")
         named = None
-    if named is None:
+    if not back:
         for path, reason in skipped:
             say(f"skipped {path}: {reason}")
+        if skipped and found is None:
+            # The skipped checkpoints may be readable again tomorrow. A run from its first step would overwrite the
+            # records that belong to them.
+            raise checkpoint.CheckpointError(
+                f"no checkpoint in {folder.checkpoints} can be used: move that folder away to begin anew"
+            )
+    if named is None:
         if found is None:
-            if skipped:
-                # The skipped checkpoints may be readable again tomorrow. A run from step 0 would overwrite the records
-                # that belong to them.
-                raise checkpoint.CheckpointError(
-                    f"no checkpoint in {folder.checkpoints} can be used: move that folder away to begin anew"
-                )
             folder.rewind(0)
             return 0
     else:

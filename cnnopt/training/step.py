@@ -122,8 +122,8 @@ class SynchronousModel(keras.Model):
     def train_step(self, data: tuple[tf.Tensor, ...]) -> dict[str, tf.Tensor]:
         """Do one update from this rank's part of the global batch; ``data`` are arguments of ``forward_backward``.
 
-        Returns the ``loss``, whether it and the gradients are ``finite``, and the step at which the run ``diverged``,
-        0 for none: the first one whose numbers are not finite though the loss scale cannot be the cause.
+        Returns the ``loss``, whether all sums of the exchange are ``finite``, and the step at which the run
+        ``diverged``, 0 for none: the first one whose sums are not finite though the loss scale cannot be the cause.
         """
         packed, loss, correct = self._forward_backward(*data)
         return self._update(self.exchange.send(packed), loss, correct)

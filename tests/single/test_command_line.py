@@ -226,7 +226,25 @@ def arguments(runs: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def complete(shell, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     runs = tmp_path_factory.mktemp("complete")
-    return runs / "tiny", program(arguments(runs), shell)
+    (runs / "temporary").mkdir()
+    return runs / "tiny", program(arguments(runs), {**shell, "TMPDIR": str(runs / "temporary")})
+
+
+def test_a_run_leaves_nothing_in_the_temporary_folder(complete):
+    folder, done = complete
+    assert done.returncode == 0, done.stderr
+    assert list((folder.parent / "temporary").iterdir()) == []
+
+
+@pytest.mark.timeout(300)
+def test_a_last_step_that_was_too_large_is_no_result(shell, tmp_path):
+    one_step = "--dataset synthetic --depth 8 --epochs 1 --batch-size 512 --warmup 0e --base-lr 1e30 --name tiny"
+    done = program([*one_step.split(), "--run-dir", str(tmp_path)], shell)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "train_hvd.py: the test loss is not finite after the last step; a lower learning rate (--base-lr) may help"
+    ]
+    assert not (tmp_path / "tiny/result.json").exists()
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -558,6 +576,32 @@ def test_the_first_ctrl_c_saves_and_says_how_to_go_on(shell, tmp_path):
     assert (process.returncode, stderr) == (130, "")
     assert stdout.splitlines()[-1].startswith("stopped by a signal, and saved; the same command goes on")
     assert checkpoint.list_steps(tmp_path / "tiny/checkpoints")
+
+
+@pytest.mark.timeout(300)
+def test_a_stop_after_the_last_step_quantizes_nothing(shell, tmp_path):
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_hvd
+from cnnopt.distributed import entrypoint
+import cnnopt.training.callbacks as callbacks
+
+evaluate = callbacks.Evaluate.on_epoch_end
+def told_meanwhile(self, epoch, logs=None):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    evaluate(self, epoch, logs)
+
+callbacks.Evaluate.on_epoch_end = told_meanwhile
+entrypoint.start(train_hvd.main)
+"""
+    command = [sys.executable, "-c", code, *arguments(tmp_path, "--epochs", "1", "--sparsity", "0", "--quantize")]
+    done = subprocess.run(command, env=shell, capture_output=True, text=True, cwd="/", timeout=200)
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.endswith("stopped by a signal after the last step; the same command quantizes the run\n")
+    assert (tmp_path / "tiny/result.json").exists()
+    assert not (tmp_path / "tiny/export").exists()
 
 
 @pytest.mark.timeout(300)

@@ -119,6 +119,23 @@ def test_an_error_of_all_ranks_is_said_by_the_first():
     assert last_words(ranks(3), "diverged", "diverged", "diverged") == ["diverged", None, None]
 
 
+def test_an_error_of_some_ranks_is_said_by_the_lowest_of_them():
+    first, second, third, fourth = last_words(ranks(4), "", "no label 12", "no label 12", "no label 12")
+    assert (first, third, fourth) == (None, None, None)
+    assert second.startswith("rank 1 (host ")
+    assert second.endswith("): no label 12")
+
+
+def test_an_error_that_a_rank_has_said_before_it_ended_is_not_said_again(process):
+    started, place = process
+    presences = ranks(2, place)
+    presences[1].state = "stopped"
+    presences[1].heard.add("no label 12")
+    started.kill()
+    started.wait(30)
+    assert presences[1].last_words(1, "no label 12") is None
+
+
 def test_where_all_ranks_answer_it_is_the_network():
     first, second = last_words(ranks(2), "", "")
     assert first == "the exchange failed with all ranks alive: look at the network between their hosts"
@@ -186,6 +203,16 @@ def test_an_error_that_the_first_rank_may_share_is_said_with_the_host():
     status, said = ended('raise UserError("no data")', **SECOND_HOST)
     assert status == 2
     assert re.fullmatch(r"train_hvd\.py: rank 1 \(host .+\): no data\n", said)
+
+
+def test_a_later_rank_of_a_host_says_that_it_may_start_no_thread():
+    # The ranks before it have taken the threads that the user may have.
+    second = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
+    failure = """
+from cnnopt.distributed.host import ThreadLimitError
+raise ThreadLimitError("ulimit -u 1: raise it")
+"""
+    assert ended(failure, **second) == (1, "train_hvd.py: ulimit -u 1: raise it\n")
 
 
 def test_a_rank_that_is_ended_while_the_first_may_say_its_error_says_nothing():

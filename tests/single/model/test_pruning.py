@@ -226,22 +226,42 @@ def test_sparsities_are_the_zeros_in_the_weights_not_in_the_masks():
     assert pruning.sparsities() == {"layer0": 0.6, "layer1": 0.0, "total": 0.4}
 
 
-@pytest.mark.parametrize(("wrong", "accepted"), [(0, True), (1, True), (2, False), (-2, False)])
-def test_two_zeros_more_or_fewer_in_one_kernel_fail_the_run(wrong, accepted):
+@pytest.mark.parametrize(("wrong", "accepted"), [(0, True), (1, True), (-1, True), (2, False), (-2, False)])
+def test_two_pruned_weights_more_or_fewer_in_one_kernel_fail_the_run(wrong, accepted):
     kernels = normal_kernels((100, 10), (40,))
     pruning = pruner(kernels)
     pruning.update(24)
-    values = kernels[0].numpy().ravel()
-    chosen = np.flatnonzero(values == 0)[:wrong] if wrong > 0 else np.flatnonzero(values)[:-wrong]
-    values[chosen] = 1e-38 if wrong > 0 else 0
+    mask, values = pruning.masks[0].numpy().ravel(), kernels[0].numpy().ravel()
+    chosen = np.flatnonzero(mask == (wrong > 0))[: abs(wrong)]
+    mask[chosen], values[chosen] = wrong < 0, 0
+    pruning.masks[0].assign(mask.reshape(100, 10))
     kernels[0].assign(values.reshape(100, 10))
     if accepted:
         pruning.verify_final()
     else:
-        with pytest.raises(
-            PruningError, match=rf"layer0/kernel:0 ends with {600 - wrong} zeros of 1000 weights; .*600"
-        ):
+        with pytest.raises(PruningError, match=rf"^layer0/kernel:0: {600 + wrong} of 1000 weights are pruned; .* 600$"):
             pruning.verify_final()
+
+
+def test_a_pruned_weight_that_is_not_zero_fails_the_run():
+    kernels = normal_kernels((100, 10), (40,))
+    pruning = pruner(kernels)
+    pruning.update(24)
+    values = kernels[0].numpy().ravel()
+    values[np.flatnonzero(values == 0)[:1]] = 1e-38
+    kernels[0].assign(values.reshape(100, 10))
+    with pytest.raises(PruningError, match=r"^layer0/kernel:0: 1 pruned weights are not zero$"):
+        pruning.verify_final()
+
+
+def test_kept_weights_may_become_zero():
+    # Weight decay shrinks a weight without gradient until float32 has nothing smaller.
+    kernels = normal_kernels((100, 10), (40,))
+    pruning = pruner(kernels)
+    pruning.update(24)
+    kernels[0].assign(tf.zeros((100, 10)))
+    pruning.verify_final()
+    assert pruning.sparsities()["layer0"] == 1
 
 
 def test_the_global_scope_is_verified_in_all():
@@ -249,8 +269,9 @@ def test_the_global_scope_is_verified_in_all():
     pruning = pruner(kernels, scope="global")
     pruning.update(24)
     pruning.verify_final()
-    kernels[1].assign(tf.ones(40))
-    with pytest.raises(PruningError, match=r"all kernels ends with \d+ zeros of 1040 weights; --sparsity asks for 624"):
+    pruning.masks[0].assign(tf.zeros((100, 10)))
+    kernels[0].assign(tf.zeros((100, 10)))
+    with pytest.raises(PruningError, match=r"^all kernels: 10\d\d of 1040 weights are pruned; .* 624$"):
         pruning.verify_final()
 
 

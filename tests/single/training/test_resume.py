@@ -371,6 +371,20 @@ def test_where_no_checkpoint_can_be_used_the_run_is_not_begun_anew(tmp_path, cap
     assert folder.metrics() == lines
 
 
+def test_damaged_checkpoints_of_a_run_do_not_send_it_back_to_the_named_one(tmp_path, capsys):
+    first, _ = run(tmp_path, stop_in=3)
+    (source,) = checkpoint.list_steps(first.checkpoints)
+    second, _ = run(tmp_path, name="second", resume=str(source), stop_in=11)
+    lines = second.metrics()
+    assert lines
+    for path in checkpoint.list_steps(second.checkpoints):
+        (path / "manifest.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=f"^no checkpoint in {second.checkpoints} can be used: move"):
+        run(tmp_path, name="second", resume=str(source))
+    assert f"skipped {path}: " in capsys.readouterr().out
+    assert second.metrics() == lines
+
+
 def test_epochs_between_saves_are_counted(tmp_path):
     # 256 images: a step of 256 is an epoch.
     folder, _ = run(tmp_path, save_every="4e", batch_size=256, epochs=12, warmup="0s", sparsity=0.0, keep=9)
