@@ -91,6 +91,11 @@ class Parser(argparse.ArgumentParser):
         if strange:
             near = nearest(strange[0].split("=")[0], self._option_string_actions)
             raise UserError(f"unrecognized argument {strange[0]}: {near or self.stray}")
+        for name, value in vars(given).items():
+            if isinstance(value, Path):
+                setattr(given, name, at_home(value))
+            elif isinstance(value, list):
+                setattr(given, name, [at_home(entry) if isinstance(entry, Path) else entry for entry in value])
         return given
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -104,6 +109,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Raise UserError with one line; argparse would print several."""
         raise UserError(message if message.endswith("?") else f"{message}; see --help")
+
+
+def at_home(path: Path) -> Path:
+    """``path`` with ~ expanded, which a shell does not do in --flag=~/path. Raises UserError."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no such home folder; give a path without ~") from None
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

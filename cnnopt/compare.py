@@ -4,10 +4,11 @@
     python -m cnnopt.compare runs
 
 Prints a table of the runs' results, and one of the measurements of their files by ``cnnopt.quantize``. A folder that
-holds run folders stands for all of them. Complete runs that differ in their seed only are one row: the mean, and the
-standard deviation after ±. ``lost`` are the points of accuracy below the dense run among them that has the same data
-set, depth and epochs; for a file, else below the --baseline of its report. With ``--output`` also writes
-DIR/comparison.md, .png and .html. Exit status: 0 done, 1 failed, 2 wrong input.
+holds run folders stands for all of them. Complete runs that differ in their seed only, and were computed on as many
+ranks, the same kind of device and in the same precision, are one row: the mean, and the standard deviation after ±.
+``lost`` are the points of accuracy below the dense run among them that has the same data set, depth and epochs; for a
+file, else below the --baseline of its report. With ``--output`` also writes DIR/comparison.md, .png and .html. Exit
+status: 0 done, 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -91,18 +92,23 @@ def training_rows(groups: Sequence[Group]) -> list[list[str]]:
     return rows
 
 
+def trained(group: Group, seeds: Sequence[int]) -> Spread | None:
+    """The test accuracy of the runs with these seeds; of all runs if none has one of them."""
+    return Spread.of(run.test_accuracy() for run in group.runs if run.seed in seeds) or group.spread(Run.test_accuracy)
+
+
 def file_rows(groups: Sequence[Group]) -> list[list[str]]:
     """One row for each compared file of each group that ``cnnopt.quantize`` has measured."""
     rows = []
     for group in groups:
         dense = dense_for(group, groups)
-        trained = dense.spread(Run.test_accuracy) if dense else None
         for name in COMPARED:
-            entries = [(e, run.card) for run in group.runs if run.card for e in run.card["files"] if e["name"] == name]
-            if not entries:
+            measured = [(e, run) for run in group.runs if run.card for e in run.card["files"] if e["name"] == name]
+            if not measured:
                 continue
+            entries = [(entry, run.card) for entry, run in measured if run.card]
             accuracy = Spread.of(100 * entry["test"]["accuracy"] for entry, _ in entries)
-            against = trained or Spread.of(
+            against = (dense and trained(dense, [run.seed for _, run in measured])) or Spread.of(
                 100 * page.reference(card)["test"]["accuracy"]
                 for _, card in entries
                 if card["reference"].get("kind") == "baseline"
@@ -164,8 +170,13 @@ LEGENDS = (
 
 
 def settings(groups: Sequence[Group]) -> list[str]:
-    """A line for each group that has other settings than the first."""
-    found = ((group.name, differences(group, groups[0])) for group in groups[1:])
+    """A line for each group that has other settings than the first, or was computed in another way."""
+
+    def computed(group: Group) -> list[str]:
+        first = groups[0].runs[0].computed
+        return [f"{name} {value}" for name, value in group.runs[0].computed.items() if first.get(name) != value]
+
+    found = ((group.name, [*differences(group, groups[0]), *computed(group)]) for group in groups[1:])
     return [f"{name}: {' '.join(flags)}" for name, flags in found if flags]
 
 

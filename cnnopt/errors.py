@@ -21,3 +21,9 @@ class UserError(CnnoptError):
 
 class RunError(CnnoptError):
     """A run with valid input has failed."""
+
+
+class ThreadLimitError(RunError):
+    """This process may not start threads. One rank may hit the limit alone, because all ranks of a host share it."""
+
+    of_one_rank = True

@@ -1,4 +1,4 @@
-"""Runs as their folders hold them, grouped by everything but the seed. Reads JSON only."""
+"""Runs as their folders hold them, in groups that differ in the seed only. Reads JSON only."""
 
 from __future__ import annotations
 
@@ -24,13 +24,22 @@ class GroupError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder. ``result`` is its result.json and ``card`` its report.json; each may be None."""
+    """The content of a run folder. ``result`` is its result.json and ``card`` its report.json; each may be None.
+
+    ``computed``: on how many ranks, on which kind of device and in which precision it was trained, as far as known.
+    """
 
     name: str
     identity: dict[str, Any]
+    computed: dict[str, Any]
     metrics: list[dict[str, Any]]
     result: dict[str, Any] | None
     card: dict[str, Any] | None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.identity["seed"]
 
     @property
     def finished(self) -> bool:
@@ -79,7 +88,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Complete runs whose settings differ in the seed only, or one run that is not complete."""
+    """Complete runs that differ in the seed only, or one run that is not complete."""
 
     name: str
     runs: tuple[Run, ...]
@@ -103,7 +112,10 @@ def read(path: Path) -> Run:
     card = atomic_files.read_json(card_file, "quantize the run again") if card_file.exists() else None
     if card is not None and (card.get("schema") != SCHEMA or not isinstance(card.get("files"), list)):
         raise GroupError(f"{card_file} is of another version of cnnopt: quantize the run again")
-    return Run(path.resolve().name, identity, metrics, result, card)
+    environment = path / "env.json"
+    stored = atomic_files.read_json(environment, "restore it, or delete it") if environment.exists() else {}
+    computed: dict[str, Any] = {name: stored[name] for name in ("ranks", "device", "precision") if name in stored}
+    return Run(path.resolve().name, identity, computed, metrics, result, card)
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
@@ -127,13 +139,17 @@ def by_settings(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order of their first runs. Their names differ."""
     members: dict[str, list[Run]] = {}
     for number, run in enumerate(runs):
-        settings = {**run.identity, "seed": None, "": None if run.finished else number}
-        members.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+        settings = [{**run.identity, "seed": None}, run.computed, None if run.finished else number]
+        key = json.dumps(settings, sort_keys=True)
+        # A second run with the same seed is the same experiment, and says nothing of the spread.
+        while run.seed in [other.seed for other in members.get(key, [])]:
+            key += " again"
+        members.setdefault(key, []).append(run)
     groups: list[Group] = []
     for some in members.values():
         name = some[0].name
         if len(some) > 1:
-            name = re.sub(rf"[-_.]?seed{some[0].identity.get('seed')}$", "", name) or name
+            name = re.sub(rf"[-_.]?seed{some[0].seed}$", "", name) or name
         taken = {group.name for group in groups}
         name = name if name not in taken else some[0].name
         # Runs in different folders may have one name.

@@ -83,7 +83,7 @@ def supervise(commands: dict[str, tuple[list[str], dict[str, str]]]) -> int:
 
 def parser() -> Parser:
     """The parser of this command."""
-    made = Parser(prog="python -m cnnopt.launch", description=__doc__)
+    made = Parser(prog="python -m cnnopt.launch", description=__doc__, stray="the command goes after --")
     made.add_argument("-np", type=int, metavar="N", help="ranks to start here; without it the command is an srun")
     made.add_argument("--interface", metavar="IF", help="network of the rendezvous [that of this host's name]")
     made.add_argument("--port", type=int, default=0, metavar="N", help="port of the rendezvous [any free one]")

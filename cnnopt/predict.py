@@ -24,6 +24,7 @@ from cnnopt.errors import UserError
 from cnnopt.output import need_readers
 from cnnopt.packages import RUNTIMES, choose_runtime
 from cnnopt.run import atomic_files
+from cnnopt.run.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,8 @@ def image_files(named: Sequence[str]) -> Iterator[str]:
         if not os.path.isdir(name):
             yield name
             continue
+        if RunFolder(Path(name)).is_run:
+            raise PredictError(f"{name}: a run, not a folder of images; name one run, and then images")
         files = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in known and path.is_file())
         if not files:
             raise PredictError(f"{name}: no image in this folder; name a file or a folder that has some")

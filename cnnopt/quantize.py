@@ -27,9 +27,11 @@ from cnnopt.distributed.world import is_first, launched
 from cnnopt.export.options import PACKED, OptionError, Options, choose, parse_args
 from cnnopt.export.shipped import shipped
 from cnnopt.output import outlive_readers
-from cnnopt.run import atomic_files
+from cnnopt.run import atomic_files, locks
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from cnnopt.data.datasets import Dataset
     from cnnopt.export.trained import TrainedRun
 
@@ -48,13 +50,17 @@ def writable(folder: Path, remedy: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A request that passed the checks: ``variants`` of ``run``, and the float32 file of ``baseline``."""
+    """A request that passed the checks: ``variants`` of ``run``, and the float32 file of ``baseline``.
+
+    ``folder`` is that of the exported files. ``lock`` keeps other processes out of it.
+    """
 
     options: Options
     run: TrainedRun
     variants: tuple[str, ...]
     baseline: TrainedRun | None
     folder: Path
+    lock: FileLock
 
     def fine_tuned(self) -> dict[str, Path]:
         """The run folder of each fine-tuned variant. The folder may not exist yet."""
@@ -74,8 +80,11 @@ def check(options: Options) -> Plan:
     folder = writable(options.run / "export", "copy the run to a writable folder")
     name = run.identity["dataset"]
     datasets.check(name, options.data_dir)
-    options.check_calibration(name, datasets.DATASETS[name] - run.identity["validation"])
-    return Plan(options, run, variants, baseline, folder)
+    options.calibration_of(name, datasets.DATASETS[name] - run.identity["validation"])
+    lock = locks.hold(options.run / ".quantize.lock")
+    if lock is None:
+        raise OptionError(f"{options.run}: another cnnopt.quantize works on this run; wait for its end")
+    return Plan(options, run, variants, baseline, folder, lock)
 
 
 def fine_tune(options: Options, plan: Plan | None) -> int:
@@ -95,8 +104,11 @@ def fine_tune(options: Options, plan: Plan | None) -> int:
     return child.run(command)
 
 
-def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
-    """Export and measure the variants of a run; returns the content of report.json, and the images."""
+def quantize(plan: Plan, folder: Path) -> tuple[dict[str, Any], Dataset]:
+    """Export the variants of a run to ``folder`` and measure them. Returns the content of report.json, and the images.
+
+    What is printed and reported names the files as they are called in ``plan.folder``.
+    """
     # ---- Load: after fine-tuning, because the other ranks would not wait for a download -----------------------------
     from cnnopt.data import datasets
     from cnnopt.distributed import host
@@ -110,12 +122,12 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
     images = datasets.load(name, options.data_dir, **held_out, show_progress=True)
     if images.num_classes != run.num_classes:
         raise OptionError(f"{run.checkpoint}: {run.num_classes} classes, but {name} has {images.num_classes}")
-    options.check_calibration(name, len(images.train_images))
+    count = options.calibration_of(name, len(images.train_images))
 
     import numpy as np
 
     # Calibrate on training images: a file that has seen the images that measure it would look too good.
-    chosen = np.random.default_rng(options.seed).choice(len(images.train_images), options.calibration, replace=False)
+    chosen = np.random.default_rng(options.seed).choice(len(images.train_images), count, replace=False)
     chosen.sort()
 
     # ---- Convert -------------------------------------------------------------------------------------------------
@@ -127,18 +139,18 @@ def quantize(plan: Plan) -> tuple[dict[str, Any], Dataset]:
     exports = []
     baseline = [variants.float32(plan.baseline, "dense-float32")] if plan.baseline else []
     for variant in (*baseline, *variants.of_run(run, plan.variants, clusters=options.clusters, tuned=tuned)):
-        exports.append(variants.write(variant, plan.folder, images.train_images[chosen]))
-        print(f"  {exports[-1].path}  {len(exports[-1].content):,} bytes")
-    others = {name: formats.write(name, run, plan.folder) for name in options.formats}
+        exports.append(variants.write(variant, folder, images.train_images[chosen]))
+        print(f"  {plan.folder / exports[-1].path.name}  {len(exports[-1].content):,} bytes")
+    others = {name: formats.write(name, run, folder) for name in options.formats}
     for path in others.values():
-        print(f"  {path}  {len(formats.content_of(path)):,} bytes")
+        print(f"  {plan.folder / path.name}  {len(formats.content_of(path)):,} bytes")
 
     # ---- Measure these very files --------------------------------------------------------------------------------
     content = report.report(exports, others, images, clusters=options.clusters, runtime=options.runtime)
     content["calibration"] = {
         "split": "train",
         "seed": options.seed,
-        "count": options.calibration,
+        "count": count,
         "indices": chosen.tolist(),
     }
     if options.pack:
@@ -170,6 +182,16 @@ def packed(path: Path, content: bytes, size: dict[str, int], reference: int) -> 
         "over_weights_entropy": weights / ideal - 1 if ideal else None,
         "times_smaller": reference / len(archive),
     }
+
+
+def remove_earlier(plan: Plan, new: Path) -> None:
+    """Remove what describes or packs the earlier versions of the files in ``new``, which will replace them."""
+    from cnnopt.export import pack
+
+    stale = [plan.options.run / f"report.{ending}" for ending in ("json", "md", "png", "html")]
+    stale += [plan.folder / "README.md", *(plan.folder / f"{file.name}{pack.SUFFIX}" for file in new.glob("*.tflite"))]
+    for path in stale:
+        path.unlink(missing_ok=True)
 
 
 def archive_command(command: str, argv: Sequence[str]) -> None:
@@ -230,7 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plan is None:
         print("cnnopt.quantize: rank 0 of this job writes the report")
         return 0
-    content, images = quantize(plan)
+    with atomic_files.replace_together(plan.folder) as new:
+        content, images = quantize(plan, new)
+        remove_earlier(plan, new)
     from cnnopt.export import model_card, page, render, tensorboard
 
     render.save(content, options.run)

@@ -28,7 +28,6 @@ from cnnopt.grid.cells import Cell, Grid, GridError
 from cnnopt.output import outlive_readers
 
 VARIANTS = "float32,float16,dynamic,int8,clustered-int8"
-CLUSTERS = "16"
 
 
 def parser() -> Parser:
@@ -42,7 +41,9 @@ def parser() -> Parser:
         "--scale", type=float, default=1.0, metavar="X", help="factor on every duration of the recipe [1]"
     )
     made.add_argument("--np", type=int, default=1, metavar="N", help="ranks of the cells with `ranks: all` [1]")
-    made.add_argument("--run-dir", default="runs/study", metavar="DIR", help="folder of the runs [runs/study]")
+    made.add_argument(
+        "--run-dir", type=Path, default=Path("runs/study"), metavar="DIR", help="folder of the runs [runs/study]"
+    )
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data sets, as for train_hvd.py")
     made.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help="data sets, instead of the grid's")
     made.add_argument("--depth", nargs="+", type=int, default=[], metavar="N", help="depths, instead of the grid's")
@@ -74,7 +75,7 @@ def planned(given: argparse.Namespace) -> tuple[Grid, list[Cell]]:
         grid,
         scale=given.scale,
         ranks=given.np,
-        run_dir=given.run_dir,
+        run_dir=str(given.run_dir),
         data_dir=given.data_dir,
         datasets=given.dataset,
         depths=given.depth,
@@ -87,9 +88,12 @@ def measuring(given: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The flags of ``cnnopt.quantize``, and the variants that they make. Both are empty for ``--variants none``."""
     if given.variants == "none":
         return [], []
+    for name in given.variants.split(","):
+        if "qat" in options.NEEDS.get(name.strip(), ()):
+            raise GridError(f"--variants {name.strip()}: a study does not fine-tune; leave it out")
     flags = ["--variants", given.variants, "--pack"]
     if "clustered-int8" in given.variants.split(","):
-        flags += ["--clusters", CLUSTERS]
+        flags += ["--clusters", str(progress.CLUSTERS)]
     if given.data_dir:
         flags += ["--data-dir", given.data_dir]
     variants = options.parse_args(["RUN", *flags]).variants
@@ -132,15 +136,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.dry_run:
         list_cells(chosen, variants)
         return 0
-    run_dir = Path(given.run_dir)
-    output = given.output or run_dir / "report"
+    output = given.output or given.run_dir / "report"
     from cnnopt.grid import report
 
     if given.report or given.records:
         if given.records:
             report.of_records(given.records, output, [grid])
         else:
-            report.of_runs(run_dir, output, [grid])
+            report.of_runs(given.run_dir, output, [grid])
         print(f"{output}/study.md, study.tex, a .csv for each table, a .png and a .svg for each figure")
         return 0
     from cnnopt.data import datasets
@@ -162,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{cell.name}: {report.summary(cell.folder)}", flush=True)
         # What is wrong here is not the fault of this cell: the tables are made of all cells.
         try:
-            report.of_runs(run_dir, output, [grid])
+            report.of_runs(given.run_dir, output, [grid])
             unwritten = ""
         except CnnoptError as error:
             unwritten = str(error)

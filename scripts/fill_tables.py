@@ -38,7 +38,7 @@ def rounded(value: float) -> int:
 def packed(record: records.Record, name: str) -> str:
     """Packed size of a file, its ratio to the raw float32 file, and its accuracy. Empty if it was not measured."""
     files = {entry["name"]: entry for entry in record["files"]}
-    if name not in files:
+    if name not in files or not files[name]["packed"]:
         return ""
     size, whole = files[name]["packed"], files["float32"]["raw"]
     return f"{rounded(size / 1024)} KiB, {whole / size:.1f}x smaller, {100 * files[name]['accuracy']:.2f}%"
@@ -54,7 +54,7 @@ def row(group: tables.Group, label: str) -> str:
     took = sorted({rounded(run["result"]["minutes"]) for run in runs})
     minutes = " to ".join(map(str, dict.fromkeys((took[0], took[-1]))))
     cells = (
-        f"ResNet-{group.depth}, {DATA[group.dataset]}",
+        f"ResNet-{group.depth}, {DATA.get(group.dataset, group.dataset)}",
         f"{zeros:.0%}" if zeros else "none",
         f"{accuracies} ({seeds})",
         f"{group.epochs}; {minutes} on {cores} core{'s' * (cores > 1)}",

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from cnnopt.errors import RunError, UserError
+from cnnopt.errors import ThreadLimitError, UserError
 
 #: Variables that TensorFlow reads when it starts, and that decide what it computes. The user's values do not count.
 FIXED = {
@@ -99,12 +99,6 @@ def cpu_flags() -> set[str]:
         # The line is named Features on ARM.
         return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
     return set()
-
-
-class ThreadLimitError(RunError):
-    """This process may not start threads. One rank may hit the limit alone, because all ranks of a host share it."""
-
-    of_one_rank = True
 
 
 def check_limits() -> None:

@@ -18,8 +18,7 @@ import socket
 import threading
 import time
 
-from cnnopt.distributed.host import ThreadLimitError
-from cnnopt.errors import RunError
+from cnnopt.errors import RunError, ThreadLimitError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOPPED = os.EX_TEMPFAIL

@@ -49,7 +49,8 @@ def _raw_size(content: dict[str, Any], files: dict[str, Any]) -> list[str]:
     sentence = (
         f"The raw size of int8 ({int8['raw']:,} bytes) does not depend on sparsity: int8 weights are stored dense, one "
         f"byte for each of {count:,} weights, zero or not. The {sparsity:.0%} zeros show once the file is "
-        f"compressed: {int8['gzip']:,} bytes by gzip -9, {int8['entropy_bound']:,} by an ideal coder."
+        f"compressed: {int8['gzip']:,} bytes by gzip -9. An ideal coder needs {int8['weights_entropy']:,} bytes for "
+        "the weights alone."
     )
     return [sentence]
 

@@ -27,7 +27,7 @@ class Session:
 
 def library(runtime: str) -> tuple[Any, Any]:
     """Interpreter and OpResolverType of TensorFlow (``tf``) or LiteRT (``litert``). Both have the same code."""
-    with interrupt.importing():
+    with interrupt.importing(), quiet_stderr():
         if runtime == "litert":
             from ai_edge_litert import interpreter
 

@@ -40,7 +40,7 @@ def measure(
 ) -> list[list[dict[str, Any]]]:
     """A list for each file, with one dict for each number of threads. ``one`` lists the keys. Raises LatencyError.
 
-    A new process imports the interpreter once and forks for each file.
+    A new process imports the interpreter once and forks for each measurement.
     """
     command = [*python_m("cnnopt.export.latency"), "--threads", ",".join(map(str, threads))]
     command += ["--seconds", str(seconds), "--runtime", runtime, *map(str, files)]
@@ -104,15 +104,15 @@ def _status(field: str) -> int:
     raise LatencyError(f"/proc/self/status has no {field}; latency is measured on Linux only")
 
 
-def _child(connection: Connection, path: Path, threads: Sequence[int], seconds: float, runtime: str) -> None:
+def _child(connection: Connection, path: Path, threads: int, seconds: float, runtime: str) -> None:
     try:
-        connection.send([one(path, count, seconds, runtime) for count in threads])
+        connection.send(one(path, threads, seconds, runtime))
     except CnnoptError as error:
         connection.send(error)
 
 
-def _measured(path: Path, threads: Sequence[int], seconds: float, runtime: str) -> list[dict[str, Any]]:
-    """``one`` for each number of threads, in a separate process."""
+def _measured(path: Path, threads: int, seconds: float, runtime: str) -> dict[str, Any]:
+    """``one`` in a separate process: memory that one measurement has taken must not hide that of the next."""
     fork = multiprocessing.get_context("fork")
     receive, send = fork.Pipe(duplex=False)
     process = fork.Process(target=_child, args=(send, path, threads, seconds, runtime))
@@ -152,7 +152,8 @@ def main() -> int:
     with host.quiet_stderr():
         # Once here, so that the forked processes need not.
         interpret.library(given.runtime)
-    print(json.dumps([_measured(path, given.threads, given.seconds, given.runtime) for path in given.files]))
+    timings = [[_measured(f, count, given.seconds, given.runtime) for count in given.threads] for f in given.files]
+    print(json.dumps(timings))
     return 0
 
 

@@ -37,6 +37,8 @@ FORMATS = {
 #: The optional packages with which a format is written and measured.
 FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}
 MIN_CALIBRATION = 32
+#: Without --calibration.
+CALIBRATION = 500
 #: Allowed numbers of distinct values of a kernel.
 CLUSTERS = range(4, 257)
 
@@ -55,7 +57,7 @@ class Options:
     clusters: int | None
     qat: int | None
     baseline: Path | None
-    calibration: int
+    calibration: int | None
     seed: int
     data_dir: str | None
     pack: bool
@@ -76,10 +78,16 @@ class Options:
         given = {flag for flag in ("clusters", "qat") if getattr(self, flag) is not None}
         return [name for name in VARIANTS if given.issuperset(NEEDS.get(name, ()))]
 
-    def check_calibration(self, dataset: str, images: int) -> None:
-        """Raise OptionError if ``dataset`` has fewer training images than --calibration asks for."""
+    def calibration_of(self, dataset: str, images: int) -> int:
+        """The number of calibration images, of ``images`` training images.
+
+        Raises OptionError if ``dataset`` has fewer training images than --calibration asks for.
+        """
+        if self.calibration is None:
+            return min(CALIBRATION, images)
         if self.calibration > images:
             raise OptionError(f"--calibration {self.calibration}: {dataset} has {images} training images")
+        return self.calibration
 
     def fine_tunings(self) -> dict[str, int]:
         """The variants that are fine-tuned, with the number of clusters of each. 0 means no clustering."""
@@ -110,7 +118,9 @@ def parser(description: str | None = None) -> Parser:
         "with --clusters also clustered-int8-qat, by a second fine-tuning",
     )
     made.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
-    made.add_argument("--calibration", type=int, default=500, metavar="N", help="training images for int8 [500]")
+    made.add_argument(
+        "--calibration", type=int, metavar="N", help=f"training images for int8 [{CALIBRATION}, or all if fewer]"
+    )
     made.add_argument("--seed", type=int, default=0, help="seed that picks the calibration images [0]")
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")
     made.add_argument("--pack", action="store_true", help="also pack the int8 files (lossless, near their entropy)")
@@ -151,7 +161,7 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> Options:
         )
     if given["qat"] is not None and given["qat"] < 1:
         raise OptionError(f"--qat {given['qat']}: give 1 epoch or more")
-    if given["calibration"] < MIN_CALIBRATION:
+    if given["calibration"] is not None and given["calibration"] < MIN_CALIBRATION:
         raise OptionError(
             f"--calibration {given['calibration']}: too few images to see the range of the activations; "
             f"give at least {MIN_CALIBRATION}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tf_keras as keras
 
-from cnnopt.export import convert, pack, tflite_file
+from cnnopt.export import convert, tflite_file
 from cnnopt.export.trained import TrainedRun
 from cnnopt.run import atomic_files
 
@@ -87,6 +87,4 @@ def write(variant: Variant, folder: Path, calibration: np.ndarray) -> Export:
     content = convert.convert(variant.source, variant.name, calibration)
     kernels = convert.file_kernels(content, file, variant.name, variant.run.kernels())
     atomic_files.replace(file, content)
-    # Delete the archive of an earlier file. --pack makes a new one.
-    file.with_name(file.name + pack.SUFFIX).unlink(missing_ok=True)
     return Export(variant, file, content, kernels)

@@ -29,6 +29,8 @@ LABEL = re.compile(r"[a-z0-9][a-z0-9+._-]*")
 KEYS = ("epochs", "datasets", "depths", "seeds", "cells", "questions")
 #: What a study decides for each cell. A grid file cannot.
 DECIDED = {"dataset", "data_dir", "depth", "epochs", "seed", "run_dir", "name", "expect_ranks", "resume", "quantize"}
+#: Flags that do not train.
+ASKING = {"help", "version"}
 
 
 class GridError(UserError):
@@ -118,12 +120,15 @@ def read(path: Path) -> Grid:
         if not isinstance(label, str) or not LABEL.fullmatch(label):
             raise refuse(f"cells: {label}: use small letters, digits and '-'")
         for setting in settings:
-            if str(setting).replace("-", "_") in DECIDED:
+            if not isinstance(setting, str) or setting.replace("-", "_") in DECIDED | ASKING:
                 raise refuse(f"cells: {label}: {setting} is not a setting of a cell")
         if settings.get("ranks", "all") != "all":
             raise refuse(f"cells: {label}: ranks: {settings['ranks']}: give all, or leave it out")
     questions = []
-    for question in content.get("questions") or []:
+    asked = content.get("questions") or []
+    if not isinstance(asked, list):
+        raise refuse("questions: give a list; each has the keys ask and compare")
+    for question in asked:
         pairs = question.get("compare") if isinstance(question, dict) else None
         if not isinstance(pairs, list) or not isinstance(question.get("ask"), str):
             raise refuse("questions: each has the keys ask and compare")
@@ -131,7 +136,7 @@ def read(path: Path) -> Grid:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise refuse(f"questions: {question['ask']}: compare pairs of cells")
             for label in pair:
-                if label not in cells:
+                if not isinstance(label, str) or label not in cells:
                     raise refuse(
                         f"questions: {question['ask']}: there is no cell {label}: {nearest(str(label), cells)}"
                     )

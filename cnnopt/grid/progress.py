@@ -7,11 +7,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from cnnopt.errors import CnnoptError
+from cnnopt.export.options import PACKED
 from cnnopt.export.render import SCHEMA
 from cnnopt.grid.cells import Cell
 from cnnopt.run import atomic_files
 from cnnopt.run.run_folder import RunFolder, minutes
 
+#: The values a kernel has in the clustered files of a study.
+CLUSTERS = 16
 #: The states of a cell, in order.
 WAITING, BEGUN, TRAINED, DONE = "waiting", "begun", "trained", "done"
 
@@ -32,14 +35,22 @@ def state(cell: Cell, variants: Sequence[str]) -> str:
 
 
 def measured(cell: Cell, step: int) -> list[str]:
-    """The variants that the report of a cell's run holds, if the report is of ``step``. None of a damaged report."""
+    """The variants that the report of a cell's run holds, if the report is of ``step``. None of a damaged report.
+
+    A file that a user made with another number of clusters, or without its archive, does not count.
+    """
     try:
         card = atomic_files.read_json(cell.folder / "report.json", "")
     except atomic_files.ReadError:
         return []
     if card.get("schema") != SCHEMA or card.get("run", {}).get("step") != step:
         return []
-    return [entry["name"] for entry in card["files"]]
+    return [
+        entry["name"]
+        for entry in card["files"]
+        if (entry["name"] not in PACKED or entry["packed"])
+        and (not entry["name"].startswith("clustered-") or card["run"]["clusters"] == CLUSTERS)
+    ]
 
 
 def epochs_done(cell: Cell) -> int:

@@ -22,6 +22,7 @@ from cnnopt.distributed.signals import INTERRUPTED, STOPPED
 from cnnopt.errors import CnnoptError, RunError
 from cnnopt.grid import progress
 from cnnopt.grid.cells import Cell
+from cnnopt.run import locks
 from cnnopt.run.run_folder import RunFolder, minutes
 
 PROGRAM = Path(__file__).parents[2] / "train_hvd.py"
@@ -186,13 +187,9 @@ class Show:
 @contextlib.contextmanager
 def alone(cell: Cell) -> Iterator[bool]:
     """Hold a cell against other studies in the same folder. False if another one holds it. Raises OSError."""
-    import filelock  # here, because it takes a tenth of a second, and wrong input must be answered sooner
-
     cell.folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(cell.folder / ".study.lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
+    lock = locks.hold(cell.folder / ".study.lock")
+    if lock is None:
         yield False
         return
     try:

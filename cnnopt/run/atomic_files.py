@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,32 @@ class WriteError(RunError):
     """A file cannot be written. The message is one line that names the file."""
 
 
+@contextlib.contextmanager
+def replace_together(folder: Path) -> Iterator[Path]:
+    """A new folder in ``folder``. At the end, what is in it replaces what has the same name in ``folder``.
+
+    Nothing is replaced after an error. For one process at a time. Raises WriteError.
+    """
+    new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with _writing(new):
+            new.mkdir()
+        yield new
+        for path in sorted(new.iterdir()):
+            target = folder / path.name
+            with _writing(target):
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def replace(path: Path, content: str | bytes) -> None:
     """Write ``path`` whole. Its old content stays until all of ``content`` is on the disk. Raises WriteError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _writing(path):
         try:
             with temporary.open("wb") as file:
                 # ``content`` may name a folder with bytes that are no text in this locale.
@@ -53,5 +78,11 @@ def replace(path: Path, content: str | bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror}); free some space or check the folder") from None

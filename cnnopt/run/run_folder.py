@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 from cnnopt.config import ConfigError, TrainConfig, completed
 from cnnopt.distributed.host import cores, cpu, versions
-from cnnopt.run import atomic_files
+from cnnopt.run import atomic_files, locks
 
 #: Seconds to wait for a folder that another process has locked. NFS 4 keeps the lock of a lost host for 90 s.
 PATIENCE = 120.0
@@ -112,21 +111,14 @@ class RunFolder:
             raise ConfigError(f"--run-dir {self.path.parent}: {why}; choose another") from None
 
     def _keep_others_out(self) -> None:
-        import filelock  # here, because it takes a tenth of a second, and wrong input must be answered sooner
-
-        self._held = filelock.FileLock(self.path / ".lock", is_singleton=True, fallback_to_soft=False)
+        file = self.path / ".lock"
         trains = f"{self.path}: another process trains in it"
-        # Some file systems have no locks. There, users must take care themselves.
-        with contextlib.suppress(OSError):
-            try:
-                self._held.acquire(blocking=False)
-            except filelock.Timeout:
-                print(f"{trains}; waiting {PATIENCE:.0f} s for its end", flush=True)
-                try:
-                    self._held.acquire(timeout=PATIENCE)
-                except filelock.Timeout:
-                    remedy = f"stop it, give another --name, or delete {self._held.lock_file} if there is none"
-                    raise ConfigError(f"{trains}; {remedy}") from None
+        self._held = locks.hold(file)
+        if self._held is None:
+            print(f"{trains}; waiting {PATIENCE:.0f} s for its end", flush=True)
+            self._held = locks.hold(file, patience=PATIENCE)
+        if self._held is None:
+            raise ConfigError(f"{trains}; stop it, give another --name, or delete {file} if there is none")
 
     def rewind(self, step: int, recorded: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Remove metrics of steps after ``step``, so that a resumed run draws one curve. Raises WriteError.

@@ -100,6 +100,31 @@ def test_runs_of_several_seeds_are_one_row_beside_the_dense_run(dense_and_pruned
     assert ["int8", "91.00", "±1.41", "1.22", "150.0", "7.32x", "2.00", "4.00x"] in rows
 
 
+def test_a_file_of_a_dense_run_has_lost_what_its_own_run_had(dense_and_pruned):
+    dense = dense_and_pruned / "resnet20-dense-muon-seed0"
+    shutil.copytree(dense, dense_and_pruned / "other")
+    config = json.loads((dense_and_pruned / "other/config.json").read_text())
+    config["identity"]["seed"] = 1
+    (dense_and_pruned / "other/config.json").write_text(json.dumps(config))
+    result = json.loads((dense_and_pruned / "other/result.json").read_text())
+    (dense_and_pruned / "other/result.json").write_text(json.dumps({**result, "accuracy": 0.5}))
+    card = {"schema": SCHEMA, "files": [entry("int8", gzip=1024)], "reference": {"file": "int8", "kind": "self"}}
+    (dense / "report.json").write_text(json.dumps(card))
+    rows = markdown(by_settings([read(dense), read(dense_and_pruned / "other")])).splitlines()
+    # 80.39 beside 92.22 of seed 0, not beside the mean with 50.00.
+    assert any("| int8 | 80.39 | 11.83 |" in row for row in rows)
+
+
+def test_runs_on_other_ranks_are_another_row(dense_and_pruned, capsys):
+    folder = dense_and_pruned / "resnet20-muon-decay-seed1"
+    environment = json.loads((folder / "env.json").read_text())
+    (folder / "env.json").write_text(json.dumps({**environment, "ranks": 4}))
+    assert main([str(dense_and_pruned)]) == 0
+    settings = [line for line in capsys.readouterr().out.splitlines() if "muon-decay-seed1: " in line]
+    assert len(settings) == 1
+    assert settings[0].endswith(" ranks 4")
+
+
 @pytest.mark.parametrize("kind", ["self", "baseline"])
 def test_points_are_lost_against_a_dense_run_only(kind, dense_and_pruned):
     run = dense_and_pruned / "resnet20-muon-decay-seed0"

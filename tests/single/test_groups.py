@@ -15,14 +15,19 @@ from tests.helpers.permissions import stopped_by_permissions
 RUNS = Path(__file__).with_name("runs")
 
 
-def run(name: str, *, finished: bool = True, **identity: object) -> Run:
-    return Run(name, {"depth": 20, "seed": 0, **identity}, [], {} if finished else None, None)
+def run(name: str, *, finished: bool = True, ranks: int = 1, **identity: object) -> Run:
+    return Run(name, {"depth": 20, "seed": 0, **identity}, {"ranks": ranks}, [], {} if finished else None, None)
 
 
 def test_only_the_seed_may_differ_in_a_group():
-    runs = [run("a-seed0"), run("b"), run("a-seed1", seed=1), run("a-seed2", seed=2, depth=44)]
+    runs = [run("a-seed0"), run("a-seed1", seed=1), run("a-seed2", seed=2, depth=44), run("b-seed2", seed=2, ranks=2)]
     found = [[r.name for r in group.runs] for group in by_settings(runs)]
-    assert found == [["a-seed0", "b", "a-seed1"], ["a-seed2"]]
+    assert found == [["a-seed0", "a-seed1"], ["a-seed2"], ["b-seed2"]]
+
+
+def test_a_second_run_with_the_same_seed_is_in_another_group():
+    runs = [run("a"), run("b"), run("c", seed=1), run("d", seed=1), run("e")]
+    assert [[r.name for r in group.runs] for group in by_settings(runs)] == [["a", "c"], ["b", "d"], ["e"]]
 
 
 def test_a_run_that_is_not_complete_stands_alone():

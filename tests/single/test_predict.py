@@ -178,6 +178,8 @@ def test_wrong_flags_and_images(refused, light, tmp_path, monkeypatch):
     assert "null byte" in refused(light, "a\0b")
     (tmp_path / "empty").mkdir()
     assert "no image in this folder" in refused(light, tmp_path / "empty")
+    (tmp_path / "empty/config.json").write_text("{}")
+    assert "empty: a run, not a folder of images" in refused(light, tmp_path / "empty")
     (tmp_path / "text.png").write_text("not an image")
     assert "text.png: not an image that Pillow reads; give" in refused(light, tmp_path / "text.png")
     whole = io.BytesIO()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -550,6 +551,36 @@ def test_sparse_variants_of_a_dense_run(no_tensorflow, tmp_path, capsys):
     assert parse_args([str(run), "--qat", "2"]).fine_tunings() == {"int8-qat": 0}
     with pytest.raises(OptionError):
         choose(parse_args([str(run), "--variants", "sparse-int8"]), 0.1)
+
+
+def test_without_the_flag_few_images_are_all_for_calibration(tmp_path):
+    options = parse_args([str(tmp_path)])
+    assert [options.calibration_of("cifar10", images) for images in (50_000, 500, 412)] == [500, 500, 412]
+
+
+def test_two_at_once_are_refused_for_one_run(tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    with filelock.FileLock(run / ".quantize.lock"):
+        line = refused(capsys, run)
+    assert "another cnnopt.quantize works on this run; wait for its end" in line
+
+
+def test_an_interrupted_second_time_leaves_the_files_and_the_report_of_the_first(tmp_path):
+    run = make_run(tmp_path / "r")
+    done = quantize(run, "--variants", "int8", "--pack")
+    assert done.returncode == 0, done.stderr
+    kept = {path: path.read_bytes() for path in [*run.glob("export/*"), *run.glob("report.*")]}
+    assert len(kept) == 8
+    command = [sys.executable, "-m", "cnnopt.quantize", str(run), "--variants", "int8", "--calibration", "64"]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as job:
+        try:
+            assert any("latency" in line for line in job.stdout)
+            job.send_signal(signal.SIGINT)
+            assert job.wait(300) == 130
+        finally:
+            job.kill()
+    assert {path: path.read_bytes() for path in [*run.glob("export/*"), *run.glob("report.*")]} == kept
+    assert not (run / "export/.new").exists()
 
 
 @pytest.mark.parametrize(

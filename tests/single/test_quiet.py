@@ -46,7 +46,11 @@ def test_training_shows_none(tmp_path: Path):
     assert of_tensorflow(output) == []
 
 
-def test_quantize_shows_none(tmp_path: Path):
+def test_quantize_and_predict_show_none(tmp_path: Path):
     output = run("-m", "cnnopt.quantize", make_run(tmp_path / "run"), "--variants", "float32,int8")
     assert "int8" in output
     assert of_tensorflow(output) == []
+    image = ROOT / "docs/images/terminal.png"
+    answer = run("-m", "cnnopt.predict", tmp_path / "run", image, "--runtime", "tf")
+    assert "terminal.png" in answer
+    assert of_tensorflow(answer) == []

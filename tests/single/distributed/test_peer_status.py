@@ -209,7 +209,7 @@ def test_a_later_rank_of_a_host_says_that_it_may_start_no_thread():
     # The ranks before it have taken the threads that the user may have.
     second = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
     failure = """
-from cnnopt.distributed.host import ThreadLimitError
+from cnnopt.errors import ThreadLimitError
 raise ThreadLimitError("ulimit -u 1: raise it")
 """
     assert ended(failure, **second) == (1, "train_hvd.py: ulimit -u 1: raise it\n")

@@ -68,10 +68,11 @@ def test_ratios_are_against_the_reference_as_it_is():
     assert found == {"raw": 4, "gzip": 8, "xz": 10, "entropy_bound": 20, "gzip_to_gzip": 4}
 
 
-def test_a_file_is_shipped_packed_or_else_through_gzip():
+def test_a_file_is_shipped_in_its_smaller_form():
     entry = {"size": {"gzip": 25}, "times_smaller": {"gzip": 8}, "packed": None}
     assert shipped(entry) == Shipped("gzip", 25, 8)
     assert shipped({**entry, "packed": {"bytes": 20, "times_smaller": 10}}) == Shipped("packed", 20, 10)
+    assert shipped({**entry, "packed": {"bytes": 26, "times_smaller": 7.7}}) == Shipped("gzip", 25, 8)
 
 
 # ------------------------------------------------------------------------------------------------ zeros
@@ -192,7 +193,8 @@ MACHINE = {"load": 0.5, "cores": 2, "int8_instructions": []}
 def card(**changes):
     timing = {"median_ms": 1.0, "delegate": "XNNPACK"}
     entry = {
-        "name": "int8", "size": {"raw": 1000, "gzip": 500, "entropy_bound": 450}, "weights": {"weights": 900},
+        "name": "int8", "size": {"raw": 1000, "gzip": 500, "entropy_bound": 450, "weights_entropy": 430},
+        "weights": {"weights": 900},
         "latency": [timing], "fine_tuned": None,
         "ledger": {"pruned": 540, "first_loss": None, "stages": [{"stage": "quantized", "zeros": 540, "lost": 0}]},
     }  # fmt: skip

@@ -118,6 +118,10 @@ def test_patterns_choose_cells_by_label_or_by_name(grid):
         ("ranks: all", "ranks: 2", "same: ranks: 2: give all"),
         ("compare: [[dense, half]]", "compare: [[dense, halv]]", "there is no cell halv: did you mean half?"),
         ("compare: [[dense, half]]", "compare: [dense, half]", "compare pairs of cells"),
+        ("compare: [[dense, half]]", "compare: [[[dense], half]]", "there is no cell ['dense']"),
+        ("{preset: baseline}", "{help: true}", "dense: help is not a setting of a cell"),
+        ("{preset: baseline}", "{on: 2}", "dense: True is not a setting of a cell"),
+        (GRID, GRID[: GRID.index("questions:")] + "questions: 5", "questions: give a list"),
         ("cells:", "cells: [", "is not YAML"),
         (GRID, "- a list", "a grid has the keys"),
         ("sparsity: 0.5", "sparsety: 0.5", "mine, half: unrecognized argument --sparsety: did you mean --sparsity?"),
@@ -143,6 +147,7 @@ def test_a_grid_that_cannot_be_used_is_one_line(old, new, message, tmp_path, cap
         ("--dataset cifar", "--dataset"),
         ("--depth 21", "--depth 21"),
         ("--variants int9", "--variants int9"),
+        ("--variants int8,int8-qat", "--variants int8-qat: a study does not fine-tune; leave it out"),
         ("--task 99 --only baseline", "the grid has 12 cells: give sbatch --array=0-11%4"),
         ("--task 0 --tasks 4 --only baseline --seed 0 --depth 20", "the grid has 2 cells"),
         ("--report", "no cell is complete yet"),
@@ -156,6 +161,15 @@ def test_a_flag_that_cannot_be_used_is_one_line(flags, message, tmp_path, capsys
     assert error.startswith("cnnopt.study: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_a_run_dir_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ["--only", "super-60", "--seed", "0", "--depth", "20", "--dataset", "cifar10"]
+    assert main([*flags, "--run-dir=~/studies", "--task", "0"]) == 0
+    assert str(tmp_path / "studies") in capsys.readouterr().out.splitlines()
+    assert main([*flags, "--run-dir=~nobody-of-this-name/x", "--task", "0"]) == 2
+    assert "no such home folder" in capsys.readouterr().err
 
 
 def test_a_task_prints_its_ranks_and_its_flags(tmp_path, capsys):
