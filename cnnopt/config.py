@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -166,6 +167,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Set the fields that depend on other fields, then refuse invalid settings."""
+        # A shell expands ~ in --resume ~/path, but not in --resume=~/path.
+        object.__setattr__(self, "resume", os.path.expanduser(self.resume))
         if self.sparsity_schedule == "none" or self.sparsity == 0:
             object.__setattr__(self, "sparsity_schedule", "none")
             object.__setattr__(self, "sparsity", 0.0)

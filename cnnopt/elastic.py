@@ -38,7 +38,7 @@ TRAIN = Path(__file__).parents[1] / "train_hvd.py"
 def discover(script: str) -> dict[str, int]:
     """The hosts and their slots, as ``script`` prints them. Raises ConfigError if the script cannot be run."""
     try:
-        done = subprocess.run([script], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([os.path.expanduser(script)], capture_output=True, text=True, timeout=60)
         lines = done.stdout.split()
         found = {host: int(slots or 1) for host, _, slots in (line.partition(":") for line in lines)}
     except OSError as error:

@@ -76,8 +76,7 @@ def _take_over(output: type[_File]) -> None:
         else:
             with contextlib.suppress(OSError):
                 given.flush()
-            # Python writes through if it was started with -u.
-            by_lines = given.line_buffering or given.write_through
-            settings = {"encoding": given.encoding, "errors": given.errors, "line_buffering": by_lines}
+            # A log shows a line once it is printed.
+            settings = {"encoding": given.encoding, "errors": given.errors, "line_buffering": True}
         buffer = io.BufferedWriter(kind(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, **settings))

@@ -88,11 +88,12 @@ def measuring(given: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The flags of ``cnnopt.quantize``, and the variants that they make. Both are empty for ``--variants none``."""
     if given.variants == "none":
         return [], []
-    for name in given.variants.split(","):
-        if "qat" in options.NEEDS.get(name.strip(), ()):
-            raise GridError(f"--variants {name.strip()}: a study does not fine-tune; leave it out")
+    names = [name.strip() for name in given.variants.split(",")]
+    for name in names:
+        if "qat" in options.NEEDS.get(name, ()):
+            raise GridError(f"--variants {name}: a study does not fine-tune; leave it out")
     flags = ["--variants", given.variants, "--pack"]
-    if "clustered-int8" in given.variants.split(","):
+    if "clustered-int8" in names:
         flags += ["--clusters", str(progress.CLUSTERS)]
     if given.data_dir:
         flags += ["--data-dir", given.data_dir]

@@ -1,4 +1,4 @@
-"""Measure the latency of .tflite files at batch 1, each file in a separate process.
+"""Measure the latency of .tflite files at batch 1, each time in a separate process.
 
     python -m cnnopt.export.latency --threads 1,2 FILE...
 

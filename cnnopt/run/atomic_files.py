@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cnnopt.errors import RunError, UserError
+from cnnopt.errors import CnnoptError, RunError, UserError
 
 
 class ReadError(UserError):
@@ -47,14 +47,19 @@ class WriteError(RunError):
 def replace_together(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``. At the end, what is in it replaces what has the same name in ``folder``.
 
-    Nothing is replaced after an error. For one process at a time. Raises WriteError.
+    After an error nothing is replaced, and the message of a CnnoptError names the files as if they were in ``folder``.
+    For one process at a time. Raises WriteError.
     """
     new = folder / ".new"
     shutil.rmtree(new, ignore_errors=True)
     try:
         with _writing(new):
             new.mkdir()
-        yield new
+        try:
+            yield new
+        except CnnoptError as error:
+            error.args = (str(error).replace(str(new), str(folder)),)
+            raise
         for path in sorted(new.iterdir()):
             target = folder / path.name
             with _writing(target):

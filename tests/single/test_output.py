@@ -62,10 +62,12 @@ def test_what_can_be_read_is_whole(tmp_path):
     assert done.stderr == "a warning\n" * 3 + "from C++"
 
 
-def test_unbuffered_output_comes_by_lines(tmp_path):
+def test_a_pipe_gets_a_line_once_it_is_printed():
     code = "from cnnopt.output import outlive_readers; outlive_readers(); print('now'); input()"
-    command = [sys.executable, "-u", "-c", code]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", code]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=buffered, text=True, **pipes) as process:
         assert process.stdout.readline() == "now\n"
         with contextlib.suppress(BrokenPipeError):
             process.communicate("\n", timeout=30)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cnnopt import pictures
 from cnnopt.training.curves import CURVES, Curves, _continue_at
@@ -99,9 +100,22 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
         assert list(event_files.points(event_files.curves(tmp_path / name), "sparsity/total")) == [8]
 
 
-def test_a_folder_that_tensorboard_cannot_read_only_costs_the_history(tmp_path):
+def test_files_that_are_cut_short_or_damaged_keep_the_history(tmp_path):
     draw(open_curves(tmp_path), 8, (0.1, 0.2, 0.3))
     for path in (tmp_path / "train").iterdir():
         path.write_bytes(path.read_bytes()[:-7])
     (tmp_path / "train/events.out.tfevents.0.damaged").write_bytes(b"\xff" * 100)
-    draw(open_curves(tmp_path, 8), 16, (0.1, 0.2, 0.3))
+    assert open_curves(tmp_path, 8).zeros[8] == pytest.approx(dict(zip(LAYERS, (0.1, 0.2, 0.3), strict=True)))
+
+
+def test_a_folder_that_tensorboard_cannot_read_only_costs_the_history(tmp_path, monkeypatch):
+    draw(open_curves(tmp_path), 8, (0.1, 0.2, 0.3))
+
+    def unreadable(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(EventAccumulator, "Reload", unreadable)
+    curves = open_curves(tmp_path, 8)
+    assert curves.zeros == {}
+    draw(curves, 16, (0.1, 0.2, 0.3))
+    assert list(curves.zeros) == [16]

@@ -1,6 +1,7 @@
 """The step: its arithmetic against numpy, skipped steps, exact evaluation, one trace."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from cnnopt.distributed.world import World
+from cnnopt.run import checkpoint
 from cnnopt.training import loop
 from cnnopt.training.callbacks import DivergedError, Prune, StopIfDiverged
 from tests.helpers import small_runs
@@ -177,7 +179,8 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(where, optimizer):
         assert np.any(small_runs.state(model)["weights/002/stem/kernel:0"] != after["weights/002/stem/kernel:0"])
 
 
-def test_without_a_loss_scale_the_first_loss_that_is_not_finite_ends_the_run(tmp_path):
+@pytest.mark.parametrize("saved", [False, True])
+def test_without_a_loss_scale_the_first_gradients_that_are_not_finite_end_the_run(saved, tmp_path):
     config = small_runs.settings(sparsity=0.0)
     model = small_runs.build(config)
     model.get_layer("classifier").bias.assign(tf.fill([10], np.nan))
@@ -186,10 +189,11 @@ def test_without_a_loss_scale_the_first_loss_that_is_not_finite_ends_the_run(tmp
     assert not bool(logs["finite"])
     watch = StopIfDiverged(tmp_path / "checkpoints")
     watch.set_model(model)
-    with pytest.raises(
-        DivergedError,
-        match=r"^step 5: .* a lower learning rate \(--base-lr\) may help; no checkpoint was saved before$",
-    ):
+    last = "no checkpoint was saved before"
+    if saved:
+        last = f"the last checkpoint is {checkpoint.save(tmp_path / 'checkpoints', 3, {}, {})}"
+    said = r"^step 5: the gradients are not finite; a lower learning rate \(--base-lr\) may help; "
+    with pytest.raises(DivergedError, match=f"{said}{re.escape(last)}$"):
         watch.on_train_batch_end(4, logs)
 
 
