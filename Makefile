@@ -18,7 +18,7 @@ help:  ## what can be made
 
 # make_env.sh compares the lock, so that TensorFlow never runs with a Horovod that was built for another TensorFlow.
 env:  ## build .venv from the lock: seconds, the first time minutes (it compiles Horovod)
-	@VENV=$(VENV) scripts/make_env.sh
+	@VENV="$(VENV)" scripts/make_env.sh
 
 train: env  ## train the demo preset on two processes of this machine
 	"$(BIN)/python" -m cnnopt.launch -np 2 -- "$(BIN)/python" train_hvd.py --preset demo $(ARGS)
@@ -57,5 +57,5 @@ lock:  ## bring requirements*.txt in step with pyproject.toml; UPGRADE=1 takes t
 	@scripts/make_env.sh lock $(if $(UPGRADE),--upgrade)
 
 clean:  ## remove .venv, .tools and caches; runs/ stays
-	rm -rf $(VENV) .tools .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" .tools .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

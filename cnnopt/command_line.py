@@ -1,6 +1,6 @@
 """The parser of every command. A mistake raises UserError, and ``main`` turns it into one line and status 2.
 
-Standard library only, and for any Python from 3.7, like ``cnnopt.launch``.
+Standard library only, and for any Python from 3.8, like ``cnnopt.launch``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnnopt import __version__, interrupt
 from cnnopt.distributed.signals import INTERRUPTED
 from cnnopt.errors import CnnoptError, UserError
 
-#: The function of a command: the command line to the exit status.
-Main = Callable[..., int]
+if TYPE_CHECKING:
+    #: The function of a command: the command line to the exit status.
+    Main = Callable[..., int]
 
 
 def one_line(name: str, speaks: Callable[[], bool] = lambda: True) -> Callable[[Main], Main]:

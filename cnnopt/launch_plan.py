@@ -100,7 +100,9 @@ def _arguments(plan: Plan) -> list[str]:
 
 
 def _resources(plan: Plan, container: str) -> dict[str, Any]:
-    size = {"cpu": str(plan.cpus_per_rank * plan.ranks_per_node)}
+    # As in k8s/base, for one rank on CPUs, and in k8s/overlays/gpu, for four GPUs. A rank on CPUs takes up to 2 GiB.
+    memory = 16 * plan.gpus_per_node if plan.gpus_per_node else max(8, 2 * plan.ranks_per_node)
+    size = {"cpu": str(plan.cpus_per_rank * plan.ranks_per_node), "memory": f"{memory}Gi"}
     if plan.gpus_per_node:
         size["nvidia.com~1gpu"] = str(plan.gpus_per_node)
     return {

@@ -1,6 +1,6 @@
 """Standard output and standard error that nobody can take: a run goes on, and a command that only answers fails.
 
-Standard library only, and for any Python from 3.7, like ``cnnopt.launch``.
+Standard library only, and for any Python from 3.8, like ``cnnopt.launch``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     apptainer build --fakeroot cnnopt.sif cnnopt.def      # in the repository; neither Docker nor root is needed
 
 The image holds Python and the packages. cnnopt itself comes from the repository, which slurm/common.sh binds into the
-image. sshd is left out. This script needs only the standard library.
+image. sshd is left out. This script needs only the standard library, of any Python from 3.8.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import re
 import shlex
 import sys
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
-#: An instruction and the rest of its line.
-Instruction = tuple[str, str]
+if TYPE_CHECKING:
+    #: An instruction and the rest of its line.
+    Instruction = tuple[str, str]
 
 
 def stages(text: str) -> dict[str, tuple[str, list[Instruction]]]:

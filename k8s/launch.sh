@@ -32,6 +32,10 @@ refuse() {
 }
 
 readonly patience=${LAUNCH_PATIENCE:-600} hostfile=${LAUNCH_HOSTFILE:-/etc/mpi/hostfile}
+if ! [[ $patience =~ ^[0-9]+$ && ${LAUNCH_AT_LEAST:-1} =~ ^[0-9]+$ ]]; then
+    echo "launch.sh: LAUNCH_PATIENCE=$patience, LAUNCH_AT_LEAST=${LAUNCH_AT_LEAST:-}: give whole numbers" >&2
+    exit 2
+fi
 workers=() slots=() number=0
 # The last line may lack its newline.
 while read -r line || [ -n "$line" ]; do

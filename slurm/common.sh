@@ -32,11 +32,11 @@ if [[ -n ${CNNOPT_SETUP:-} ]]; then
     # activate` would take them for its own.
     given=("$@")
     set --
-    set +eu
+    set +eu +o pipefail
     # shellcheck disable=SC1090
     source "$CNNOPT_SETUP"
     site=$?
-    set -eu
+    set -eu -o pipefail
     set -- ${given[@]+"${given[@]}"}
     ((site == 0)) || refuse "CNNOPT_SETUP=$CNNOPT_SETUP: its last command failed with status $site"
 fi
@@ -46,7 +46,8 @@ if [[ $LAUNCHER != srun && -n ${CNNOPT_INTERFACE:-}${CNNOPT_PORT:-} ]]; then
 fi
 
 # step: the command that starts tasks. inside: the command that sets up the node and puts a task into the image.
-step=(srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
+# After sbatch --export, and at sites with SBATCH_EXPORT=NONE, srun would keep this script's variables from the tasks.
+step=(srun --export=ALL --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"})
 inside=(${CNNOPT_SETUP:+slurm/set_up.sh})
 case $CONTAINER in
     "") python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("horovod") is None)' 2>/dev/null ||

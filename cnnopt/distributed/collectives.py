@@ -35,7 +35,7 @@ def prepare(world: World, *, verbose: bool, compiles: bool = False) -> dict[str,
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "HOROVOD_RANK" not in os.environ:
         # cnnopt.launch serves the rendezvous, but srun started the ranks, so their places come from srun.
         os.environ.update(slurm.horovod_variables(os.environ))
-    rendezvous.check()
+    rendezvous.check(gpu=host.has_gpu())
     threads = threads_per_rank(world)
     numbers = {
         "TF_NUM_INTRAOP_THREADS": str(threads),

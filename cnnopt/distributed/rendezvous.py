@@ -130,10 +130,11 @@ def address_of(interface: str | None, named: str = "--interface ") -> str:
     return socket.inet_ntoa(answer[20:24])
 
 
-def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> None:
+def check(environ: Mapping[str, str] = os.environ, *, gpu: bool = False, patience: float = 30) -> None:
     """Raise UserError if this rank cannot reach the rendezvous, or the others could not reach this rank.
 
     Horovod itself would try for minutes, print "Connection refused", or abort in C++. ``patience`` is in seconds.
+    ``gpu``: whether this rank computes on a GPU, and so exchanges through NCCL.
     """
     if interface := environ.get("HOROVOD_GLOO_IFACE"):
         # Also for one process, which Gloo would end in C++.
@@ -168,7 +169,8 @@ def check(environ: Mapping[str, str] = os.environ, *, patience: float = 30) -> N
         time.sleep(1)
     if one_host:
         return
-    check_nccl_interface(environ)
+    if gpu:
+        check_nccl_interface(environ)
     if not _is_here(address):
         check_own_name(address)
 

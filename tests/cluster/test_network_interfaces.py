@@ -15,6 +15,9 @@ pytestmark = [
 ]
 FIRST, SECOND = (f"cnnopt{os.getpid()}-{name}" for name in ("first", "second"))
 SERVE = "import time; from cnnopt.distributed import rendezvous as r; r.Rendezvous('10.0.0.1', 5000); time.sleep(300)"
+#: The ranks have no GPU here, and without one NCCL is not used.
+WITH_GPU = "from cnnopt.distributed import host, rendezvous; host.has_gpu = lambda *given: True; "
+CHECK = "from cnnopt.distributed import rendezvous; rendezvous.check(gpu=True)"
 TINY = ["--dataset=synthetic", "--depth=8", "--batch-size=64", "--epochs=1", "--name=none"]
 
 
@@ -66,7 +69,8 @@ def rank(host: str, number: int, interfaces: str, *command: str) -> subprocess.C
 
 @pytest.mark.parametrize("interfaces", ["ib0", "ib", "=ib0", "^eth,lo", "ib0,mlx5"])
 def test_a_host_without_the_network_is_one_line(interfaces, tmp_path):
-    done = rank(SECOND, 1, interfaces, "train_hvd.py", *TINY, f"--run-dir={tmp_path}")
+    program = f"{WITH_GPU}import train_hvd; train_hvd.entrypoint.start(train_hvd.main)"
+    done = rank(SECOND, 1, interfaces, "-c", program, *TINY, f"--run-dir={tmp_path}")
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"train_hvd.py: NCCL_SOCKET_IFNAME={interfaces}: ")
@@ -75,10 +79,15 @@ def test_a_host_without_the_network_is_one_line(interfaces, tmp_path):
 
 @pytest.mark.parametrize("interfaces", ["", "ib0", "ib", "=ib0", "^eth,lo", "ib0,mlx5", "eth"])
 def test_a_host_with_the_network_goes_on(interfaces):
-    checked = rank(FIRST, 0, interfaces, "-c", "from cnnopt.distributed import rendezvous; rendezvous.check()")
+    checked = rank(FIRST, 0, interfaces, "-c", CHECK)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_ranks_without_gpus_do_not_need_it():
+    checked = rank(SECOND, 1, "ib0", "-c", "from cnnopt.distributed import rendezvous; rendezvous.check()")
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
 def test_a_whole_name_is_no_beginning():
-    checked = rank(FIRST, 0, "=eth", "-c", "from cnnopt.distributed import rendezvous; rendezvous.check()")
+    checked = rank(FIRST, 0, "=eth", "-c", CHECK)
     assert "RendezvousError: NCCL_SOCKET_IFNAME==eth: " in checked.stderr

@@ -131,9 +131,13 @@ def test_a_sweep_of_uneven_nodes_requeues_one_task_alone(slurm):
         folder = slurm.home / f"runs/study/uneven-synthetic-resnet8-{name}-16epochs-seed0"
         assert json.loads((folder / "env.json").read_text())["ranks"] == ranks
         assert json.loads((folder / "result.json").read_text())["sparsity"] == pytest.approx(sparsity, abs=1e-3)
-    small = slurm.job(f"{slurm.submit('--array=0', *shape, *flags).number}_0")
-    assert small.wait() == "FAILED"
-    assert "cnnopt.study: the grid has 2 cells: give sbatch --array=0-1%4" in small.log()
+    # One task again: its cell is complete.
+    again = slurm.job(f"{slurm.submit('--array=1', *shape, *flags).number}_1")
+    assert again.wait() == "COMPLETED", again.log()
+    assert "is complete" in again.log()
+    large = slurm.job(f"{slurm.submit('--array=0-2%1', *shape, *flags).number}_0")
+    assert large.wait() == "FAILED"
+    assert "cnnopt.study: the grid has 2 cells: give sbatch --array=0-1%4" in large.log()
 
 
 def test_horovodrun_as_launcher(slurm):
@@ -185,7 +189,9 @@ def test_each_rank_is_set_up_and_sees_the_gpus_that_slurm_gives_it(slurm, gpus, 
         ' echo "rank $SLURM_PROCID on $SLURMD_NODENAME was given GPU $CUDA_VISIBLE_DEVICES"\nCUDA_VISIBLE_DEVICES=\n'
     )
     shape = ("--nodes=2", "--ntasks-per-node=2", gpus)
-    job = super_model(slurm, gpus.strip("-=12"), "--epochs", "1", sbatch=shape, CNNOPT_SETUP="setup.sh")
+    # With this flag srun itself would pass on the named variables alone.
+    export = "--export=ALL,CNNOPT_SETUP=setup.sh"
+    job = super_model(slurm, gpus.strip("-=12"), "--epochs", "1", sbatch=(*shape, export))
     assert job.wait() == "COMPLETED", job.log()
     given = re.findall(r"rank (\d) on (n\d) was given GPU (\S*)", job.log())
     assert sorted(given) == [(str(rank), f"n{1 + rank // 2}", seen[rank]) for rank in range(4)]

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +154,22 @@ def test_old_import_paths_fail(module, name):
             importlib.import_module(module)
     else:
         assert not hasattr(importlib.import_module(module), name)
+
+
+def old_pythons() -> list[str]:
+    """The oldest Pythons that may run the launcher, where they are installed."""
+    names = [f"python3.{minor}" for minor in (8, 9)]
+    found = [sorted(Path.home().glob(f".pyenv/versions/*/bin/{name}")) or [shutil.which(name)] for name in names]
+    return [str(paths[-1]) for paths in found if paths[-1]]
+
+
+@pytest.mark.parametrize("python", old_pythons() or [None])
+def test_the_launcher_and_the_definition_of_the_image_need_no_new_python(python):
+    if python is None:
+        pytest.skip("neither Python 3.8 nor 3.9 is installed here")
+    launched = subprocess.run([python, "-m", "cnnopt.launch", "-np", "2", "--", "echo", "a rank"], cwd=ROOT,
+                              capture_output=True, text=True)  # fmt: skip
+    assert (launched.returncode, launched.stdout, launched.stderr) == (0, "a rank\na rank\n", "")
+    printed = subprocess.run([python, "docker/apptainer.py", "cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.startswith("Bootstrap: ")

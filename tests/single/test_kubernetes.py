@@ -417,7 +417,7 @@ def test_linters_have_nothing_to_say(tool, file):
 # The host file ------------------------------------------------------------------------------------------------
 
 
-def launch(tmp_path: Path, hostfile: bytes) -> subprocess.CompletedProcess:
+def launch(tmp_path: Path, hostfile: bytes, **more: str) -> subprocess.CompletedProcess:
     """k8s/launch.sh with an ssh that reaches everybody and a horovodrun that prints its arguments."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -427,7 +427,15 @@ def launch(tmp_path: Path, hostfile: bytes) -> subprocess.CompletedProcess:
     (tmp_path / "hostfile").write_bytes(hostfile)
     variables = {"PATH": f"{programs}:{os.environ['PATH']}", "LAUNCH_HOSTFILE": f"{tmp_path}/hostfile"}
     command = [ROOT / "k8s/launch.sh", "--epochs", "3"]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **variables, **more}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("variable", ["LAUNCH_PATIENCE", "LAUNCH_AT_LEAST"])
+def test_a_number_that_is_none_stops_the_launch(tmp_path, variable):
+    done = launch(tmp_path, b"a slots=2\n", **{variable: "10m"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{variable}=10m" in done.stderr
+    assert done.stderr.endswith(": give whole numbers\n")
 
 
 @pytest.mark.parametrize(("hostfile", "hosts", "ranks"), [

@@ -14,6 +14,7 @@ from tests.helpers.manifests import Manifests, TrainJob, render_plan
 
 GPUS = ["--nodes", "2", "--gpus-per-node", "4", "--", "--depth", "44", "--sparsity", "0.6"]
 OTHER = ["--", "--dataset", "cifar100", "--epochs=2"]
+CPUS = ["--ranks-per-node", "8"]
 CORES = ["--nodes", "4", "--ranks-per-node", "2", "--cpus-per-rank", "8", "--", "--preset", "super", "--seed=7"]
 
 
@@ -21,8 +22,11 @@ def values(words: list[str]) -> dict[str, str]:
     return dict(word.removeprefix("--").split("=") for word in words if "=" in word and word.startswith("--n"))
 
 
-@pytest.mark.parametrize(("argv", "nodes", "ranks"), [(GPUS, 2, 8), (CORES, 4, 8), (OTHER, 1, 1), ([], 1, 1)])
-def test_all_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "nodes", "ranks", "memory"),
+    [(GPUS, 2, 8, "64Gi"), (CORES, 4, 8, "8Gi"), (CPUS, 1, 8, "16Gi"), (OTHER, 1, 1, "8Gi"), ([], 1, 1, "8Gi")],
+)
+def test_all_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, memory, tmp_path, monkeypatch):
     plan, _ = launch_plan.parse_plan(argv)
     assert (plan.nodes, plan.ranks) == (nodes, ranks)
 
@@ -58,6 +62,7 @@ def test_all_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, tmp_pa
             resources["limits"]["cpu"] == resources["requests"]["cpu"] == str(plan.cpus_per_rank * plan.ranks_per_node)
         )
         assert resources["limits"].get("nvidia.com/gpu", "0") == str(plan.gpus_per_node)
+        assert resources["limits"]["memory"] == resources["requests"]["memory"] == memory
         assert rendered.variables("Launcher")["TF_NUM_INTRAOP_THREADS"] == str(plan.cpus_per_rank)
         quantize = rendered.of("Job")[0]["spec"]["template"]["spec"]
         assert quantize["containers"][0]["args"][0] == f"/runs/{trained.name}"

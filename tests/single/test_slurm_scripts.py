@@ -114,12 +114,13 @@ def sourced(setup: Path, command: str, *arguments: str) -> subprocess.CompletedP
 
 def test_a_set_up_is_not_run_in_strict_mode_and_the_script_goes_on_in_it(tmp_path):
     setup = tmp_path / "site.sh"
-    setup.write_text("false\nexport SITE=$NOT_SET:here\nPATH=/elsewhere:$PATH\n")
-    done = sourced(setup, 'echo "$SITE ${inside[*]} ${PATH%%:*} $-"')
+    # The last line as `module list 2>&1 | grep -q cuda`, which ends before all is written.
+    setup.write_text("false\nexport SITE=$NOT_SET:here\nPATH=/elsewhere:$PATH\nseq 100000 | head -n 1 >/dev/null\n")
+    done = sourced(setup, 'echo "$SITE ${inside[*]} ${PATH%%:*} $SHELLOPTS"')
     assert (done.returncode, done.stderr) == (0, "")
-    site, inside, first, flags = done.stdout.split()
+    site, inside, first, options = done.stdout.split()
     assert (site, inside, first) == (":here", "slurm/set_up.sh", f"{ROOT}/.venv/bin")
-    assert {"e", "u"} <= set(flags)
+    assert {"errexit", "nounset", "pipefail"} <= set(options.split(":"))
 
 
 def test_a_set_up_neither_sees_nor_changes_the_arguments(tmp_path):

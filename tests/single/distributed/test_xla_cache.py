@@ -1,12 +1,13 @@
 """Where XLA keeps what it has compiled, and when it is left without a folder."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cnnopt.distributed import xla_cache
+from cnnopt.distributed import host, xla_cache
 from tests.helpers import ROOT
 from tests.helpers.permissions import stopped_by_permissions
 
@@ -16,10 +17,43 @@ from tests.helpers.permissions import stopped_by_permissions
 )
 def test_the_folder_is_below_the_users_cache(cache, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    place = Path(expected.format(tmp_path)) / "cnnopt/xla"
-    environ = {"XDG_CACHE_HOME": cache.format(tmp_path)}
-    assert xla_cache.variables(environ) == {"TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={place}"}
-    assert place.is_dir()
+    parent = Path(expected.format(tmp_path)) / "cnnopt/xla"
+    found = xla_cache.variables({"XDG_CACHE_HOME": cache.format(tmp_path)})
+    (place,) = parent.iterdir()
+    assert place.name.startswith(importlib.metadata.version("tensorflow"))
+    assert list(place.iterdir()) == []
+    assert found == {"TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={place}"}
+
+
+def test_other_gpus_and_another_processor_have_another_folder(tmp_path, monkeypatch):
+    def named(*models: str) -> str:
+        for number, model in enumerate(models):
+            folder = tmp_path / "-".join(models) / f"0000:{number:02x}:00.0"
+            folder.mkdir(parents=True)
+            # As the driver writes it.
+            (folder / "information").write_text(
+                f"Model: \t\t {model}\nIRQ:   \t\t {number}\nGPU UUID: \t GPU-{number}\n"
+            )
+        return xla_cache.folder({"XDG_CACHE_HOME": str(tmp_path)}, tmp_path / "-".join(models or ["none"])).name
+
+    h100, a100, mixed, none = named("NVIDIA H100"), named("NVIDIA A100"), named("NVIDIA H100", "NVIDIA A100"), named()
+    assert len({h100, a100, mixed, none}) == 4
+    # Nothing but the kinds counts.
+    assert named("NVIDIA H100", "NVIDIA H100") == h100
+    monkeypatch.setattr(host, "cpu_flags", lambda: {"sse4_2"})
+    assert xla_cache.folder({"XDG_CACHE_HOME": str(tmp_path)}, tmp_path / "none").name != none
+
+
+def test_a_file_system_without_room_is_not_given(tmp_path):
+    code = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2**20, 2**20)); "
+    code += "from cnnopt.distributed import xla_cache; print(xla_cache.variables())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"XDG_CACHE_HOME": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout == "{}\n"
+    (place,) = (tmp_path / "cnnopt/xla").iterdir()
+    assert list(place.iterdir()) == []
 
 
 def test_a_path_that_is_no_folder_and_one_that_tensorflow_would_split_are_not_given(tmp_path):
@@ -30,7 +64,7 @@ def test_a_path_that_is_no_folder_and_one_that_tensorflow_would_split_are_not_gi
 
 
 def test_a_folder_that_may_not_be_written_is_not_given(tmp_path):
-    place = tmp_path / "cnnopt/xla"
+    place = xla_cache.folder({"XDG_CACHE_HOME": str(tmp_path)})
     place.mkdir(parents=True)
     place.chmod(0o500)
     code = "from cnnopt.distributed import xla_cache; print(xla_cache.variables())"
