@@ -187,8 +187,11 @@ def check(fault: Fault, end: End, before: int, after: int) -> str | None:
         return f"ranks {end.killed} had to be killed"
     if "Traceback" in end.output:
         return "it left a traceback"
-    if fault.kind in ("kill", "stop", "hang") and end.steps and f"rank {fault.rank} (host" not in end.output:
-        return "the rank is not named"
+    if fault.kind in ("kill", "stop", "hang") and end.steps:
+        if f"rank {fault.rank} (host" not in end.output:
+            return "the rank is not named"
+        if any(status != 1 for rank, status in enumerate(end.statuses) if rank != fault.rank):
+            return "another rank did not end with 1"
     if fault.kind in ("SIGTERM", "SIGUSR1", "twice"):
         # Python takes no more signals once it ends, so the launcher's may end a rank that is done. Before the first
         # step the rank that was told ends at once, and another may miss it before the launcher comes to it.
