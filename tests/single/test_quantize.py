@@ -321,9 +321,8 @@ def test_terminal_and_markdown_hold_the_figures(trained):
     rows = {line.split()[0]: line.split() for line in printed.split("sizes in KiB")[1].splitlines() if "x " in line}
     html = (path / "report.html").read_text()
     for entry in content["files"]:
-        ratio = content["reference"]["raw"] / min(
-            entry["size"]["gzip"], *([entry["packed"]["bytes"]] if entry["packed"] else [])
-        )
+        forms = [entry["size"]["gzip"], *([entry["packed"]["bytes"]] if entry["packed"] else [])]
+        ratio = content["reference"]["raw"] / min(forms)
         # One figure, whoever says it.
         assert entry["shipped"]["times_smaller"] == pytest.approx(ratio)
         assert f"{ratio:.2f}x" in rows[entry["name"]]
