@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import cache_from_source
 from typing import NoReturn
 
 from cnnopt.command_line import python_m
@@ -76,13 +77,14 @@ def leave(status: int) -> NoReturn:
 def _remove_generated_files() -> None:
     """Remove the temporary files of AutoGraph, one for each function that it has rewritten. Only a normal exit does."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("__autograph_generated_file"):
-            for file in filter(None, (module.__file__, module.__cached__)):
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            compiled = cache_from_source(module.__file__)
+            for file in (module.__file__, compiled):
                 with contextlib.suppress(OSError):
                     os.unlink(file)
             with contextlib.suppress(OSError):
                 # Fails if another program's files are there too.
-                os.rmdir(os.path.dirname(module.__cached__ or ""))
+                os.rmdir(os.path.dirname(compiled))
 
 
 def _speak(peers: PeerStatus, world: World, why: str, status: int, *, of_one_rank: bool) -> None:
