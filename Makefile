@@ -7,6 +7,9 @@ SHELL := /bin/bash
 
 # VENV=.venv-3.11 PYTHON=python3.11 makes a second environment, for another Python. EXTRAS=1 adds the extra group.
 VENV := .venv
+ifneq ($(words $(VENV)),1)
+    $(error VENV=$(VENV): give one folder, without spaces)
+endif
 BIN := $(abspath $(VENV))/bin
 # horovodrun starts its workers with the first `python` on PATH.
 test-single test-parallel: export PATH := $(BIN):$(PATH)

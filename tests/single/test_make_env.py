@@ -188,6 +188,16 @@ def test_the_newest_python_is_taken(machine):
     assert Path(done.stdout.strip()).name == "python3.12"
 
 
+@pytest.mark.parametrize("target", ["env", "clean"])
+def test_a_folder_with_a_space_is_refused_and_nothing_is_removed(target, tmp_path):
+    (tmp_path / "my").mkdir()
+    command = ["make", "--file", ROOT / "Makefile", target, "VENV=my envs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("VENV=my envs: give one folder, without spaces.  Stop.\n")
+    assert (tmp_path / "my").exists()
+
+
 def test_a_folder_of_something_else_is_not_replaced(machine):
     (machine / "papers").mkdir()
     (machine / "papers/thesis.tex").write_text("")
