@@ -106,6 +106,7 @@ def saving_and_recording(model: SynchronousModel, rounds: int) -> dict[str, list
     """A checkpoint and the records of an epoch, as the training thread waits for them."""
     logs = {name: 0.0 for names in CURVES.values() for name in names}
     logs |= {"step": 1, "test_accuracy": 0.0, "test_loss": 0.0, "target_sparsity": 0.6, "sparsity": 0.6}
+    logs |= {"seconds": 1.0, "step_seconds": 1.0}
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
         timeline, settings = Timeline(100, 1, 1), TrainConfig().identity()
