@@ -32,12 +32,12 @@ images = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=t
 labels = torch.randint(10, (batch,), device=DEVICE)
 
 
-def step() -> None:
-    """One update."""
+def step(*, capturing: bool = False) -> None:
+    """One update. ``capturing``: there are no gradients to forget."""
     with torch.autocast(DEVICE, getattr(torch, precision) if HALF else None, enabled=HALF):
         loss = functional.cross_entropy(forward(images).float(), labels)
-    # A graph always writes to the same gradients.
-    optimizer.zero_grad(set_to_none=mode != "graph")
+    if not capturing:
+        optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -51,9 +51,11 @@ def captured() -> Callable[[], None]:
         for _ in range(11):
             step()
     torch.cuda.current_stream().wait_stream(side)
+    # Without gradients to add to, the captured backward pass makes new ones, and each replay overwrites them.
+    optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        step(capturing=True)
     return graph.replay
 
 

@@ -94,7 +94,7 @@ class Exchange:
         return list(vectors) if self.kept else [tf.cast(flat, self.wire) for flat in vectors]
 
     def send(self, vectors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """The sums over all ranks of what ``pack`` returned. With one rank nothing is sent.
+        """The sums over all ranks of what ``pack`` returned. With one rank nothing is sent, and ``seconds`` stays 0.
 
         ``seconds`` counts from the moment the last vector is ready: sending while others are computed costs nothing.
         """
@@ -102,17 +102,19 @@ class Exchange:
             vectors = [
                 tf.cast(tf.gather_nd(flat, kept), self.wire) for flat, kept in zip(vectors, self.kept, strict=True)
             ]
-        with tf.control_dependencies(vectors):
-            before = self.clock()
         if self.ranks > 1:
+            # The clock is on the host, so a GPU's step waits for it. One rank does without.
+            with tf.control_dependencies(vectors):
+                before = self.clock()
             vectors = [collectives.allreduce_sum(flat, f"step.{i}") for i, flat in enumerate(vectors)]
         if self.kept:
             vectors = [
                 _put_back(tf.cast(flat, tf.float32), kept.read_value(), size)
                 for flat, kept, size in zip(vectors, self.kept, self.sizes, strict=True)
             ]
-        with tf.control_dependencies(vectors):
-            self.seconds.assign_add(self.clock() - before)
+        if self.ranks > 1:
+            with tf.control_dependencies(vectors):
+                self.seconds.assign_add(self.clock() - before)
         return list(vectors)
 
     def unpack(self, sums: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
