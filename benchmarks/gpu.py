@@ -91,7 +91,7 @@ class Row:
     batch: int
     precision: str
     seconds: list[float] = field(default_factory=list)
-    #: From the first request to the end of the first step, with all that is traced and compiled.
+    #: From the start of the process to the end of the first step, with all that is imported, traced and compiled.
     first_seconds: float | None = None
     peak_bytes: int | None = None
     spent: dict[str, float] | None = None
@@ -299,7 +299,7 @@ def speeds(rows: list[Row]) -> str:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
         ])  # fmt: skip
     heads = ["network", "batch", "type", "trainer", "images/s", "ms a step", "of the CUDA graph", "of the bare step",
-             "first step, s", "peak MiB"]  # fmt: skip
+             "start to first step, s", "peak MiB"]  # fmt: skip
     return table(heads, cells)
 
 
