@@ -28,8 +28,7 @@ FIXED = {
 }
 #: Variables that it also reads then, unless the user has set them.
 TENSORFLOW = {
-    # TensorFlow enables oneDNN by itself only on AVX512. On AVX2 (Zen 3), oneDNN doubled the
-    # training speed.
+    # TensorFlow enables oneDNN by itself only on AVX512. On AVX2 (Zen 3), oneDNN doubled the training speed.
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
