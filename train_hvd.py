@@ -69,7 +69,7 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
         config.dataset, config.data_dir, seed=config.seed, validation=config.validation,
         show_progress=world.first, share=world.local_size > 1,
     )  # fmt: skip
-    collectives.assert_same("--data-dir", images.counts(), remedy="give all hosts the same copy of the data set")
+    collectives.assert_same("--data-dir", images.fingerprint(), remedy="give all hosts the same copy of the data set")
     timeline = Timeline(len(images.train_images), config.batch_size, config.epochs)
     # A copy of a data set may hold fewer images than the published one.
     config.check_timeline(timeline, world.size)

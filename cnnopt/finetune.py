@@ -111,7 +111,7 @@ def fine_tune(
         identity["dataset"], data_dir, seed=identity["seed"], validation=identity["validation"],
         share=world.local_size > 1,
     )  # fmt: skip
-    collectives.assert_same("--data-dir", images.counts(), remedy="give all hosts the same copy of the data set")
+    collectives.assert_same("--data-dir", images.fingerprint(), remedy="give all hosts the same copy of the data set")
     for clusters in remaining:
         config = settings_of(run, epochs, clusters)
         timeline = Timeline(len(images.train_images), config.batch_size, epochs)

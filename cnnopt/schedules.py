@@ -24,7 +24,7 @@ class Duration:
     unit: Unit
 
     def __str__(self) -> str:
-        return f"{self.value:g}{self.unit}"
+        return f"{self.value:.12f}".rstrip("0").rstrip(".") + self.unit
 
 
 def parse_duration(text: str, allowed: str = "se%") -> Duration:
@@ -97,7 +97,10 @@ def parse_drops(text: str) -> list[tuple[Duration, float]]:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Warm-up from 0 to ``peak`` (Goyal et al. 2017, section 2.2), then ``schedule``. Durations are in steps."""
+    """Warm-up from 0 to ``peak``, then ``schedule``. Durations are in steps.
+
+    Goyal et al. 2017, section 2.2, warm up in the same way, but from the rate of one worker.
+    """
 
     peak: float
     warmup_steps: int

@@ -56,8 +56,8 @@ class Draws:
       and odd epochs show the other orientation (Jordan 2024, arXiv:2404.00498, section 3.6);
     - "shift": a shift of up to 3 pixels (10%) each way with the edge replicated, and a random flip.
 
-    Raises ValueError if `batch_size` does not divide over the ranks or is larger than the number of images, or if
-    `augment` is none of these.
+    Raises ValueError for another `augment`. `TrainConfig` has checked `batch_size`: it divides over the ranks, and
+    there are as many images.
     """
 
     def __init__(
@@ -65,12 +65,8 @@ class Draws:
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"--augment {augment}: choose one of {', '.join(AUGMENTATIONS)}")
-        if batch_size < 1 or batch_size % size:
-            lower = batch_size // size * size
-            choices = f"{lower} or {lower + size}" if lower > 0 else f"{size} or {2 * size}"
-            raise ValueError(f"--batch-size {batch_size} cannot be split evenly over {size} ranks: use {choices}")
-        if batch_size > num_images:
-            raise ValueError(f"--batch-size {batch_size}: there are {num_images:,} images; use at most {num_images}")
+        assert 0 < batch_size <= num_images, (batch_size, num_images)
+        assert batch_size % size == 0, (batch_size, size)
         self.num_images, self.batch_size, self.seed, self.augment = num_images, batch_size, seed, augment
         #: The number of images of this rank's part.
         self.shard = batch_size // size

@@ -239,7 +239,7 @@ def shortened(config: TrainConfig, share: float) -> dict[str, str]:
 
     def shorter(duration: Duration) -> str:
         if duration.unit == "e":
-            return f"{duration.value * share:g}e"
+            return str(Duration(duration.value * share, "e"))
         if duration.unit == "s" and duration.value:
             return f"{max(1, round(duration.value * share))}s"
         return str(duration)

@@ -54,7 +54,7 @@ def choose(asked: str, *, has_gpu: bool) -> Precision:
 
 
 class DynamicLossScale:
-    """The loss scale of Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2: halved when a gradient is not
+    """A loss scale (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2) that adapts: halved when a gradient is not
     finite, doubled after ``growth_steps`` finite steps.
 
     Gradients are checked after the allreduce, so every rank takes the same decision and the scales stay equal.

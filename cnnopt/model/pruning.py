@@ -33,7 +33,10 @@ def prunable_kernels(model: keras.Model) -> list[View]:
 
 
 def num_pruned(size: int, sparsity: float) -> int:
-    """The number of zeros among ``size`` weights at ``sparsity``. tfmot's rounding: kept = round(size x density)."""
+    """The number of zeros among ``size`` weights at ``sparsity``.
+
+    tfmot's rounding, kept = round(size x density). But tfmot keeps at least one weight of each kernel.
+    """
     return size - round(size * (1 - sparsity))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,10 +81,14 @@ class SynchronousModel(keras.Model):
         return [View(self.run.sums, i, tf.TensorShape([]), f"sum{i}") for i in range(4)]
 
     def end_epoch(self) -> dict[str, float]:
-        """The mean loss and accuracy of this rank's part of the epoch. Resets the sums to 0."""
-        loss, losses, accuracy, accuracies = self.run.sums.numpy()
+        """The mean loss and accuracy of this rank's part of the epoch; nan if float16 skipped all its steps.
+
+        Resets the sums to 0.
+        """
+        sums = self.run.sums.numpy()
         self.run.sums.assign(tf.zeros(4))
-        return {"loss": float(loss / max(losses, 1)), "accuracy": float(accuracy / max(accuracies, 1))}
+        loss, accuracy = (float(total / steps) if steps else math.nan for total, steps in (sums[:2], sums[2:]))
+        return {"loss": loss, "accuracy": accuracy}
 
     def losses_of(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         """The cross-entropy of each image, float32 [batch], from labels int64 [batch] and logits [batch, classes]."""

@@ -66,7 +66,7 @@ def test_ranks_divide_the_cores_into_equal_parts_where_they_can(worlds, size):
 @pytest.mark.parametrize("name", ["losses", "float32/muon"])
 def test_loss_curve_does_not_depend_on_the_number_of_ranks(worlds, size, name):
     # The first loss differs by BatchNorm's statistics alone, which each rank takes over its own shard (Goyal et al.
-    # 2017, section 3.1); later ones by what that does to the weights.
+    # 2017, section 2.3); later ones by what that does to the weights.
     alone, together = mean_losses(worlds[1], name), mean_losses(worlds[size], name)
     assert len(alone) == len(together) == 16
     np.testing.assert_allclose(together[0], alone[0], rtol=0.01)

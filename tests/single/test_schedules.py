@@ -22,6 +22,19 @@ def test_durations_are_read(text, value, unit):
     assert parse_duration(str(parse_duration(text))) == Duration(value, unit)
 
 
+@given(st.decimals(0, 10**9, allow_nan=False, places=6), st.sampled_from("se"))
+def test_a_duration_is_written_as_it_is_read(value, unit):
+    duration = parse_duration(f"{value:f}{unit}")
+    assert parse_duration(str(duration)) == duration
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1_500_001, "1500001s"), (0.1 * 3, "0.3s"), (0, "0s"), (78.12345678, "78.12345678s")]
+)
+def test_durations_are_written_in_full(value, text):
+    assert str(Duration(value, "s")) == text
+
+
 @pytest.mark.parametrize("text", ["", "s", "5", "5m", "-5s", "1e3s", "5 s", "100.5%", "5ss", "nan%", "infe", "0x5s"])
 def test_other_texts_are_no_durations(text):
     with pytest.raises(ValueError, match=r"'2s' \(steps\)|at most 100%"):

@@ -151,11 +151,29 @@ def test_other_files_beside_them_change_nothing(place, reader):
     assert reader.count == 1
 
 
-def test_a_file_that_was_cut_short_is_not_used(place, reader):
+@pytest.mark.parametrize("size", ["one byte less", "empty", "gone"])
+@pytest.mark.parametrize("name", ["train_images.npy", "class_names.json"])
+def test_a_damaged_copy_is_decoded_once_more(place, reader, name, size):
+    # A power failure leaves empty files. A cleaner of the temporary folder removes old ones.
     shared([place], reader)
-    (images,) = (place.parent / "tmp").rglob("train_images.npy")
-    os.truncate(images, images.stat().st_size - 1)
-    assert same(shared([place], reader))
+    (file,) = (place.parent / "tmp").rglob(name)
+    if size == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, 0 if size == "empty" else file.stat().st_size - 1)
+    for _ in range(2):
+        found = shared([place], reader)
+        assert same(found)
+        assert isinstance(found[0], np.memmap)
+    assert reader.count == 2
+
+
+@pytest.mark.parametrize("version", ["cnnopt.data.shared_images.__version__", "numpy.__version__"])
+def test_a_copy_of_another_version_is_decoded_anew(place, reader, monkeypatch, version):
+    # Another version may draw other validation images.
+    shared([place], reader, "validation 5000 seed 0")
+    monkeypatch.setattr(version, "another")
+    shared([place], reader, "validation 5000 seed 0")
     assert reader.count == 2
 
 

@@ -128,19 +128,8 @@ def test_flips_of_shift_are_independent():
     assert (flipped[0] != flipped[1]).any()
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "size", "choices"),
-    [(130, 4, "128 or 132"), (3, 4, "4 or 8"), (7, 2, "6 or 8"), (0, 2, "2 or 4"), (-4, 2, "2 or 4")],
-)
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(batch_size, size, choices):
-    with pytest.raises(ValueError, match=rf"^--batch-size {batch_size} .* {size} ranks: use {choices}$"):
-        Draws(2, batch_size=batch_size, seed=0, augment="none", size=size)
-
-
-def test_more_than_there_is_is_refused():
+def test_a_batch_may_hold_all_images():
     assert len(stream(numbered_images(8), batch_size=8)[0]) == 32
-    with pytest.raises(ValueError, match=r"^--batch-size 9: there are 8 images; use at most 8$"):
-        stream(numbered_images(8), batch_size=9)
 
 
 def test_an_unknown_augmentation_names_the_choices():

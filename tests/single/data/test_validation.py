@@ -1,5 +1,6 @@
 """Validation images: a share of each class, drawn from the seed alone, and no longer among the training images."""
 
+import dataclasses
 import tempfile
 
 import numpy as np
@@ -110,3 +111,12 @@ def test_ranks_of_a_host_map_the_divided_images(tmp_path, monkeypatch):
         assert isinstance(second.train_images, np.memmap)
         assert isinstance(second.validation_images, np.memmap) == (validation > 0)
     assert len([path for path in tmp_path.glob("cnnopt-*/*") if path.is_dir()]) == 1, "one copy, of the last order"
+
+
+def test_a_fingerprint_tells_other_validation_images_and_other_images_apart():
+    first, again, other = (datasets.load("digits", seed=seed, validation=137) for seed in (1, 1, 2))
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert first.fingerprint().startswith("1,300 training and 360 test images, digest ")
+    dark = first.train_images.copy()
+    dark[64] = 0
+    assert dataclasses.replace(first, train_images=dark).fingerprint() != first.fingerprint()

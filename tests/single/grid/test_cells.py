@@ -56,7 +56,7 @@ def test_a_cell_is_what_its_settings_and_the_scale_say(grid):
         (0.1, 30, "8e:0.1,12e:0.01,16e:0.001,18e:0.0005", "10s"),
         (0.01, 3, "0.8e:0.1,1.2e:0.01,1.6e:0.001,1.8e:0.0005", "1s"),
         # The shortest run is one epoch, 1/300 of the recipe, and nothing becomes shorter than a step.
-        (0.001, 1, "0.266667e:0.1,0.4e:0.01,0.533333e:0.001,0.6e:0.0005", "1s"),
+        (0.001, 1, "0.266666666667e:0.1,0.4e:0.01,0.533333333333e:0.001,0.6e:0.0005", "1s"),
     ],
 )
 def test_the_scale_shortens_every_duration_of_the_original_recipe(scale, epochs, drops, frequency):

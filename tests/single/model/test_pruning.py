@@ -103,16 +103,6 @@ def test_ties_fall_to_the_lower_index_and_all_zero_weights_are_counted_too():
     )
 
 
-@settings(max_examples=50, deadline=None)
-@given(KERNELS, SPARSITIES, st.sampled_from(["uniform", "global"]))
-def test_equal_weights_give_equal_masks(kernels, sparsity, scope):
-    other = [np.asfortranarray(kernel.copy()) for kernel in kernels]
-    for one, two in zip(
-        magnitude_masks(kernels, sparsity, scope), magnitude_masks(other, sparsity, scope), strict=True
-    ):
-        np.testing.assert_array_equal(one, two)
-
-
 def test_global_ranking_leaves_large_weights_where_uniform_does_not():
     kernels = [np.full(10, 5, np.float32), np.arange(10, dtype=np.float32) / 10]
     assert [int(mask.sum()) for mask in magnitude_masks(kernels, 0.5, "global")] == [10, 0]

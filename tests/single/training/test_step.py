@@ -179,6 +179,14 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(where, optimizer):
         assert np.any(small_runs.state(model)["weights/002/stem/kernel:0"] != after["weights/002/stem/kernel:0"])
 
 
+def test_an_epoch_of_skipped_steps_has_no_loss():
+    config = small_runs.settings(precision="float16", sparsity=0.0)
+    model = small_runs.build(config)
+    model.get_layer("classifier").bias.assign(tf.fill([10], np.nan))
+    assert not bool(model.train_step(small_runs.first_batch(config))["finite"])
+    assert all(map(math.isnan, model.end_epoch().values()))
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_without_a_loss_scale_the_first_gradients_that_are_not_finite_end_the_run(saved, tmp_path):
     config = small_runs.settings(sparsity=0.0)
@@ -236,15 +244,6 @@ def test_evaluation_counts_every_image_once_with_the_average_where_there_is_one(
 
 
 # What is built ------------------------------------------------------------------------------------------------
-
-
-def test_a_dense_run_takes_any_window():
-    small_runs.build(small_runs.settings(prune_begin="2e", prune_end="99e", sparsity=0.0))
-    small_runs.build(small_runs.settings(prune_begin="60%", prune_end="5%", sparsity=0.0))
-
-
-def test_a_warm_up_may_be_as_long_as_the_run():
-    small_runs.build(small_runs.settings(warmup="24s"))
 
 
 def test_the_same_seed_gives_the_same_weights():
