@@ -70,7 +70,9 @@ class TrainConfig:
         "channel", "standardise each channel, or only subtract the mean image as the original study did"
     )
 
-    depth: int = _flag(20, "layers of the CIFAR ResNet, 6n+2: 20, 32, 44, 56, 110; 8 and 14 for tests", group="network")
+    depth: int = _flag(
+        20, "layers of the CIFAR ResNet, 6n+2 from 8 to 560: 20, 32, 44, 56, 110; 8 and 14 for tests", group="network"
+    )
 
     epochs: int = _flag(30, "passes over the training images", group="training")
     batch_size: int = _flag(128, "global batch, split over the ranks")
@@ -86,7 +88,7 @@ class TrainConfig:
     lr_drops: str = _flag(
         "", "for --lr-schedule step: when the rate drops, and to what share of the peak, such as 80e:0.1,120e:0.01"
     )
-    warmup: str = _flag("5%", "linear warm-up of the learning rate")
+    warmup: str = _flag("5%", "linear warm-up of the learning rate, in the units of --prune-begin")
     weight_decay: float | None = _flag(
         None,
         "weight decay of the kernels: their gradients get weight_decay x weight; decoupled for muon's convolutions "
@@ -94,7 +96,7 @@ class TrainConfig:
     )
     label_smoothing: float = _flag(0.0, "share of the target spread over all classes")
     ema: float = _flag(0.0, "decay of the moving average of the weights, which is then evaluated; 0: no average")
-    seed: int = _flag(0, "seed of the initial weights, the data order and the augmentation")
+    seed: int = _flag(0, "seed of the initial weights, the data order, the augmentation and the validation images")
     deterministic: bool = _flag(False, "the same command on as many ranks gives the same bits; slower")
 
     sparsity: float = _flag(0.6, "share of all kernel weights that is zero at the end; 0: no pruning", group="pruning")
@@ -104,8 +106,8 @@ class TrainConfig:
     )
     initial_sparsity: float = _flag(0.0, "sparsity at the start of the polynomial ramp")
     prune_begin: str = _flag("30%", "first mask update, as 500s (steps), 2e (epochs) or 15% (of the run)")
-    prune_end: str = _flag("80%", "last mask update; the masks stay fixed after it")
-    prune_frequency: str = _flag("1%", "time between mask updates")
+    prune_end: str = _flag("80%", "last mask update, in the same units; the masks stay fixed after it")
+    prune_frequency: str = _flag("1%", "time between mask updates, in the same units")
     sparsity_scope: Literal["uniform", "global"] = _flag(
         "global",
         "global: prune the smallest weights of the whole network; uniform: prune the same share of each kernel",
@@ -146,7 +148,9 @@ class TrainConfig:
 
     run_dir: str = _flag("runs", "folder of all runs", identity=False, group="saving")
     name: str | None = _flag(
-        None, "folder of this run below --run-dir [data set, depth, sparsity, precision, seed]", identity=False
+        None,
+        "folder of this run below --run-dir [data set, depth, schedule, sparsity, precision, seed]",
+        identity=False,
     )
     resume: str = _flag(
         "auto",

@@ -4,19 +4,24 @@
 
 The script prints a line ``host:slots`` for each host, as for horovodrun. The run uses the largest number of ranks that
 divides the global batch, so that the batch stays the same. The other flags are those of train_hvd.py. Exit status:
-0 if the run is complete, 1 if three starts in a row have saved nothing, 75 if told to stop.
+0 complete, 1 three starts in a row have saved nothing or --elastic-timeout is over, 2 wrong input, 75 told to stop, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import secrets
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cnnopt.command_line import Parser, one_line
@@ -30,23 +35,28 @@ from cnnopt.run.run_folder import RunFolder
 FRUITLESS = 3
 #: Seconds between two looks at the hosts.
 INTERVAL = 1.0
-#: Seconds that a launcher has to end after it was told to. It gives its ranks 5.
+#: Seconds that ranks and launcher have to end after they were told to.
 GRACE = 60.0
 TRAIN = Path(__file__).parents[1] / "train_hvd.py"
+SSH = ("ssh", "-n", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "ConnectTimeout=5")
 
 
 def discover(script: str) -> dict[str, int]:
     """The hosts and their slots, as ``script`` prints them. Raises ConfigError if the script cannot be run."""
     try:
         done = subprocess.run([os.path.expanduser(script)], capture_output=True, text=True, timeout=60)
-        lines = done.stdout.split()
-        found = {host: int(slots or 1) for host, _, slots in (line.partition(":") for line in lines)}
     except OSError as error:
         raise ConfigError(f"--host-discovery-script {script}: {error.strerror}; name a program") from None
     except (ValueError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"--host-discovery-script {script}: {error}; it must print lines host:slots") from None
     if done.returncode:
         raise ConfigError(f"--host-discovery-script {script}: ended with {done.returncode}: {done.stderr.strip()}")
+    found = {}
+    for line in filter(None, map(str.strip, done.stdout.splitlines())):
+        match = re.fullmatch(r"([\w.-]+)(?::(\d+))?", line)
+        if match is None:
+            raise ConfigError(f"--host-discovery-script {script}: printed '{line}'; it must print lines host:slots")
+        found[match[1]] = int(match[2] or 1)
     return found
 
 
@@ -113,16 +123,17 @@ def train(options: argparse.Namespace, config: TrainConfig, flags: Sequence[str]
         print(f"cnnopt.elastic: {ranks} ranks on {listed}, after step {max(before, 0)}", flush=True)
         # No cache, because hosts come and go, and because the cache is in HOME, which may be read-only.
         launcher = [horovodrun, "--gloo", "--disable-cache", "-np", str(ranks), "-H", listed]
-        command = [*launcher, sys.executable, str(TRAIN), *flags]
+        program = Program.marked()
         # The job gets a new session, so a terminal's Ctrl-C reaches only this process, which ends the job.
-        with subprocess.Popen(command, start_new_session=True) as job:
+        with subprocess.Popen([*launcher, *program.command, *flags], start_new_session=True) as process:
+            job = Job(process, program, tuple(places))
             try:
                 moved = watch(job, options, places, config.batch_size)
             except BaseException:
-                end(job)
+                job.end()
                 raise
         # horovodrun may return 0 after it was told to end its ranks (docs/reliability.md, "Exit status").
-        if job.returncode == 0 and not moved and RunFolder.of(config).result() is not None:
+        if process.returncode == 0 and not moved and RunFolder.of(config).result() is not None:
             return 0
         # A start that a change of hosts has cut short does not count as fruitless.
         fruitless = 0 if newest(config) > before else fruitless + (not moved)
@@ -139,25 +150,66 @@ def look_again(script: str, last: dict[str, int]) -> dict[str, int]:
         return last
 
 
-def watch(job: subprocess.Popen, options: argparse.Namespace, places: dict[str, int], batch_size: int) -> bool:
+@dataclass(frozen=True)
+class Program:
+    """The command of a rank, and the pattern by which pkill finds the ranks of one start, and nothing else."""
+
+    command: tuple[str, ...]
+    pattern: str
+
+    @classmethod
+    def marked(cls) -> Program:
+        """A new command. Python ignores the mark: it is an option -X that Python does not know."""
+        command = (sys.executable, "-X", f"cnnopt-start={secrets.token_hex(8)}", str(TRAIN))
+        # Without the ^, it would also fit the shells in which horovodrun starts a rank.
+        return cls(command, "^" + re.escape(" ".join(command)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of horovodrun, and the ranks that it has started on ``hosts``."""
+
+    process: subprocess.Popen
+    program: Program
+    hosts: tuple[str, ...]
+
+    def end(self) -> None:
+        """Tell the ranks to save and end. What has not ended after ``GRACE`` seconds is killed.
+
+        horovodrun hands a signal on to the ranks of this host alone. It is enough to tell one rank: all then stop after
+        the same step.
+        """
+        if not any(self._signal("TERM")):
+            # No rank has begun yet, or no host can be reached.
+            self.process.terminate()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            list(self._signal("KILL"))
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _signal(self, name: str) -> Iterable[bool]:
+        """Send a signal to the ranks of this host, then of each other one. Yields whether there was one."""
+        pkill = ["pkill", f"-{name}", "-f", "--", self.program.pattern]
+        for shell in ([], *([*SSH, host] for host in self.hosts)):
+            command = [*shell, shlex.join(pkill)] if shell else pkill
+            try:
+                yield subprocess.run(command, capture_output=True, timeout=30).returncode == 0
+            # Neither pkill nor ssh is certain to be there.
+            except (OSError, subprocess.TimeoutExpired):
+                yield False
+
+
+def watch(job: Job, options: argparse.Namespace, places: dict[str, int], batch_size: int) -> bool:
     """Wait for ``job`` to end. If its places would now differ, end the job, which saves, and return True."""
     hosts = places
-    while job.poll() is None:
+    while job.process.poll() is None:
         time.sleep(INTERVAL)
         hosts = look_again(options.host_discovery_script, hosts)
-        if changed(hosts, places, batch_size, options.max_np) and job.poll() is None:
-            end(job)
+        if changed(hosts, places, batch_size, options.max_np) and job.process.poll() is None:
+            job.end()
             return True
     return False
-
-
-def end(job: subprocess.Popen) -> None:
-    """Tell a launcher to end its ranks, which save. If it does not end in time, kill it with its session."""
-    job.terminate()
-    try:
-        job.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
 
 
 def parser() -> Parser:

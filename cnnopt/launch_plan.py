@@ -71,12 +71,14 @@ def mpijob(plan: Plan) -> str:
     """An overlay for the MPI Operator, beside those of k8s/overlays: one worker on each node."""
     replicas = "/spec/mpiReplicaSpecs"
     launcher = f"{replicas}/Launcher/template/spec/containers/0"
+    worker = f"{replicas}/Worker/template/spec/containers/0"
     job = {
         "/spec/slotsPerWorker": plan.ranks_per_node,
         f"{replicas}/Worker/replicas": plan.nodes,
         f"{launcher}/args": _arguments(plan),
         f"{launcher}/env/0/value": str(plan.cpus_per_rank),
-        **_resources(plan, f"{replicas}/Worker/template/spec/containers/0"),
+        **_launcher_memory(plan, launcher),
+        **_resources(plan, worker),
     }
     return _kustomization(plan, {"MPIJob": job})
 
@@ -89,14 +91,26 @@ def trainjob(plan: Plan) -> str:
         "/spec/trainer/args": _arguments(plan),
         "/spec/trainer/env/0/value": str(plan.cpus_per_rank),
     }
-    runtime = _resources(plan, "/spec/template/spec/replicatedJobs/0/template/spec/template/spec/containers/0")
-    return _kustomization(plan, {"TrainJob": job, "TrainingRuntime": runtime}, "components:", "  - ../../trainjob")
+    node, launcher = (
+        f"/spec/template/spec/replicatedJobs/{i}/template/spec/template/spec/containers/0" for i in (0, 1)
+    )
+    runtime = {**_launcher_memory(plan, launcher), **_resources(plan, node)}
+    # Trainer refuses a TrainJob whose runtime is not there yet. By default kustomize puts the TrainJob first.
+    more = ["components:", "  - ../../trainjob", "sortOptions: {order: fifo}"]
+    return _kustomization(plan, {"TrainJob": job, "TrainingRuntime": runtime}, *more)
 
 
 def _arguments(plan: Plan) -> list[str]:
     # The volumes' paths come last, to override paths of other machines in the flags.
     data = ["--data-dir=/data"] if plan.config.data_dir else []
     return [*plan.flags, f"--name={plan.config.name}", *data, "--run-dir=/runs"]
+
+
+def _launcher_memory(plan: Plan, container: str) -> dict[str, Any]:
+    # horovodrun keeps a Python of 22 MB and an ssh for each rank. The 2 GiB of k8s/base are enough for 32 ranks.
+    gibibytes = 1 + -(-plan.ranks // 32)
+    paths = [f"{container}/resources/{bound}/memory" for bound in ("requests", "limits")]
+    return {path: f"{gibibytes}Gi" for path in paths if gibibytes > 2}
 
 
 def _resources(plan: Plan, container: str) -> dict[str, Any]:
@@ -112,8 +126,11 @@ def _resources(plan: Plan, container: str) -> dict[str, Any]:
     }
 
 
-def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *components: str) -> str:
-    """The overlay cpu or gpu, with values put into the quantize Job and into the objects of each kind in ``jobs``."""
+def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *more: str) -> str:
+    """The overlay cpu or gpu, with values put into the quantize Job and into the objects of each kind in ``jobs``.
+
+    ``more``: further lines of the kustomization.
+    """
     pod, run = "/spec/template/spec", f"/runs/{plan.config.name}"
     quantize = {
         f"{pod}/initContainers/0/command/2": f"until [ -e {run}/result.json ]; do sleep 15; done",
@@ -124,7 +141,7 @@ def _kustomization(plan: Plan, jobs: dict[str, dict[str, Any]], *components: str
         "kind: Kustomization",
         "resources:",
         f"  - ../{'gpu' if plan.gpus_per_node else 'cpu'}",
-        *components,
+        *more,
         "patches:",
     ]
     for kind, name, values in (*((kind, "cnnopt", jobs[kind]) for kind in jobs), ("Job", "cnnopt-quantize", quantize)):

@@ -8,7 +8,8 @@
 
 ``--qat`` runs ``cnnopt.finetune`` first, as a child process of each rank, unless its result is there already.
 Files go to runs/NAME/export/. The report goes to runs/NAME/report.json, .md, .png and .html, and to TensorBoard
-(docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 saved and stopped by a signal while fine-tuning.
+(docs/quantize.md). Exit status: 0 done, 1 failed, 2 wrong input, 75 saved and stopped by a signal while fine-tuning,
+130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -199,8 +200,12 @@ def archive_command(command: str, argv: Sequence[str]) -> None:
     from cnnopt.distributed import host
     from cnnopt.export import pack, tflite_file
 
-    parser = Parser(prog=f"cnnopt.quantize {command}")
-    parser.add_argument("files", nargs="+", type=Path)
+    does = {
+        "pack": "Write FILE.packed.zip beside each FILE.",
+        "unpack": "Write the file that an archive holds beside it.",
+    }
+    parser = Parser(prog=f"python -m cnnopt.quantize {command}", description=does[command])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--output-dir", type=Path, help="where the files go [beside the files named]")
     given = parser.parse_args(argv)
 

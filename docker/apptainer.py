@@ -48,7 +48,7 @@ def definition(text: str, target: str) -> str:
     _, base = chain("base")
     environment = [rest for word, rest in chain(target)[1] if word == "ENV"]
     # An image from which files are copied is a stage too.
-    sources = [rest.split()[0].removeprefix("--from=") for _, rest in build if rest.startswith("--from=")]
+    sources = [rest.split()[0][len("--from=") :] for _, rest in build if rest.startswith("--from=")]
     parts = [_stage(source, f"source{i}", [], {}) for i, source in enumerate(sources)]
     named = {source: f"source{i}" for i, source in enumerate(sources)}
     parts.append(_stage(image, "build", build, named))

@@ -74,10 +74,11 @@ echo "launch.sh: $ranks ranks on ${#hosts[@]} of $all workers"
 # CNI plugins call the interface of a pod eth0. Naming it saves Horovod's search for an interface.
 horovodrun --gloo --disable-cache --num-proc "$ranks" --hosts "$(IFS=,; echo "${hosts[*]}")" \
     --network-interfaces eth0 python train_hvd.py --expect-ranks "$ranks" "$@" &
-job=$!
+job=$! told=""
 # It is enough to tell one rank: all then stop after the same step. Try each worker, because one may be gone.
 tell() {
     local host
+    told=1
     for host in "${hosts[@]}"; do
         if ssh -n "${host%:*}" pkill -TERM python; then return 0; fi
     done
@@ -90,3 +91,5 @@ until wait "$job"; do
     # A signal ends the wait, but not the job.
     kill -0 "$job" 2>/dev/null || exit "$status"
 done
+# After it was told to end its ranks, horovodrun now and then returns 0. The Job would then count as complete.
+[ -z "$told" ] || exit 75

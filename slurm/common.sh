@@ -18,6 +18,15 @@ refuse() {  # prints one line and ends with the status of wrong input
     exit 2
 }
 
+hand_on() {  # passes a stop on to the command that train has started, if any
+    [[ -z $child ]] || kill -s "$stop" "$child" 2>/dev/null || true
+}
+
+# A script that trains sets TRAINS=1 before it sources this file. A stop that comes before the ranks start, such as in
+# the site's set-up, then puts the job back into the queue too.
+told=0 child="" stop=USR1
+[[ -z ${TRAINS:-} ]] || trap 'told=1; say "told to stop: saving"; hand_on' USR1 TERM
+
 LAUNCHER=${LAUNCHER:-srun}
 CONTAINER=${CONTAINER:-}
 CNNOPT_MOUNTS=${CNNOPT_MOUNTS:-}
@@ -41,6 +50,8 @@ if [[ -n ${CNNOPT_SETUP:-} ]]; then
     ((site == 0)) || refuse "CNNOPT_SETUP=$CNNOPT_SETUP: its last command failed with status $site"
 fi
 PATH=$PWD/.venv/bin:$PATH
+# It would keep `python -m cnnopt...` from finding this folder.
+unset PYTHONSAFEPATH
 if [[ $LAUNCHER != srun && -n ${CNNOPT_INTERFACE:-}${CNNOPT_PORT:-} ]]; then
     refuse "CNNOPT_INTERFACE and CNNOPT_PORT are for LAUNCHER=srun, not $LAUNCHER"
 fi
@@ -83,8 +94,7 @@ train() {  # runs train_hvd.py on all ranks of this job, then ends the script or
     if ((GPUS)) && [[ ${SLURM_NTASKS_PER_NODE:-$GPUS} != "$GPUS" ]]; then
         refuse "$SLURM_NTASKS_PER_NODE ranks for $GPUS GPUs on each node: give sbatch --ntasks-per-node=$GPUS"
     fi
-    local child="" status=0 told=0 stop=USR1
-    trap 'told=1; say "told to stop: saving"; hand_on' USR1 TERM
+    local status=0
     # The signal may reach the commands in describe too.
     describe || true
     local program=("${inside[@]}" python train_hvd.py "$@" --expect-ranks "$SLURM_NTASKS")
@@ -100,6 +110,8 @@ train() {  # runs train_hvd.py on all ranks of this job, then ends the script or
             hosts=$(srun hostname | sort | uniq -c | awk '{printf "%s%s:%s", (NR > 1 ? "," : ""), $2, $1}') || ((told))
             # horovodrun imports TensorFlow before it starts a rank. Keras 3 makes that slower (docs/benchmarks.md).
             export TF_USE_LEGACY_KERAS=1
+            # As with srun: on a cold file system some ranks start minutes later than others. Gloo waits 30 s.
+            export HOROVOD_GLOO_TIMEOUT_SECONDS=${HOROVOD_GLOO_TIMEOUT_SECONDS:-120}
             command=(horovodrun --gloo --disable-cache -np "$SLURM_NTASKS" -H "$hosts" "${program[@]}")
             stop=TERM ;;
         *) refuse "LAUNCHER=$LAUNCHER: choose srun, horovodrun or pmix" ;;
@@ -118,10 +130,6 @@ train() {  # runs train_hvd.py on all ranks of this job, then ends the script or
     # complete all the same, the next start finds that and ends.
     if [[ $LAUNCHER == horovodrun ]] && ((told)); then status=75; fi
     requeue_or_exit "$status"
-}
-
-hand_on() {  # passes the stop on to the command that train has started, if any
-    [[ -z $child ]] || kill -s "$stop" "$child" 2>/dev/null || true
 }
 
 requeue_or_exit() {  # requeues 75 (stopped and saved) and 129 to 254 (a rank was killed). Others would fail again.

@@ -9,4 +9,5 @@ set --
 source "$CNNOPT_SETUP" >&2 || { echo "CNNOPT_SETUP=$CNNOPT_SETUP: its last command failed with status $?" >&2; exit 2; }
 # Put .venv before any Python that the file has loaded.
 PATH=$PWD/.venv/bin:$PATH
+unset PYTHONSAFEPATH
 exec "${given[@]}"

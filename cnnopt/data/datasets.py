@@ -64,8 +64,8 @@ class Dataset:
             (self.test_images, self.test_labels),
         )
         for images, labels in splits:
-            digest.update(np.ascontiguousarray(images[::64]))
-            digest.update(np.ascontiguousarray(labels))
+            digest.update(images[::64].tobytes())
+            digest.update(labels.tobytes())
         counts = f"{len(self.train_images):,} training and {len(self.test_images):,} test images"
         return f"{counts}, digest {digest.hexdigest()[:8]}"
 

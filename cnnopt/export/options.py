@@ -108,7 +108,10 @@ def parser(description: str | None = None) -> Parser:
     made.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     made.add_argument("--variants", metavar="A,B", help="which files to make [all .tflite that apply]")
     made.add_argument(
-        "--clusters", type=int, metavar="N", help="make clustered-int8 with N values a kernel, such as 16"
+        "--clusters",
+        type=int,
+        metavar="N",
+        help=f"make clustered-int8 with N values a kernel, {CLUSTERS[0]} to {CLUSTERS[-1]}, such as 16",
     )
     made.add_argument(
         "--qat",
@@ -119,7 +122,10 @@ def parser(description: str | None = None) -> Parser:
     )
     made.add_argument("--baseline", type=Path, metavar="RUN", help="a dense run to compare with")
     made.add_argument(
-        "--calibration", type=int, metavar="N", help=f"training images for int8 [{CALIBRATION}, or all if fewer]"
+        "--calibration",
+        type=int,
+        metavar="N",
+        help=f"training images for int8, at least {MIN_CALIBRATION} [{CALIBRATION}, or all if fewer]",
     )
     made.add_argument("--seed", type=int, default=0, help="seed that picks the calibration images [0]")
     made.add_argument("--data-dir", metavar="DIR", help="folder that holds the data set")

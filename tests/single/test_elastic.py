@@ -75,7 +75,12 @@ def test_hosts_are_lines_of_a_name_and_slots(tmp_path):
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [("echo a:many", "invalid literal"), ("echo no such queue >&2; exit 3", "ended with 3: no such queue")],
+    [
+        ("echo a:many", "printed 'a:many'; it must print lines host:slots"),
+        ("echo b:1; echo a slots=2", "printed 'a slots=2'; it must print lines host:slots"),
+        ("echo a:-2", "printed 'a:-2'; it must print lines host:slots"),
+        ("echo no such queue >&2; exit 3", "ended with 3: no such queue"),
+    ],
 )
 def test_a_script_that_fails_is_one_line(tmp_path, body, reason):
     path = script(tmp_path, body)
@@ -168,7 +173,7 @@ def test_a_launcher_that_does_not_end_is_killed(tmp_path, monkeypatch):
     stubborn = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]
     with subprocess.Popen(stubborn, start_new_session=True, stdout=subprocess.PIPE) as job:
         assert job.stdout.readline() == b"ready\n"
-        elastic.end(job)
+        elastic.Job(job, elastic.Program.marked(), hosts=()).end()
         assert job.wait(30) == -signal.SIGKILL
 
 

@@ -170,6 +170,7 @@ def test_the_launcher_and_the_definition_of_the_image_need_no_new_python(python)
     launched = subprocess.run([python, "-m", "cnnopt.launch", "-np", "2", "--", "echo", "a rank"], cwd=ROOT,
                               capture_output=True, text=True)  # fmt: skip
     assert (launched.returncode, launched.stdout, launched.stderr) == (0, "a rank\na rank\n", "")
-    printed = subprocess.run([python, "docker/apptainer.py", "cpu"], cwd=ROOT, capture_output=True, text=True)
-    assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.startswith("Bootstrap: ")
+    for target in ("cpu", "gpu"):
+        printed = subprocess.run([python, "docker/apptainer.py", target], cwd=ROOT, capture_output=True, text=True)
+        assert printed.returncode == 0, printed.stderr
+        assert printed.stdout.startswith("Bootstrap: ")

@@ -230,6 +230,10 @@ def test_trainer_starts_and_retries_the_launcher(trainjob):
     node, launcher = jobset["replicatedJobs"]
     assert launcher["dependsOn"] == [{"name": "node", "status": "Ready"}]
     assert jobset["successPolicy"]["targetReplicatedJobs"] == ["launcher"]
+    # The default makes a new launcher while the deleted one still waits for its ranks. A node's sshd ends with 0, and
+    # with this policy a node that is deleted would count as complete.
+    assert trainjob.replica("Launcher")["job"]["podReplacementPolicy"] == "Failed"
+    assert "podReplacementPolicy" not in trainjob.replica("Worker")["job"]
     assert trainjob.replica("Launcher")["job"]["backoffLimit"] == trainjob.replica("Worker")["job"]["backoffLimit"] == 6
     # What Trainer gives to the launcher alone: with them, our image would meet a node without sshd (trainer 4030).
     assert not {"image", "command", "resourcesPerNode"} & trainjob.job["spec"]["trainer"].keys()
@@ -239,6 +243,12 @@ def test_trainer_starts_and_retries_the_launcher(trainjob):
         assert container["name"] == "node"
     assert trainjob.job["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "cnnopt"}
     assert trainjob.runtime["metadata"]["name"] == "cnnopt"
+
+
+def test_the_runtime_is_there_before_the_trainjob(trainjob):
+    # Trainer's webhook refuses a TrainJob without its runtime (pkg/runtime/core/trainingruntime.go, ValidateObjects).
+    kinds = [document["kind"] for document in trainjob.documents]
+    assert kinds.index("TrainingRuntime") < kinds.index("TrainJob")
 
 
 def test_trainjob_and_mpijob_run_the_same_pods(trainjob):
@@ -417,17 +427,26 @@ def test_linters_have_nothing_to_say(tool, file):
 # The host file ------------------------------------------------------------------------------------------------
 
 
-def launch(tmp_path: Path, hostfile: bytes, **more: str) -> subprocess.CompletedProcess:
-    """k8s/launch.sh with an ssh that reaches everybody and a horovodrun that prints its arguments."""
+def launch(
+    tmp_path: Path, hostfile: bytes, *, ssh: str = "exit 0", horovodrun: str = 'echo "$@"', **more: str
+) -> subprocess.CompletedProcess:
+    """k8s/launch.sh with an ssh that reaches everybody and a horovodrun that prints its arguments, as texts for sh."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, body in (("ssh", "exit 0"), ("horovodrun", 'echo "$@"')):
+    for name, body in (("ssh", ssh), ("horovodrun", horovodrun)):
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
     (tmp_path / "hostfile").write_bytes(hostfile)
     variables = {"PATH": f"{programs}:{os.environ['PATH']}", "LAUNCH_HOSTFILE": f"{tmp_path}/hostfile"}
     command = [ROOT / "k8s/launch.sh", "--epochs", "3"]
     return subprocess.run(command, env={**os.environ, **variables, **more}, capture_output=True, text=True, timeout=60)
+
+
+def test_a_launcher_that_was_told_to_stop_never_counts_as_complete(tmp_path):
+    # No rank is there yet, so pkill finds none. horovodrun then now and then answers 0.
+    told = "trap 'exit 0' TERM; kill -TERM $PPID; while :; do sleep 0.1; done"
+    done = launch(tmp_path, b"a slots=2\n", ssh="exit 1", horovodrun=told)
+    assert done.returncode == 75, done.stderr
 
 
 @pytest.mark.parametrize("variable", ["LAUNCH_PATIENCE", "LAUNCH_AT_LEAST"])

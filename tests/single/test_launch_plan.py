@@ -54,6 +54,8 @@ def test_all_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, memory
         assert rendered.workers * rendered.slots == ranks
         config = parse_args(rendered.container("Launcher")["args"])
         assert config.identity() == trained.identity()
+        kinds = [document["kind"] for document in rendered.documents]
+        assert "TrainJob" not in kinds or kinds.index("TrainingRuntime") < kinds.index("TrainJob")
         # Without the flag an empty volume is downloaded to; k8s/base names it by a variable.
         assert config.data_dir == ("/data" if trained.data_dir else None)
         assert (config.run_dir, config.name) == ("/runs", trained.name)
@@ -67,6 +69,16 @@ def test_all_start_the_same_ranks_with_the_same_flags(argv, nodes, ranks, memory
         quantize = rendered.of("Job")[0]["spec"]["template"]["spec"]
         assert quantize["containers"][0]["args"][0] == f"/runs/{trained.name}"
         assert f"/runs/{trained.name}/result.json" in quantize["initContainers"][0]["command"][2]
+
+
+@pytest.mark.parametrize(("nodes", "memory"), [(4, "2Gi"), (16, "5Gi")])
+def test_the_launcher_gets_memory_for_a_process_of_each_rank(nodes, memory, tmp_path):
+    plan, _ = launch_plan.parse_plan(["--nodes", str(nodes), "--gpus-per-node", "8", "--", "--batch-size", "1024"])
+    for rendered in (
+        Manifests("mine", render_plan(tmp_path / "mpijob", launch_plan.mpijob(plan))),
+        TrainJob("mine", render_plan(tmp_path / "trainjob", launch_plan.trainjob(plan))),
+    ):
+        assert rendered.container("Launcher")["resources"]["limits"]["memory"] == memory
 
 
 def test_the_command_prints_all_or_one():

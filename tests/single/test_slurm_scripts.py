@@ -25,7 +25,7 @@ def test_shellcheck_finds_nothing():
 
 
 #: A scontrol that ends the script as SLURM does once a job is queued again.
-REQUEUES = 'echo "requeued $2"; kill -KILL "$SCRIPT"'
+REQUEUES = '[ "$1" = requeue ] || exit 0; echo "requeued $2"; kill -KILL "$SCRIPT"'
 
 
 def job(folder: Path, commands: dict[str, str], command: str, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -36,7 +36,7 @@ def job(folder: Path, commands: dict[str, str], command: str, **settings: Any) -
     for name, body in commands.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
-    script = f"set -euo pipefail; export SCRIPT=$$; . slurm/common.sh; {command}"
+    script = f"set -euo pipefail; export SCRIPT=$$; TRAINS=1; . slurm/common.sh; {command}"
     variables = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2",
         "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -64,6 +64,35 @@ def test_a_signal_before_the_ranks_start_puts_the_job_back_into_the_queue(launch
     # No rank: only the version and, for horovodrun, the names of the hosts were asked for.
     asked = started.read_text().split()
     assert asked == ["--version", *(["hostname"] if launcher == "horovodrun" else [])]
+
+
+def test_a_signal_in_the_set_up_puts_the_job_back_into_the_queue(tmp_path):
+    setup, started = tmp_path / "site.sh", tmp_path / "started"
+    setup.write_text('kill -USR1 "$SCRIPT"\n')
+    commands = {"scontrol": REQUEUES, "squeue": "echo RUNNING", "srun": 'echo "$@" >>"$STARTED"'}
+    done = job(tmp_path, commands, "train --dataset synthetic", CNNOPT_SETUP=str(setup), STARTED=str(started))
+    assert "requeued 7" in done.stdout, done.stderr
+    assert started.read_text() == "--version\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "answers"), [(True, "exit 138"), (True, "printf '1\n--depth\n8\n'"), (False, "exit 2")]
+)
+def test_a_signal_while_the_cell_is_looked_up_puts_the_task_back_into_the_queue(told, answers, tmp_path):
+    # The step that asks cnnopt.study for the cell.
+    commands = {
+        "scontrol": REQUEUES, "squeue": "echo RUNNING",
+        "srun": f'case "$*" in *cnnopt.study*) {"kill -USR1 $SCRIPT;" if told else ""} {answers};; esac',
+    }  # fmt: skip
+    sweep = ". slurm/sweep.sbatch"
+    done = job(tmp_path, commands, sweep, SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT))
+    assert ("requeued 7_3" in done.stdout) == told, done
+    assert done.returncode == (-9 if told else 2)
+
+
+def test_a_python_that_does_not_look_into_its_folder_finds_cnnopt_all_the_same(tmp_path):
+    done = job(tmp_path, {}, "python -m cnnopt.launch -np 1 -- echo found", PYTHONSAFEPATH="1")
+    assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
 
 
 @pytest.mark.parametrize(
