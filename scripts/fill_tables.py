@@ -91,11 +91,10 @@ def study(text: str, groups: list[tables.Group]) -> str:
 
 
 def ran(group: tables.Group) -> str:
-    """The cells of a group that have records, with their seeds, and those of its grid that have none."""
-    there = group.labels
-    runs = "; ".join(f"{label} ({len(group.of(label))})" for label in there)
-    missing = [label for label in (group.grid.cells if group.grid else ()) if label not in there]
-    return f"run, with the number of seeds: {runs}. Not run yet: {', '.join(missing) or 'none'}."
+    """The cells of a group that have records, with the number of their seeds."""
+    cells = group.grid.cells if group.grid else {}
+    runs = ", ".join(f"{label} ({len(group.of(label))})" for label in group.labels)
+    return f"{len(group.labels)} of {len(cells)} cells, with the number of seeds: {runs}."
 
 
 def all_tables(groups: list[tables.Group]) -> str:
