@@ -50,7 +50,7 @@ def prepare(world: World, *, verbose: bool, compiles: bool = False) -> dict[str,
     if host.has_gpu():
         # A step takes milliseconds, and Horovod looks for work every millisecond. 0.1 is NVIDIA's setting in MLPerf.
         others["HOROVOD_CYCLE_TIME"] = "0.1"
-        variables, lacking = gpus.for_xla(threads)
+        variables, lacking = gpus.for_xla(threads, ranks=world.size)
         os.environ.update(variables)
         others["XLA_FLAGS"] = variables["XLA_FLAGS"]
         if lacking and compiles and world.local_rank == 0:

@@ -91,12 +91,14 @@ def toolkit(environ: Mapping[str, str], search: Sequence[str]) -> Path | None:
 
 
 def for_xla(
-    threads: int, environ: Mapping[str, str] = os.environ, search: Sequence[str] | None = None
+    threads: int, environ: Mapping[str, str] = os.environ, search: Sequence[str] | None = None, *, ranks: int = 1
 ) -> tuple[dict[str, str], str | None]:
     """The variables with which XLA compiles for a GPU, on ``threads`` threads, and one line if it cannot.
 
     They lead XLA to libdevice and ptxas. TensorFlow looks for NVIDIA's wheel by itself, but takes a file for a folder
     on the way (conda-forge's tensorflow-feedstock 420). XLA's GPU compiler uses one thread unless it is told otherwise.
+    With several ``ranks``, XLA takes default kernels. It would measure kernels in each process, and take others in
+    another (openxla issues 7716 and 37902); then the last bits of the ranks' weights would differ.
     Flags that the user has set stay. ``search``: the folders in which packages lie, by default sys.path.
     """
     given, path = environ.get("XLA_FLAGS", "").strip(), environ.get("PATH", "")
@@ -104,6 +106,8 @@ def for_xla(
         # The name of a file that holds the flags.
         return {"XLA_FLAGS": given}, None
     flags, found, missing = {"--xla_gpu_force_compilation_parallelism": str(threads)}, {}, []
+    if ranks > 1:
+        flags["--xla_gpu_autotune_level"] = "0"
     if "--xla_gpu_cuda_data_dir" not in given:
         cuda = toolkit(environ, sys.path if search is None else search)
         if cuda is None:

@@ -19,14 +19,14 @@ ROOM = 64 * 2**20
 
 def folder(environ: Mapping[str, str] = os.environ, gpus: Path = Path("/proc/driver/nvidia/gpus")) -> Path:
     """``cnnopt/xla`` below the user's cache folder ($XDG_CACHE_HOME, else ~/.cache), and in it a folder for this
-    version of TensorFlow and the processors of this host.
+    version of TensorFlow, the processors of this host, and $XLA_FLAGS.
 
-    XLA names an entry by the function alone. It would run code that another version or another processor left.
+    XLA names an entry by the function alone. It would run code that was compiled for something else.
     """
     # A path that is not absolute is to be ignored (XDG Base Directory Specification).
     base = Path(environ.get("XDG_CACHE_HOME", ""))
     models = {line for file in gpus.glob("*/information") for line in _lines(file) if line.startswith("Model:")}
-    kind = repr((sorted(models), host.cpu(), sorted(host.cpu_flags())))
+    kind = repr((sorted(models), host.cpu(), sorted(host.cpu_flags()), environ.get("XLA_FLAGS", "")))
     version = host.versions(["tensorflow"])["tensorflow"] or "tensorflow"
     named = f"{version}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}"
     return (base if base.is_absolute() else Path.home() / ".cache") / "cnnopt/xla" / named

@@ -131,10 +131,18 @@ def test_ptxas_of_the_path_will_do(bare):
     assert gpus.for_xla(2, {"PATH": str(bare / "other/bin")}, [])[1] is None
 
 
+def test_several_ranks_take_the_same_kernels(bare):
+    flags = [gpus.for_xla(1, given, [], ranks=ranks)[0]["XLA_FLAGS"] for given, ranks in (({}, 1), ({}, 2))]
+    assert ["--xla_gpu_autotune_level=0" in words.split() for words in flags] == [False, True]
+    mine = {"XLA_FLAGS": "--xla_gpu_autotune_level=4"}
+    assert gpus.for_xla(1, mine, [], ranks=2)[0]["XLA_FLAGS"].split().count("--xla_gpu_autotune_level=4") == 1
+    assert "--xla_gpu_autotune_level=0" not in gpus.for_xla(1, mine, [], ranks=2)[0]["XLA_FLAGS"]
+
+
 def test_tensorflow_takes_the_flags(bare):
     # XLA ends the process at a flag that it does not know.
     cuda = make_toolkit(bare / "with space/nvidia/cuda_nvcc")
-    variables, _ = gpus.for_xla(2, {}, [str(cuda.parents[1])])
+    variables, _ = gpus.for_xla(2, {}, [str(cuda.parents[1])], ranks=2)
     code = "import tensorflow as tf; print(float(tf.function(lambda x: x + 1, jit_compile=True)(tf.constant(1.0))))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,

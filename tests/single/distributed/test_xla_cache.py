@@ -44,6 +44,11 @@ def test_other_gpus_and_another_processor_have_another_folder(tmp_path, monkeypa
     assert xla_cache.folder({"XDG_CACHE_HOME": str(tmp_path)}, tmp_path / "none").name != none
 
 
+def test_other_flags_of_xla_have_another_folder(tmp_path):
+    given = [{}, {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}, {"XLA_FLAGS": "--xla_gpu_autotune_level=4"}]
+    assert len({xla_cache.folder({"XDG_CACHE_HOME": str(tmp_path), **flags}) for flags in given}) == 3
+
+
 def test_a_file_system_without_room_is_not_given(tmp_path):
     code = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2**20, 2**20)); "
     code += "from cnnopt.distributed import xla_cache; print(xla_cache.variables())"
