@@ -73,7 +73,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"kernels' weights zero, {run['checkpoint']}. Test accuracy in training {trained}, of the float32 network "
         f"{100 * run['float32_accuracy']:.2f}%, over {content['files'][0]['test']['images']:,} images.",
         "",
-        f"Sizes in KiB; `bound` is the entropy bound; `smaller`: {MEANING}, here the "
+        f"Sizes in KiB; `bound` is the entropy bound; `smaller`: {MEANING}. The reference is the "
         f"{'dense' if reference['kind'] == 'baseline' else 'own'} float32 file of {reference['run']} "
         f"({reference['raw']:,} bytes). `agree`: share of test images on which the file and the float32 network of the "
         "run name the same class. Latency of one image in ms, median/p90/p99. `peak MiB`: resident memory at one "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: The text for a table that has a column "smaller".
-MEANING = "bytes to ship (packed or gzip -9, the smaller) against the float32 reference as it is"
+MEANING = "bytes of the float32 reference / bytes to ship (packed or gzip -9, whichever is smaller)"
 
 
 @dataclass(frozen=True)
