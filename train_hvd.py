@@ -81,7 +81,12 @@ def train(config: TrainConfig, request: StopRequest, peers: PeerStatus) -> int:
     model = build_model(config, images, timeline, compute, ranks=world.size, compiler=compiler)
     if world.first:
         computed = {"ranks": world.size, "device": collectives.device(), "precision": compute.compute}
-        folder.open(config, {**run_folder.environment(settings), **computed})
+        done = folder.open(config, {**run_folder.environment(settings), **computed})
+    # Another process may have completed the run while this one waited for its end.
+    done = collectives.broadcast_object(done)
+    if done is not None:
+        collectives.shutdown()
+        return finish(config, folder, done) if world.first else 0
     resume.restore(model, config, folder, world, say=console.print)
     start_table(console, config, folder, world, settings, compute, model, timeline)
 

@@ -118,9 +118,13 @@ def fine_tune(
         config.check_timeline(timeline, world.size)
         compiler = Compiler(config.compiles(gpu=collectives.device() == "GPU"), console.print)
         model = _network(run, config, images, timeline, clusters, ranks=world.size, compiler=compiler)
-        folder = RunFolder.of(config)
+        folder, done = RunFolder.of(config), None
         if world.first:
-            folder.open(config, {**run_folder.environment(settings), "ranks": world.size, "precision": "float32"})
+            made = {**run_folder.environment(settings), "ranks": world.size, "precision": "float32"}
+            done = folder.open(config, made)
+        # Another process may have completed it while this one waited for its end.
+        if collectives.broadcast_object(done) is not None:
+            continue
         resume.restore(model, config, folder, world, say=console.print)
         console.print(f"fine-tuning: {folder.path}, epochs: {epochs}, ranks: {world.size}")
 

@@ -94,21 +94,30 @@ class RunFolder:
             if fault:
                 raise ConfigError(f"--resume {config.resume}: {fault}; give auto, never or a folder")
 
-    def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> None:
+    def open(self, config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any] | None:
         """Make the folder, lock it until this process ends, and write config.json and env.json.
 
-        Raises UserError. ``check`` runs again under the lock, because another process may have used the folder.
+        Raises UserError. ``check`` runs again under the lock, because another process may have used the folder. If that
+        process has completed the run meanwhile, nothing is written. Returns its result then, else None.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._keep_others_out()
             self.check(config)
+            if (result := self.result()) is not None:
+                return result
             content = {"identity": config.identity(), "name": config.name}
             atomic_files.replace(self.config_file, json.dumps(content, indent=2) + "\n")
             atomic_files.replace(self.path / "env.json", json.dumps(dict(environment), indent=2) + "\n")
         except (OSError, atomic_files.WriteError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"--run-dir {self.path.parent}: {why}; choose another") from None
+        return None
+
+    def forget(self) -> None:
+        """Remove config.json and env.json of a run that has not begun, so that other settings may use its name."""
+        for file in (self.config_file, self.path / "env.json"):
+            file.unlink(missing_ok=True)
 
     def _keep_others_out(self) -> None:
         file = self.path / ".lock"

@@ -87,14 +87,21 @@ def _restore_here(model: SynchronousModel, config: TrainConfig, folder: RunFolde
             folder.rewind(0)
             return 0
     else:
-        found = checkpoint.load(named)
-        objection = unfit(found)
-        if objection:
-            raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
-        if found.step == len(model.learning_rates) and not back:
-            raise checkpoint.CheckpointError(
-                f"--resume {config.resume}: is the last checkpoint of a complete run; give an earlier one"
-            )
+        fresh = found is None and not skipped and not back
+        try:
+            found = checkpoint.load(named)
+            objection = unfit(found)
+            if objection:
+                raise checkpoint.CheckpointError(f"--resume {config.resume}: {objection}")
+            if found.step == len(model.learning_rates) and not back:
+                raise checkpoint.CheckpointError(
+                    f"--resume {config.resume}: is the last checkpoint of a complete run; give an earlier one"
+                )
+        except checkpoint.CheckpointError:
+            if fresh:
+                # The corrected command may have other settings.
+                folder.forget()
+            raise
         if back:
             checkpoint.set_aside(folder.checkpoints, after=found.step)
     before, now = found.state.get("precision", model.compute_dtype), model.compute_dtype

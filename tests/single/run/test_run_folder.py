@@ -256,6 +256,18 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
         folder.open(config, {})
 
 
+def test_a_run_that_another_process_completed_meanwhile_keeps_its_records(tmp_path):
+    config = small_runs.settings(run_dir=str(tmp_path), name="x")
+    first, second = RunFolder.of(config), RunFolder.of(config)
+    assert first.open(config, {"ranks": 1}) is None
+    result = {"step": 24, "accuracy": 0.5, "line": "done"}
+    first.append({"step": 24, "epoch": 3, "test_accuracy": 0.5})
+    first.finish(result)
+    first._held.release()
+    assert second.open(config, {"ranks": 2}) == second.result() is not None
+    assert json.loads((first.path / "env.json").read_text()) == {"ranks": 1}
+
+
 # Going on ------------------------------------------------------------------------------------------------------
 
 

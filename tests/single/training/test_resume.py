@@ -385,6 +385,15 @@ def test_damaged_checkpoints_of_a_run_do_not_send_it_back_to_the_named_one(tmp_p
     assert second.metrics() == lines
 
 
+def test_a_refused_checkpoint_does_not_take_the_name_of_the_run(tmp_path):
+    first, _ = run(tmp_path, stop_in=3)
+    (source,) = checkpoint.list_steps(first.checkpoints)
+    with pytest.raises(checkpoint.CheckpointError, match="of another configuration: --epochs was"):
+        run(tmp_path, name="second", resume=str(source), epochs=5)
+    second, _ = run(tmp_path, name="second", resume=str(source), stop_in=4)
+    assert checkpoint.list_steps(second.checkpoints)
+
+
 def test_epochs_between_saves_are_counted(tmp_path):
     # 256 images: a step of 256 is an epoch.
     folder, _ = run(tmp_path, save_every="4e", batch_size=256, epochs=12, warmup="0s", sparsity=0.0, keep=9)
