@@ -71,7 +71,7 @@ def start_table(
         "precision": f"{compute.compute} ({compute.reason}), float32 weights",
         "step": f"{'compiled by XLA' if model.compiler.enabled else 'TensorFlow graph'}, batches made on the {cutter}",
         "exchange": f"{exchange.choice.kind} ({exchange.choice.reason}), {exchange.size:,} x {config.wire_dtype}",
-        "model": f"ResNet-{config.depth}, {model.count_params():,} parameters",
+        "model": f"ResNet-{config.depth}, {model.vectors.weights.shape[0]:,} parameters",
         "pruning": pruning,
     }
     for name, value in rows.items():
